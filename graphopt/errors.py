@@ -1,0 +1,69 @@
+"""Every error graphopt raises on purpose: one sentence that says what is wrong and what to write instead.
+
+`exit_code` is what the command line ends with: 2 when the command line or an input is unusable, 1 when the work
+itself ran and failed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class GraphoptError(Exception):
+    """Base of all errors below."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(GraphoptError):
+    """An argument, option or file given by the caller cannot be used."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class UnknownNameError(UsageError):
+    """A pass, option, target, entry, input or output that does not exist."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class MissingExtraError(UsageError):
+    """A package that the base installation leaves out is needed."""
+
+
+class CaptureError(UsageError):
+    """The source is not a model, cannot be read safely, or cannot be captured as asked."""
+
+
+class FeedError(UsageError):
+    """Arrays given to a session or program have the wrong name, dtype, rank or size."""
+
+
+class ArtifactError(UsageError):
+    """An artifact is truncated, altered, of another format, or made for another machine."""
+
+
+class PassError(GraphoptError):
+    """A pass failed; the message names it and the passes that ran before it."""
+
+
+class PreconditionError(PassError):
+    """A pass was given a program it does not accept."""
+
+
+class PostconditionError(PassError):
+    """A pass returned an ill-formed program."""
+
+
+class VerificationError(GraphoptError):
+    """A program or artifact does not compute what the program it came from computes."""
+
+
+class CompileError(GraphoptError):
+    """A program cannot be lowered for the target."""
