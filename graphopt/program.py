@@ -7,7 +7,9 @@ inputs, then the state; the output node holds one flat tuple, the outputs, then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import ast
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -68,21 +70,34 @@ class Program:
     name: str = "model"
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run from the initial state without gradients; returns the outputs, not the new state."""
+        """Run from the initial state without gradients; returns the outputs, not the new state.
+
+        Raises FeedError when an input's number, dtype, rank or size does not fit its spec.
+        """
         return self.step(inputs)[0]
 
     def step(
         self, inputs: tuple[torch.Tensor, ...], state: tuple[torch.Tensor, ...] | None = None
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Run once from `state` (default: the initial one); returns (outputs, new state)."""
-        if len(inputs) != len(self.inputs):
-            names = ", ".join(spec.name for spec in self.inputs)
-            raise FeedError(f"{self.name} takes {len(self.inputs)} inputs ({names}), got {len(inputs)}")
+        """Run once from `state` (default: the initial one); returns (outputs, new state). Raises FeedError."""
+        self.bind(inputs)
         state = tuple(item.initial for item in self.state) if state is None else state
         with torch.no_grad():
             results = tuple(self.graph_module(*inputs, *state))
         count = len(self.outputs)
         return results[:count], results[count:]
+
+    def bind(self, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
+        """The value of every size that these inputs have. Raises FeedError when one does not fit its spec."""
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(spec.name for spec in self.inputs)
+            raise FeedError(f"{self.name} takes {len(self.inputs)} inputs ({names}), got {len(inputs)}")
+        bound: dict[str, int] = {}
+        for spec, value in zip(self.inputs, inputs, strict=True):
+            _bind_input(spec, value, self.sizes, bound)
+        for spec, value in zip(self.inputs, inputs, strict=True):
+            _check_derived(spec, value, bound)
+        return bound
 
     def graphs(self) -> Iterator[tuple[str, GraphModule]]:
         """The main graph ("") and every sub-graph by its dotted path; passes, checks and counts walk all of them."""
@@ -116,8 +131,72 @@ class Program:
         save_onnx(self, path)
 
 
+def _bind_input(spec: TensorSpec, value: torch.Tensor, sizes: Mapping[str, SizeRange], bound: dict[str, int]) -> None:
+    if value.dtype != spec.dtype:
+        raise FeedError(f"input {spec.name!r} must be {spec.dtype}, got {value.dtype}")
+    if value.dim() != len(spec.shape):
+        raise FeedError(f"input {spec.name!r} must have {len(spec.shape)} axes {list(spec.shape)}, got {value.dim()}")
+    for axis, (wanted, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
+        if isinstance(wanted, int):
+            if wanted != size:
+                raise FeedError(f"axis {axis} of input {spec.name!r} must be {wanted}, got {size}")
+        elif wanted in sizes:
+            bounds = sizes[wanted]
+            if size < bounds.low or (bounds.high is not None and size > bounds.high):
+                top = "and up" if bounds.high is None else f"to {bounds.high}"
+                raise FeedError(
+                    f"axis {axis} of input {spec.name!r} ({wanted}) must be {bounds.low} {top}, got {size}"
+                )
+            if bound.setdefault(wanted, size) != size:
+                raise FeedError(
+                    f"axis {axis} of input {spec.name!r} is {size}, but {wanted} is {bound[wanted]} in another input"
+                )
+
+
+def _check_derived(spec: TensorSpec, value: torch.Tensor, bound: Mapping[str, int]) -> None:
+    for axis, (wanted, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
+        if isinstance(wanted, str) and wanted not in bound and (expected := evaluate_size(wanted, bound)) != size:
+            raise FeedError(f"axis {axis} of input {spec.name!r} must be {wanted} = {expected}, got {size}")
+
+
+_BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+
+
+def evaluate_size(size: int | str, sizes: Mapping[str, int]) -> int:
+    """The value of a size expression such as "2*seq + 1" for given sizes; never runs code."""
+    return size if isinstance(size, int) else _evaluate(ast.parse(size, mode="eval").body, sizes)
+
+
+def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name) if name in sizes:
+            return sizes[name]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_evaluate(left, sizes), _evaluate(right, sizes))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, sizes)
+        case ast.Call(func=ast.Name(id="max" | "min" as function), args=arguments):
+            values = [_evaluate(argument, sizes) for argument in arguments]
+            return max(values) if function == "max" else min(values)
+    raise FeedError(f"size {ast.unparse(node)!r} cannot be computed from {', '.join(sizes) or 'no sizes'}")
+
+
+def placeholder_name(name: str) -> str:
+    """The name of the graph's placeholder for an input or state of this name ("cache.0" -> "cache_0")."""
+    return name.replace(".", "_")
+
+
 def copy_module(module: GraphModule) -> GraphModule:
-    """Copy the graph and those of sub-graphs; tensors and other attributes are shared."""
+    """Copy the graph and those of sub-graphs; tensors are shared, containers of attributes are not."""
     graph = Graph()
     values: dict[Node, Node] = {}
     result = graph.graph_copy(module.graph, values)
@@ -125,8 +204,10 @@ def copy_module(module: GraphModule) -> GraphModule:
     (original,) = (node for node in module.graph.nodes if node.op == "output")
     output.meta = dict(original.meta)
     copied = GraphModule(module, graph, class_name=type(module).__name__)
-    for name, child in module.named_children():
-        setattr(copied, name, copy_module(child) if isinstance(child, GraphModule) else child)
+    for target in {node.target for node in module.graph.nodes if node.op in ("get_attr", "call_module")}:
+        child = get_attribute(module, target)
+        if isinstance(child, GraphModule):
+            set_attribute(copied, target, copy_module(child))
     copied.meta = dict(module.meta)
     return copied
 
@@ -137,6 +218,21 @@ def get_attribute(module: torch.nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def set_attribute(module: torch.nn.Module, target: str, value: torch.Tensor | torch.nn.Module) -> None:
+    """Make `value` what a `get_attr` node with this dotted target reads; containers on the way are created."""
+    *path, last = target.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        if last in module._parameters:
+            del module._parameters[last]
+        module.register_buffer(last, value)
+    else:
+        setattr(module, last, value)
 
 
 def provenance(node: Node) -> Mapping[str, Any]:

@@ -1,0 +1,72 @@
+"""Capture: a torch module, an exported program or a `.pt2` file becomes a Program in normal form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from graphopt.capture.exported import Known, from_exported
+from graphopt.capture.limits import Limits
+from graphopt.capture.module import from_module
+from graphopt.errors import CaptureError
+from graphopt.program import Program
+
+__all__ = ["Limits", "capture"]
+
+_NO_ONNX = "importing ONNX is not available in this version; export the model to .pt2 with torch.export.save"
+
+
+def capture(
+    source: torch.nn.Module | ExportedProgram | str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008  frozen
+) -> Program:
+    """Capture a model with eval semantics; the source is left as it was.
+
+    source: an nn.Module, GraphModule or ExportedProgram, or the path of a `.pt2` (read without running code in it).
+    example_inputs: a tuple, or a dict from forward's argument names, of tensors or arrays; other values and None are
+        baked in. A `.pt2` or ExportedProgram may bring its own, or values are drawn.
+    dynamic_shapes: {input name: {axis: name or torch.export.Dim}}; axes of one name have one size. For a `.pt2` or
+        ExportedProgram it names the sizes that are dynamic already.
+    Raises CaptureError when the source is no model, cannot be read safely or cannot be captured as asked, and
+    UnknownNameError for an input that forward does not have.
+    """
+    if type(source).__name__ == "ModelProto":
+        raise CaptureError(_NO_ONNX)
+    if isinstance(source, ExportedProgram):
+        known = Known()
+        return _exported(source, known, example_inputs, dynamic_shapes, name or "model", limits)
+    if isinstance(source, torch.nn.Module):
+        return from_module(source, example_inputs, dynamic_shapes, name=name or type(source).__name__, limits=limits)
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.suffix == ".onnx":
+            raise CaptureError(_NO_ONNX)
+        from graphopt.capture.pt2 import read_pt2
+
+        exported, known = read_pt2(path, limits)
+        return _exported(exported, known, example_inputs, dynamic_shapes, name or path.stem, limits)
+    raise CaptureError(
+        f"cannot capture a {type(source).__name__}; give a torch module, an ExportedProgram or the path of a .pt2"
+    )
+
+
+def _exported(
+    source: ExportedProgram,
+    known: Known,
+    example_inputs: Any,
+    dynamic_shapes: Mapping[str, Any] | None,
+    name: str,
+    limits: Limits,
+) -> Program:
+    from graphopt.capture.exported import with_request
+
+    return from_exported(source, with_request(source, known, example_inputs, dynamic_shapes), name=name, limits=limits)

@@ -1,0 +1,132 @@
+"""Which values an input may take, read from how the graph uses it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from graphopt.program import Domain, get_attribute
+
+aten = torch.ops.aten
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Operators whose result holds the same values in another shape or type.
+_SAME_VALUES = {
+    "_to_copy", "to", "view", "reshape", "unsqueeze", "squeeze", "expand", "clone", "slice", "select", "transpose", "t",
+    "permute", "alias", "contiguous", "flatten", "detach", "type_as", "_unsafe_view", "repeat", "index", "cat",
+    "expand_as", "lift_fresh_copy",
+}  # fmt: skip
+_COMPARISONS = {"eq", "ne"}
+_BOOLEAN = {"logical_not", "bitwise_not", "logical_and", "bitwise_and", "where", "__and__", "any", "all"}
+
+
+def infer_domains(module: GraphModule) -> list[Domain]:
+    """One domain for each placeholder: `ids` for rows of an embedding, `mask` for what only counts as 0 or not."""
+    return [_domain(node, module) for node in module.graph.find_nodes(op="placeholder")]
+
+
+def _domain(placeholder: Node, module: GraphModule) -> Domain:
+    dtype = placeholder.meta["val"].dtype
+    if dtype == torch.bool:
+        return Domain("mask")
+    if dtype not in _INTEGERS and not dtype.is_floating_point:
+        return Domain()
+    uses = _uses(placeholder, module)
+    if dtype in _INTEGERS:
+        rows = [r for node, origin, owner in uses if (r := _table_rows(node, origin, owner)) is not None]
+        if rows:
+            return Domain("ids", 0, min(rows) - 1)
+    return Domain("mask") if any(_as_mask(node, origin, dtype) for node, origin, _ in uses) else Domain()
+
+
+def _uses(start: Node, module: GraphModule) -> list[tuple[Node, Node, GraphModule]]:
+    """Uses of the values of a node, through casts, views and into branches: (user, what it uses, graph's module)."""
+    found: list[tuple[Node, Node, GraphModule]] = []
+    seen: set[Node] = set()
+    pending = [(start, module)]
+    while pending:
+        node, owner = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            found.append((user, node, owner))
+            if operator_name(user) in _SAME_VALUES and user.args and _carries(user, node):
+                pending.append((user, owner))
+            elif user.target is torch.ops.higher_order.cond:
+                pending += _inside(user, node, owner)
+    return found
+
+
+def _carries(user: Node, node: Node) -> bool:
+    first = user.args[0]
+    return first is node or (isinstance(first, (list, tuple)) and node in first)
+
+
+def _inside(user: Node, node: Node, owner: GraphModule) -> list[tuple[Node, GraphModule]]:
+    entries = []
+    operands: Any = user.args[3]
+    for branch in user.args[1:3]:
+        child = get_attribute(owner, str(branch.target))  # type: ignore[union-attr]
+        inner = child.graph.find_nodes(op="placeholder")
+        entries += [(place, child) for place, operand in zip(inner, operands, strict=True) if operand is node]
+    return entries
+
+
+def operator_name(node: Node) -> str:
+    """ "add" for aten.add.Tensor; the function's own name for anything else that is called."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def _table_rows(user: Node, index: Node, module: GraphModule) -> int | None:
+    """Rows of the table when `user` looks `index` up in one: an embedding, or indexing a weight's first axis."""
+    name = operator_name(user)
+    if name == "embedding" and user.args[1] is index:
+        table: Any = user.args[0]
+    elif name == "index_select" and user.args[1] == 0 and user.args[2] is index:
+        table = user.args[0]
+    elif name == "index" and user.args[1] and user.args[1][0] is index:  # type: ignore[index]
+        table = user.args[0]
+    else:
+        return None
+    if name != "embedding" and table.op != "get_attr":
+        return None
+    rows = table.meta["val"].shape[0]
+    return rows if isinstance(rows, int) else None
+
+
+def _as_mask(user: Node, value: Node, dtype: torch.dtype) -> bool:
+    name = operator_name(user)
+    if dtype in _INTEGERS:
+        if name in ("_to_copy", "to") and user.meta["val"].dtype == torch.bool:
+            return True
+        if name in _COMPARISONS and value is user.args[0] and user.args[1] in (0, 1):
+            return True
+        if name in _BOOLEAN and value.meta["val"].dtype == torch.bool:
+            return True
+    return _inverted_mask(user, value)
+
+
+def _inverted_mask(user: Node, value: Node) -> bool:
+    """(1 - mask) * large negative number, the additive attention mask."""
+    name = operator_name(user)
+    one_minus = (name == "rsub" and user.args[0] is value and user.args[1] == 1) or (
+        name == "sub" and user.args[0] == 1 and user.args[1] is value
+    )
+    if not one_minus:
+        return False
+    return any(
+        operator_name(later) == "mul" and _is_large_negative(other)
+        for later in user.users
+        for other in later.args
+        if other is not user
+    ) or any(operator_name(later) in ("_to_copy", "masked_fill") for later in user.users)
+
+
+def _is_large_negative(value: Any) -> bool:
+    if isinstance(value, Node) and value.target is operator.neg:
+        return False
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= -1e3

@@ -1,0 +1,238 @@
+"""An ExportedProgram as a Program."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from graphopt.capture.domains import infer_domains
+from graphopt.capture.dynamic import name_axes, read_request
+from graphopt.capture.expressions import size_range, size_text
+from graphopt.capture.limits import Limits
+from graphopt.capture.names import join, output_names, spec_paths
+from graphopt.capture.normal_form import Flat, fake_mode, flatten
+from graphopt.errors import CaptureError, FeedError, UnknownNameError
+from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the caller knows about a program beyond its graph; everything may be left out."""
+
+    inputs: Sequence[str] | None = None  # one name for each user input of the graph, constants included
+    outputs: Sequence[str] | None = None
+    symbols: Mapping[str, str] = field(default_factory=dict)  # ShapeEnv name -> user name
+    sizes: Mapping[str, SizeRange] = field(default_factory=dict)
+    domains: Mapping[str, Domain] = field(default_factory=dict)
+    examples: Sequence[torch.Tensor] | None = None  # one for each tensor input
+
+
+def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
+    """Decompose and flatten an ExportedProgram, which is left as it was."""
+    _refuse_unusable(exported, limits)
+    inputs = list(known.inputs) if known.inputs is not None else _input_names(exported)
+    outputs = list(known.outputs) if known.outputs is not None else _output_names(exported)
+    flat = flatten(_decompose(exported), inputs, outputs)
+    _refuse_nodes(flat.graph_module, limits)
+    symbols, sizes = _sizes(flat, known)
+    specs = [_spec(n, v, symbols) for n, v in zip((*flat.inputs, *flat.state), _placeholders(flat), strict=True)]
+    given = infer_domains(flat.graph_module)
+    count = len(flat.inputs)
+    ins = [
+        replace(spec, domain=known.domains.get(spec.name, domain))
+        for spec, domain in zip(specs[:count], given[:count], strict=True)
+    ]
+    (output,) = flat.graph_module.graph.find_nodes(op="output")
+    outs = [_spec(n, node.meta["val"], symbols) for n, node in zip(flat.outputs, output.args[0], strict=False)]
+    program = Program(
+        graph_module=flat.graph_module,
+        inputs=tuple(ins),
+        outputs=tuple(outs),
+        examples=(),
+        state=tuple(State(s, t) for s, t in zip(specs[count:], flat.state.values(), strict=True)),
+        sizes=sizes,
+        symbols=symbols,
+        name=name,
+    )
+    return replace(program, examples=_examples(program, exported, known))
+
+
+def _decompose(exported: ExportedProgram) -> ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return exported.run_decompositions({})
+        except Exception as error:
+            if "FunctionalTensor on its own" in str(error):
+                raise CaptureError(
+                    "a branch of torch.cond makes a constant tensor; register it as a buffer of the module instead"
+                ) from error
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CaptureError(f"the exported program cannot be decomposed: {first}") from error
+
+
+def _refuse_unusable(exported: ExportedProgram, limits: Limits) -> None:
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind == OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(
+                f"forward writes into its input {spec.target!r}; make it work on a copy ({spec.target}.clone())"
+            )
+    _refuse_nodes(exported.graph_module, limits)
+
+
+def _refuse_nodes(module: GraphModule, limits: Limits) -> None:
+    graphs = [child for child in module.modules() if isinstance(child, GraphModule)]
+    count = sum(len(graph.graph.nodes) for graph in graphs)
+    if count > limits.max_nodes:
+        raise CaptureError(f"the model has {count} nodes, over the limit of {limits.max_nodes}; raise Limits.max_nodes")
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            if draws_random(node):
+                raise CaptureError(
+                    f"the model draws random numbers ({node.target}{_where(node)}); export it in eval mode, or pass "
+                    "the random tensor as an input"
+                )
+
+
+def draws_random(node: Node) -> bool:
+    """Whether running the node twice gives different values."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    name = node.target._schema.name
+    if "scaled_dot_product" in name:
+        return float(_argument(node, "dropout_p", 0.0)) > 0
+    if name in ("aten::dropout", "aten::native_dropout", "aten::dropout_", "aten::alpha_dropout"):
+        return bool(_argument(node, "train", True)) and float(_argument(node, "p", 0.5)) > 0
+    if name in ("aten::rrelu", "aten::rrelu_with_noise"):
+        return bool(_argument(node, "training", False))
+    return "rnn" not in name and "lstm" not in name and "gru" not in name
+
+
+def _argument(node: Node, name: str, default: Any) -> Any:
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+    return default
+
+
+def _where(node: Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line]
+    return f" at {lines[-1]}" if lines else ""
+
+
+def _input_names(exported: ExportedProgram) -> list[str]:
+    specs = [s for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    (call,) = (entry for entry in exported.module_call_graph if entry.fqn == "")
+    if call.signature is None or call.signature.in_spec is None:
+        return [s.arg.name for s in specs]
+    arguments = call.signature.forward_arg_names
+    names = []
+    for path in spec_paths(call.signature.in_spec):
+        kind, *rest = path
+        if kind == "0" and arguments and int(rest[0]) < len(arguments):
+            rest[0] = arguments[int(rest[0])]
+        names.append(join(rest))
+    return names if len(names) == len(specs) else [s.arg.name for s in specs]
+
+
+def _output_names(exported: ExportedProgram) -> list[str]:
+    count = sum(s.kind == OutputKind.USER_OUTPUT for s in exported.graph_signature.output_specs)
+    paths = spec_paths(exported.call_spec.out_spec) if exported.call_spec.out_spec is not None else []
+    return output_names(paths if len(paths) == count else [(str(index),) for index in range(count)])
+
+
+def _placeholders(flat: Flat) -> list[Any]:
+    return [node.meta["val"] for node in flat.graph_module.graph.find_nodes(op="placeholder")]
+
+
+def _spec(name: str, value: Any, symbols: Mapping[str, str]) -> TensorSpec:
+    return TensorSpec(name, value.dtype, tuple(size_text(size, symbols) for size in value.shape))
+
+
+def _sizes(flat: Flat, known: Known) -> tuple[dict[str, str], dict[str, SizeRange]]:
+    """Names and bounds of the symbols in the inputs' sizes, in order of appearance."""
+    environment = fake_mode(flat.graph_module).shape_env
+    symbols: dict[str, str] = {}
+    sizes: dict[str, SizeRange] = {}
+    taken = set(known.symbols.values())
+    for value in _placeholders(flat):
+        for size in value.shape:
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            free = () if expression is None else sorted(expression.free_symbols, key=str)
+            for symbol in free:
+                if str(symbol) in symbols:
+                    continue
+                fresh = next(f"s{i}" for i in range(len(symbols) + len(taken) + 1) if f"s{i}" not in taken)
+                chosen = known.symbols.get(str(symbol), fresh)
+                taken.add(chosen)
+                symbols[str(symbol)] = chosen
+                sizes[chosen] = known.sizes.get(chosen) or size_range(environment, symbol)
+    return symbols, sizes
+
+
+def _examples(program: Program, exported: ExportedProgram, known: Known) -> tuple[torch.Tensor, ...]:
+    from graphopt.capture.inputs import draw_examples
+
+    found: Sequence[Any] | None = known.examples
+    if found is None and exported.example_inputs is not None:
+        found = [leaf for leaf in pytree.tree_leaves(exported.example_inputs) if isinstance(leaf, torch.Tensor)]
+    if found is None or len(found) != len(program.inputs):
+        return draw_examples(program)
+    examples = tuple(value.detach().clone() for value in found)
+    try:
+        program.bind(examples)
+    except FeedError as error:
+        if known.examples is None:
+            return draw_examples(program)
+        raise CaptureError(f"example_inputs do not fit the model: {error}") from error
+    return examples
+
+
+def with_request(
+    exported: ExportedProgram, known: Known, example_inputs: Any, dynamic_shapes: Mapping[str, Any] | None
+) -> Known:
+    """Add what the caller gave along with an exported program: examples, and names of its dynamic sizes."""
+    names = list(known.inputs) if known.inputs is not None else _input_names(exported)
+    values = user_values(exported, names)
+    if example_inputs is not None:
+        known = replace(known, examples=_match_examples(example_inputs, list(values)))
+    if dynamic_shapes:
+        environment = next((value.fake_mode.shape_env for value in values.values()), None)
+        symbols, sizes = name_axes(read_request(dynamic_shapes, values), values, environment)
+        known = replace(known, symbols={**known.symbols, **symbols}, sizes={**known.sizes, **sizes})
+    return known
+
+
+def user_values(exported: ExportedProgram, names: Sequence[str]) -> dict[str, Any]:
+    """The fake tensors of the tensor inputs by name."""
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    specs = [s for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    if len(specs) != len(names):
+        raise CaptureError(f"the exported program names {len(names)} inputs but its graph has {len(specs)}")
+    values = {name: nodes[spec.arg.name].meta.get("val") for name, spec in zip(names, specs, strict=True)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _match_examples(example_inputs: Any, names: list[str]) -> list[torch.Tensor]:
+    if isinstance(example_inputs, Mapping):
+        for key in example_inputs:
+            if key not in names:
+                raise UnknownNameError("input", str(key), names)
+        missing = [name for name in names if name not in example_inputs]
+        if missing:
+            raise CaptureError(f"example_inputs lack {missing[0]!r}")
+        leaves = [example_inputs[name] for name in names]
+    else:
+        leaves = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, (torch.Tensor, np.ndarray))]
+    if len(leaves) != len(names):
+        raise CaptureError(f"the model takes {len(names)} inputs ({', '.join(names)}), example_inputs hold {len(leaves)}")
+    return [torch.as_tensor(leaf).detach().clone() for leaf in leaves]

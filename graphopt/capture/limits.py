@@ -1,0 +1,15 @@
+"""Limits on what capture reads and builds, so that a hostile or damaged file ends in an error instead of a full disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most of what one captured model may hold; a model over a limit is a CaptureError that names it."""
+
+    max_bytes: int = 16 << 30  # a model file, counted uncompressed
+    max_graph_bytes: int = 512 << 20  # the graph description inside a model file
+    max_members: int = 100_000  # members of a model file
+    max_nodes: int = 200_000  # nodes of all graphs together
