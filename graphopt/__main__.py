@@ -1,0 +1,5 @@
+"""python -m graphopt"""
+
+from graphopt.tools.command_line import command
+
+command()

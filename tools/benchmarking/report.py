@@ -1,0 +1,124 @@
+"""What a comparison found, as JSON and as a table."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt.tools.benchmarking.turns import DRIFT, TURN, Measurement
+from graphopt.tools.table import format_shape, format_table
+
+Array = np.ndarray[Any, Any]
+AGREE = 1e-3  # largest error of an output, relative to its largest value, that still counts as the same result
+
+
+def build_report(
+    measurements: Sequence[Measurement],
+    feed: Mapping[str, Array],
+    expected: Sequence[Array] | None,
+    cores: Sequence[int],
+    rounds: int,
+) -> dict[str, Any]:
+    """In seconds; `ratio` is a median over that of the first side, whose outputs also stand in for `expected`."""
+    first = measurements[0]
+    reference = first.outputs if expected is None else expected
+    rows = [
+        {
+            "side": item.side,
+            "median": item.median,
+            "alone": item.median_alone,
+            "fastest": min(item.turns),
+            "calls": len(item.turns),
+            "ratio": item.median / first.median,
+            "valid": item.valid,
+            "error": largest_error(reference, item.outputs),
+            "load_seconds": item.load_seconds,
+            "peak_bytes": item.peak_bytes,
+            "about": item.about,
+        }
+        for item in measurements
+    ]
+    return {
+        "cpu": cpu_name(),
+        "cores": list(cores),
+        "inputs": {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in feed.items()},
+        "rounds": rounds,
+        "turn_seconds": TURN,
+        "reference": "PyTorch" if expected is not None else first.side,
+        "rows": rows,
+        "agree": all(row["error"] <= AGREE for row in rows),
+    }
+
+
+def largest_error(expected: Sequence[Array], outputs: Sequence[Array]) -> float:
+    """Over all outputs: max |a - b| / max |a|; infinite where shapes differ or a value is not a number."""
+    if len(expected) != len(outputs):
+        return float("inf")
+    return max((output_error(a, b) for a, b in zip(expected, outputs, strict=True)), default=0.0)
+
+
+def output_error(expected: Array, output: Array) -> float:
+    if expected.shape != output.shape:
+        return float("inf")
+    if not expected.size:
+        return 0.0
+    wide = expected.astype(np.float64)
+    gap = float(np.abs(output.astype(np.float64) - wide).max())
+    error = gap / (float(np.abs(wide).max()) or 1.0)
+    return error if np.isfinite(error) else float("inf")
+
+
+def format_rows(report: Mapping[str, Any]) -> str:
+    rows = [
+        {
+            "runtime": row["side"],
+            "median ms": f"{row['median'] * 1e3:.3f}",
+            "alone ms": f"{row['alone'] * 1e3:.3f}",
+            "fastest ms": f"{row['fastest'] * 1e3:.3f}",
+            "ratio": f"{row['ratio']:.2f}x",
+            "calls": row["calls"],
+            "error": f"{row['error']:.1e}",
+            "valid": row["valid"],
+        }
+        for row in report["rows"]
+    ]
+    text = format_table(rows)
+    if not all(row["valid"] for row in report["rows"]):
+        text += f"\nnot valid: in turns and alone differ by more than {DRIFT:.0%}; is something else running?"
+    if not report["agree"]:
+        text += f"\nthe outputs differ by more than {AGREE:g} of the largest value"
+    return text
+
+
+def format_notes(report: Mapping[str, Any]) -> str:
+    """Everything a reader needs to repeat the figures."""
+    inputs = ", ".join(
+        f"{name} {item['dtype']} {format_shape(item['shape'])}" for name, item in report["inputs"].items()
+    )
+    lines = [
+        f"{report['cpu']}, {len(report['cores'])} threads on CPUs {','.join(map(str, report['cores']))}, float32",
+        f"inputs: {inputs}; errors against {report['reference']}",
+        f"{report['rounds']} turns of {report['turn_seconds']:g} s each, the other side stopped",
+    ]
+    return "\n".join(lines + [f"{row['side']}: {format_about(row['about'])}" for row in report["rows"]])
+
+
+def format_about(about: Mapping[str, Any]) -> str:
+    items = []
+    for name, value in about.items():
+        if isinstance(value, Mapping):
+            items += [f"{key} {item}" for key, item in value.items()]
+        else:
+            items.append(f"{name} {','.join(value) if isinstance(value, list) else value}")
+    return ", ".join(items)
+
+
+def cpu_name() -> str:
+    text = Path("/proc/cpuinfo").read_text(errors="replace")
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()

@@ -1,0 +1,178 @@
+"""The `graphopt` command: finds the verb's script, runs it, and turns what goes wrong into one line and an exit code.
+
+0 done, 1 ran and failed, 2 the command line or an input is unusable, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, Protocol, cast
+
+from graphopt.errors import GraphoptError, UsageError
+from graphopt.optional import missing_extra
+
+VERBS = {
+    "inspect": "inspect_model",
+    "list-passes": "list_passes",
+    "list-targets": "list_targets",
+    "doctor": "doctor",
+    "optimize": "optimize",
+    "run-pass": "run_pass",
+    "compile": "compile",
+    "run": "run",
+    "compare": "compare",
+    "benchmark": "benchmark",
+    "profile": "profile_artifact",
+}
+UNUSABLE_INPUT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS)
+
+
+class Script(Protocol):
+    """What each file in tools/ that is a verb provides; heavy imports belong inside `run`."""
+
+    SUMMARY: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError with the nearest existing name instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.match(r"argument VERB: invalid choice: '([^']*)'", message):
+            message = f"unknown verb {found[1]!r}; {nearest(found[1], VERBS)}"
+        elif found := re.match(r"unrecognized arguments: (-\S+)", message):
+            option = found[1].split("=")[0]
+            message = f"unknown option {option!r}; {nearest(option, self._option_string_actions)}"
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def nearest(name: str, known: Sequence[str] | dict[str, object] | dict[str, str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(known))}"
+
+
+def load_script(verb: str) -> Script:
+    return cast(Script, importlib.import_module(f"graphopt.tools.{VERBS[verb]}"))
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser of one verb, or without one the parser that lists them all."""
+    if verb is not None:
+        script = load_script(verb)
+        description = (script.__doc__ or script.SUMMARY).split("\n\n")[0]
+        parser = Parser(prog=f"graphopt {verb}", description=description, allow_abbrev=False)
+        script.add_arguments(parser)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return parser
+    listing = "\n".join(f"  {name:14}{load_script(name).SUMMARY}" for name in VERBS)
+    parser = Parser(
+        prog="graphopt",
+        usage="graphopt VERB ...",
+        description="Make a trained network smaller and faster on one device, and ship it as one file.",
+        epilog=f"verbs:\n{listing}\n\n`graphopt VERB --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("verb", metavar="VERB", nargs="?", choices=list(VERBS), help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and never raises for something a user can cause."""
+    words = [kebab(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        return dispatch(words)
+    except SystemExit as e:  # argparse after --help
+        return e.code if isinstance(e.code, int) else 0
+    except KeyboardInterrupt:
+        print("graphopt: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing is left to flush to
+        return 1
+    except Exception as e:
+        if "--debug" in words:
+            traceback.print_exc()
+        print(f"graphopt: error: {one_line(e)}", file=sys.stderr)
+        return exit_code(e)
+
+
+def dispatch(words: Sequence[str]) -> int:
+    if not words or words[0].startswith("-") or words[0] not in VERBS:
+        parser = build_parser()
+        chosen, rest = parser.parse_known_args(words[:1])
+        if chosen.version:
+            from importlib.metadata import version
+
+            print(f"graphopt {version('graphopt')}")
+            return 0
+        if rest:
+            parser.error(f"unrecognized arguments: {rest[0]}")
+        parser.error(f"a verb is missing; there are: {', '.join(VERBS)}")
+    verb = words[0]
+    parsed = build_parser(verb).parse_args(words[1:])
+    return load_script(verb).run(parsed)
+
+
+def kebab(word: str) -> str:
+    """--batch_size=a_b -> --batch-size=a_b"""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError) and (missing := missing_extra("this command", error)):
+        return str(missing)
+    if isinstance(error, GraphoptError):
+        return text
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {text}; run again with --debug for the traceback"
+
+
+def exit_code(error: Exception) -> int:
+    if isinstance(error, GraphoptError):
+        return error.exit_code
+    if isinstance(error, ImportError) and missing_extra("this command", error):
+        return 2
+    return 2 if isinstance(error, OSError) and error.errno in UNUSABLE_INPUT else 1
+
+
+def command() -> NoReturn:
+    """Entry point of the process: a Ctrl-C that native code or a callback turned into another error is still one."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    code = main()
+    sys.exit(130 if pressed else code)
+
+
+def script(path: str) -> NoReturn:
+    """Run tools/<name>.py as its verb; its folder leaves sys.path, where its files would be modules of their own."""
+    file = Path(path).resolve()
+    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != file.parent]
+    (verb,) = (verb for verb, module in VERBS.items() if module == file.stem)
+    sys.argv[1:1] = [verb]
+    command()

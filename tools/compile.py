@@ -1,0 +1,74 @@
+"""Compile a model for a target into one artifact, after checking that it computes what the model computes."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from graphopt.tools.model_argument import ARTIFACT, add_model_argument, load_model
+from graphopt.tools.optimize import print_passes
+from graphopt.tools.output_file import check_folder, check_suffix
+from graphopt.tools.pass_options import add_pass_choice, chosen_passes
+from graphopt.tools.progress import progress
+from graphopt.tools.table import add_json_option, format_bytes, wants_text, write_json
+
+SUMMARY = "compile a model into one artifact to ship"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser)
+    help = f"a {ARTIFACT} file, or a folder when it ends in {ARTIFACT}/"
+    parser.add_argument("-o", "--output", metavar="MODEL.gopt", required=True, help=help)
+    parser.add_argument("--target", default="cpu", help="see `graphopt list-targets` (default cpu)")
+    parser.add_argument("--threads", type=int, help="threads to check with (default: one for each CPU)")
+    add_pass_choice(parser)
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_suffix(arguments.output, (ARTIFACT, ARTIFACT + "/"))
+    check_folder(arguments.output)
+    import graphopt
+
+    begin = time.monotonic()
+    with progress(f"capturing {arguments.model}"):
+        program = load_model(arguments)
+    with progress("optimizing"):
+        result = graphopt.optimize(program, chosen_passes(arguments), target=arguments.target)
+    with progress(f"compiling for {arguments.target}"):
+        artifact = graphopt.compile(result.program, arguments.target, threads=arguments.threads)
+        artifact.save(arguments.output)
+    report = {**result.report.to_json(), "artifact": summarize(artifact, arguments.output)}
+    report["seconds"] = round(time.monotonic() - begin, 2)
+    write_json(arguments, report)
+    if wants_text(arguments):
+        print_passes(report)
+        print_artifact(report["artifact"])
+        print(f"wrote {arguments.output} in {report['seconds']:.1f} s")
+    return 0
+
+
+def summarize(artifact: Any, path: str) -> dict[str, Any]:
+    kernels, slow = artifact.report["kernels"], artifact.report["slow"]
+    return {"path": path, "bytes": size_on_disk(path), "kernels": dict(kernels), "slow": list(slow)}
+
+
+def size_on_disk(path: str | Path) -> int:
+    path = Path(path)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def print_artifact(artifact: dict[str, Any]) -> None:
+    print(f"kernels  {len(artifact['kernels'])}, {len(artifact['slow'])} on a generic schedule (slow)")
+    for name in artifact["slow"]:
+        print(f"  slow: {name}")
+    print(f"size  {format_bytes(artifact['bytes'])}")
+
+
+if __name__ == "__main__":
+    from graphopt.tools.command_line import script
+
+    script(__file__)

@@ -1,0 +1,48 @@
+"""List the passes, their options and what they promise."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
+
+if TYPE_CHECKING:
+    from graphopt.registry import OptionInfo, PassInfo
+
+SUMMARY = "list the passes and their options"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from graphopt import list_passes
+
+    passes = list_passes()
+    write_json(arguments, [describe(item) for item in passes])
+    if wants_text(arguments):
+        print(format_table([row(item) for item in passes]))
+    return 0
+
+
+def describe(item: PassInfo) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(item)
+
+
+def row(item: PassInfo) -> dict[str, Any]:
+    options = " ".join(spell_option(option) for option in item.options)
+    return {"pass": item.name, "preserves": item.preserves, "options": options, "what it does": item.summary}
+
+
+def spell_option(option: OptionInfo) -> str:
+    return f"{option.name}:{option.type}" if option.required else f"{option.name}={option.default}"
+
+
+if __name__ == "__main__":
+    from graphopt.tools.command_line import script
+
+    script(__file__)

@@ -1,0 +1,139 @@
+"""A model in PyTorch or an artifact, seen alike: something with named inputs that computes named arrays."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphopt.errors import FeedError, UnknownNameError, UsageError
+from graphopt.tools.model_argument import capture_model, is_artifact
+from graphopt.tools.sample import read_sample
+
+if TYPE_CHECKING:
+    from graphopt.program import Program
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`draw` makes inputs for sizes by name (missing ones as in the example) and a seed; `run` computes the outputs."""
+
+    inputs: Mapping[str, Shape]
+    draw: Callable[[Mapping[str, int], int], Arrays]
+    run: Callable[[Mapping[str, Array]], Arrays]
+
+
+def open_subject(path: str, dynamic: list[str]) -> Subject:
+    return open_artifact(path) if is_artifact(path) else program_subject(capture_model(path, dynamic))
+
+
+def program_subject(program: Program) -> Subject:
+    import torch
+
+    from graphopt.capture.inputs import draw_inputs
+
+    names = [spec.name for spec in program.inputs]
+
+    def draw(sizes: Mapping[str, int], seed: int) -> Arrays:
+        check_sizes(sizes, program.sizes)
+        example = program.bind(program.examples)
+        drawn = draw_inputs(program, {**{name: example[name] for name in program.sizes}, **sizes}, seed)
+        return {name: value.numpy() for name, value in zip(names, drawn, strict=True)}
+
+    def run(feed: Mapping[str, Array]) -> Arrays:
+        if unknown := set(feed) - set(names):
+            raise UnknownNameError("input", min(unknown), names)
+        if missing := [name for name in names if name not in feed]:
+            raise FeedError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
+        inputs = tuple(torch.from_numpy(np.ascontiguousarray(feed[name])) for name in names)
+        program.bind(inputs)
+        outputs = program(*inputs)
+        return {spec.name: value.numpy() for spec, value in zip(program.outputs, outputs, strict=True)}
+
+    return Subject({spec.name: spec.shape for spec in program.inputs}, draw, run)
+
+
+def open_artifact(path: str) -> Subject:
+    from graphopt.runtime.session import InferenceSession
+
+    session = InferenceSession(path)
+    shapes: dict[str, Shape] = {item.name: tuple(item.shape) for item in session.get_inputs()}
+    outputs = [item.name for item in session.get_outputs()]
+
+    def draw(sizes: Mapping[str, int], seed: int) -> Arrays:
+        example = read_sample(path)[0]
+        known = {name: size for key, shape in shapes.items() for name, size in symbols(shape, example[key].shape)}
+        check_sizes(sizes, known)
+        known |= sizes
+        return {name: fit(example[name], [resolve(size, known) for size in shape]) for name, shape in shapes.items()}
+
+    def run(feed: Mapping[str, Array]) -> Arrays:
+        return dict(zip(outputs, session.run(None, feed), strict=True))
+
+    return Subject(shapes, draw, run)
+
+
+def symbols(shape: Shape, sizes: tuple[int, ...]) -> list[tuple[str, int]]:
+    return [(name, size) for name, size in zip(shape, sizes, strict=True) if isinstance(name, str)]
+
+
+def resolve(size: int | str, sizes: Mapping[str, int]) -> int:
+    return size if isinstance(size, int) else sizes[size]
+
+
+def check_sizes(sizes: Mapping[str, int], known: Mapping[str, Any]) -> None:
+    for name in sizes:
+        if name not in known:
+            raise UnknownNameError("size", name, known)
+
+
+def fit(sample: Array, shape: list[int]) -> Array:
+    """The sample's values, repeated or cut to `shape`: they stay in the range the model expects."""
+    for axis, size in enumerate(shape):
+        sample = np.take(sample, np.arange(size) % sample.shape[axis], axis=axis)
+    return np.ascontiguousarray(sample)
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    size = "value of a symbolic size, such as seq=128 (default: as in the example)"
+    parser.add_argument("--size", metavar="NAME=N", nargs="+", action="extend", default=[], help=size)
+    shape = "shape of an input, such as input_ids:1x128; the same as --size for each of its axes"
+    parser.add_argument("--shape", metavar="NAME:NxN...", nargs="+", action="extend", default=[], help=shape)
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn inputs (default 0)")
+
+
+def chosen_sizes(arguments: argparse.Namespace, inputs: Mapping[str, Shape]) -> dict[str, int]:
+    """What --size and --shape say; raises UsageError when they contradict each other or the model."""
+    chosen: dict[str, int] = {}
+    for option in arguments.size:
+        name, _, value = option.partition("=")
+        if not value.isdecimal():
+            raise UsageError(f"--size {option!r} is not NAME=N; write for example --size seq=128")
+        add_size(chosen, name, int(value))
+    for option in arguments.shape:
+        name, _, text = option.rpartition(":")
+        sizes = text.split("x") if text else []
+        if not name or not all(size.isdecimal() for size in sizes):
+            raise UsageError(f"--shape {option!r} is not NAME:NxN...; write for example --shape input_ids:1x128")
+        if name not in inputs:
+            raise UnknownNameError("input", name, inputs)
+        if len(sizes) != len(inputs[name]):
+            raise UsageError(f"--shape {option!r} has {len(sizes)} axes, {name} has {len(inputs[name])}")
+        for axis, (wanted, size) in enumerate(zip(inputs[name], map(int, sizes), strict=True)):
+            if isinstance(wanted, int) and wanted != size:
+                raise UsageError(f"axis {axis} of {name} is fixed at {wanted}, not {size}; capture it with --dynamic")
+            if isinstance(wanted, str):
+                add_size(chosen, wanted, size)
+    return chosen
+
+
+def add_size(chosen: dict[str, int], name: str, size: int) -> None:
+    if chosen.setdefault(name, size) != size:
+        raise UsageError(f"size {name} is given as {chosen[name]} and as {size}")
