@@ -179,14 +179,16 @@ def name_axes(
             raise CaptureError(_fixed(axis, int(size), environment))
         if axis.size.isidentifier():
             _name_symbol(request, axis, size.node.expr, symbols, expressions, environment)
+    if environment is None:
+        return {}, {}
+    symbols = {str(environment.replace(expression)): name for name, expression in expressions.items()}
     for axis in request.axes:
         text = size_text(values[axis.input].shape[axis.axis], symbols)
         if not axis.size.isidentifier() and not _same(text, axis.size, list(symbols.values())):
             raise CaptureError(f"{axis} is {text} in the model, not {axis.size}; write the size that it has")
-    if environment is None:
-        return {}, {}
     sizes = {}
     for name, expression in expressions.items():
+        expression = environment.replace(expression)
         sizes[name] = _bounds(request, name, size_range(environment, expression), expression, environment)
     _check_guards(symbols, environment)
     return symbols, sizes
@@ -212,11 +214,18 @@ def _name_symbol(
             f"sizes {other!r} ({request.of(other)}) and {axis.size!r} ({axis}) must be equal in this model"
             f"{_where_of([expression], environment)}; give them one name"
         )
-    if expressions.setdefault(axis.size, expression) != expression:
-        raise CaptureError(
-            f"{request.of(axis.size)} and {axis} are both called {axis.size!r}, but the graph treats them as two "
-            "sizes; give them different names"
-        )
+    first = expressions.setdefault(axis.size, expression)
+    if first != expression:
+        _make_equal(first, expression, environment)
+
+
+def _make_equal(first: sympy.Expr, second: sympy.Expr, environment: ShapeEnv) -> None:
+    """Let two symbols that the model relates nowhere be one, as torch.export does for two axes of one Dim."""
+    frozen, environment.frozen = environment.frozen, False
+    try:
+        environment.evaluate_expr(sympy.Eq(first, second))
+    finally:
+        environment.frozen = frozen
 
 
 def _same(text: int | str, wanted: str, names: Sequence[str]) -> bool:
