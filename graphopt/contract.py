@@ -1,0 +1,103 @@
+"""What a pass is: options in, a program in, a new program and the account of every rewrite out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from graphopt.program import Program
+
+Preserves = Literal["exact", "quantized", "approximate"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One place that changed: `id` is "rule@anchor", `before` and `after` are names of nodes."""
+
+    id: str
+    rule: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Declined:
+    """One place that a rule matched and left alone; `reason` is a clause with the value that decided it."""
+
+    rule: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one run on the target, over `rounds` runs."""
+
+    seconds: float
+    rounds: int
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+def _allow_all(identity: str) -> bool:
+    return True
+
+
+def _no_device(program: Program) -> Timing | None:
+    return None
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What surrounds a run of a pass.
+
+    `allow` is asked with the id of each rewrite before it is made; a pass is deterministic, so running it again with
+    some ids refused takes exactly those rewrites back. `measure` returns None where no device is at hand.
+    """
+
+    target: str = "cpu"
+    data: Any = None
+    metric: Any = None
+    seed: int = 0
+    progress: Callable[[str, int, int], None] = _silent
+    allow: Callable[[str], bool] = _allow_all
+    measure: Callable[[Program], Timing | None] = _no_device
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The new program, where it differs from the old one, where it could have differed, and remarks."""
+
+    program: Program
+    rewrites: tuple[Rewrite, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewriting of programs. A subclass is a frozen dataclass whose fields are its options.
+
+    `name` is kebab-case and equals the file's stem with dashes. `preserves` is what the caller may rely on: `exact`
+    (rounding only), `quantized` (the rounding the pass is there to introduce), `approximate` (needs data and metric).
+    """
+
+    name: ClassVar[str]
+    preserves: ClassVar[Preserves] = "exact"
+
+    def requires(self, program: Program) -> str | None:
+        """Why the pass cannot take `program`, or None."""
+        return None
+
+    def ensures(self, program: Program) -> str | None:
+        """What is wrong with the pass's own result, or None."""
+        return None
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Rewrite `program` into a new one; the argument and its tensors stay as they are."""

@@ -1,0 +1,24 @@
+"""Optimization levels. Every one is exact: none changes a result by more than rounding."""
+
+from __future__ import annotations
+
+from graphopt.contract import Pass
+from graphopt.errors import UnknownNameError
+from graphopt.spec_string import parse_spec
+
+CLEANUP = ("dead-code", "constant-folding", "no-op-removal", "common-subexpressions")
+FUSIONS = ("batch-norm-folding", "merge-linears")
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "O0": (),
+    "O1": CLEANUP,
+    "O2": (*CLEANUP, *FUSIONS),
+    "O3": (*CLEANUP, *FUSIONS),  # exact rewrites that must prove faster are added here, behind O2
+}
+
+
+def level_passes(name: str) -> tuple[Pass, ...]:
+    """The passes of a level, in order."""
+    if name not in LEVELS:
+        raise UnknownNameError("level", name, LEVELS)
+    return parse_spec(",".join(LEVELS[name])) if LEVELS[name] else ()

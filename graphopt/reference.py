@@ -1,0 +1,113 @@
+"""The float64 run that exact passes are judged against, and the error of a result against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree
+
+from graphopt.program import Program
+
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def run_float64(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Outputs, then new state, with every floating-point value and constant in float64.
+
+    An operator without a float64 kernel runs in the program's own types; its result is widened again.
+    """
+    values = [widen(value) for value in (*inputs, *(item.initial for item in program.state))]
+    with torch.no_grad():
+        return tuple(_Float64(program.graph_module, garbage_collect_values=True).run(*values))
+
+
+def widen(value: Any) -> Any:
+    """Floating-point tensors as float64, complex ones as complex128; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype in NARROW:
+            return value.double()
+        if value.dtype == torch.complex64:
+            return value.to(torch.complex128)
+    return value
+
+
+class _Float64(Interpreter):
+    """Runs one graph; `fetch_attr` and `run_node` are where values come into being."""
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return _Branch(value) if isinstance(value, GraphModule) else widen(value)
+
+    def run_node(self, n: Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if any(isinstance(argument, _Branch) for argument in args):
+            return self._run_control_flow(n, args, kwargs)
+        wide_args, wide_kwargs = _pytree.tree_map(_wide_type, (args, kwargs))
+        try:
+            return _pytree.tree_map(widen, n.target(*wide_args, **wide_kwargs))  # type: ignore[operator]
+        except (RuntimeError, NotImplementedError, TypeError):
+            narrow = [_narrow(value, source) for value, source in zip(args, n.args, strict=True)]
+            named = {name: _narrow(value, n.kwargs[name]) for name, value in kwargs.items()}
+            return _pytree.tree_map(widen, n.target(*narrow, **named))  # type: ignore[operator]
+
+    def _run_control_flow(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if node.target is not torch.ops.higher_order.cond or kwargs:
+            raise NotImplementedError(f"control flow {node.target}")
+        predicate, when_true, when_false, operands = args
+        branch = when_true if bool(predicate) else when_false
+        return tuple(_Float64(branch.module, garbage_collect_values=True).run(*operands))
+
+
+class _Branch:
+    """Keeps the interpreter from taking a sub-graph for a value."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self.module = module
+
+
+def _wide_type(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in NARROW else torch.complex128 if value == torch.complex64 else value
+    return value
+
+
+def _narrow(value: Any, source: Any) -> Any:
+    """`value` in the types that the program itself has at `source`."""
+    if isinstance(source, Node):
+        own = _pytree.tree_leaves(source.meta.get("val"))
+        leaves, structure = _pytree.tree_flatten(value)
+        if len(own) != len(leaves):
+            return value
+        pairs = zip(leaves, own, strict=True)
+        return _pytree.tree_unflatten(
+            [leaf.to(fake.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf, fake in pairs], structure
+        )
+    if isinstance(source, (list, tuple)):
+        return [_narrow(item, origin) for item, origin in zip(value, source, strict=True)]
+    return value
+
+
+def largest_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """max |result - reference|; equal infinities and NaN in both places count as no error, other NaN as infinite."""
+    if result.numel() == 0:
+        return 0.0
+    left, right = widen(result), widen(reference)
+    if left.dtype == torch.bool or not (left.is_floating_point() or left.is_complex()):
+        left, right = left.double(), right.double()
+    same = (left == right) | (left.isnan() & right.isnan())
+    difference = torch.where(same, torch.zeros_like(left), left - right).abs()
+    return float(torch.where(difference.isnan(), torch.full_like(difference, torch.inf), difference).max())
+
+
+def magnitude(reference: torch.Tensor) -> float:
+    """max |finite value| of a reference; 0 for none."""
+    wide = widen(reference)
+    if not (wide.is_floating_point() or wide.is_complex()):
+        wide = wide.double()
+    finite = wide[wide.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0

@@ -1,0 +1,190 @@
+"""Checks after every pass: the table of what a well-formed program is, and what it computes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree
+
+from graphopt.errors import VerificationError
+from graphopt.program import Program, get_attribute, placeholder_name
+from graphopt.reference import largest_error, magnitude, run_float64
+
+FACTOR, RELATIVE = 4.0, 1e-6  # an exact pass may bring FACTOR times the error there was, plus RELATIVE
+
+Graphs = tuple[tuple[str, GraphModule], ...]
+
+
+def find_defect(before: Program, after: Program) -> str | None:
+    """The first sentence of the table that `after` breaks, or None."""
+    return next((defect for check in STRUCTURE for defect in check(before, after)), None)
+
+
+def same_interface(before: Program, after: Program) -> Iterator[str]:
+    """Inputs, outputs, state and sizes are what callers hold on to: no pass changes them."""
+    for part in ("inputs", "outputs", "sizes", "symbols"):
+        if getattr(before, part) != getattr(after, part):
+            yield f"its {part} are {getattr(after, part)} instead of {getattr(before, part)}"
+    if [item.spec for item in before.state] != [item.spec for item in after.state]:
+        yield "its state has changed"
+
+
+def placeholders_are_inputs(before: Program, after: Program) -> Iterator[str]:
+    """Placeholders have the names of the inputs, then of the state, in order."""
+    specs = [*after.inputs, *(item.spec for item in after.state)]
+    wanted = [placeholder_name(spec.name) for spec in specs]
+    found = [str(node.target) for node in after.graph_module.graph.nodes if node.op == "placeholder"]
+    if wanted != found:
+        yield f"its placeholders are {found} instead of {wanted}"
+
+
+def output_is_flat(before: Program, after: Program) -> Iterator[str]:
+    """The output node holds one flat tuple of nodes, as long as outputs and state together."""
+    (output,) = (node for node in after.graph_module.graph.nodes if node.op == "output")
+    values = output.args[0]
+    count = len(after.outputs) + len(after.state)
+    if not isinstance(values, (tuple, list)) or not all(isinstance(value, Node) for value in values):
+        yield f"its output is no flat tuple of nodes but {values}"
+    elif len(values) != count:
+        yield f"it returns {len(values)} values instead of {count}"
+    else:
+        for spec, value in zip(after.outputs, values, strict=False):
+            assert isinstance(value, Node)
+            dtype, rank = value.meta["val"].dtype, value.meta["val"].dim()
+            if (dtype, rank) != (spec.dtype, len(spec.shape)):
+                yield f"output {spec.name} is {dtype} with {rank} axes instead of {spec.dtype} with {len(spec.shape)}"
+
+
+def graphs_are_valid(before: Program, after: Program) -> Iterator[str]:
+    """fx's own rules: names are unique, values come before their uses."""
+    for path, module in after.graphs():
+        try:
+            module.graph.lint()
+        except (RuntimeError, ValueError) as error:
+            yield f"graph {path or 'main'} is invalid: {str(error).splitlines()[0]}"
+
+
+def nodes_have_values(before: Program, after: Program) -> Iterator[str]:
+    """Every value has its fake in `meta["val"]`, and a weight's fake has the weight's type and shape."""
+    for module, node in _nodes(after):
+        if node.op == "output":
+            continue
+        value = _attribute(module, node) if node.op == "get_attr" else None
+        if isinstance(value, GraphModule):
+            continue
+        fake = node.meta.get("val")
+        if fake is None:
+            yield f"node {node.name} has no value in its meta"
+        elif isinstance(value, torch.Tensor) and (fake.dtype, fake.shape) != (value.dtype, value.shape):
+            yield f"node {node.name} reads {value.dtype}{list(value.shape)} but is {fake.dtype}{list(fake.shape)} in meta"
+
+
+def attributes_exist(before: Program, after: Program) -> Iterator[str]:
+    """Every `get_attr` reads a tensor or a sub-graph of its module."""
+    for module, node in _nodes(after):
+        if node.op == "get_attr" and not isinstance(_attribute(module, node), (torch.Tensor, GraphModule)):
+            yield f"node {node.name} reads {node.target}, which is no tensor and no sub-graph"
+
+
+def calls_are_functional(before: Program, after: Program) -> Iterator[str]:
+    """Calls are ATen overloads that write to no input, control flow, or Python operators on sizes."""
+    for _, node in _nodes(after):
+        if node.op in ("call_method", "call_module"):
+            yield f"node {node.name} is a {node.op} of {node.target}; write the ATen overload"
+        elif node.op == "call_function":
+            yield from _defects_of_call(node)
+
+
+def _defects_of_call(node: Node) -> Iterator[str]:
+    if isinstance(node.target, OpOverload):
+        if node.target._schema.is_mutable:
+            yield f"node {node.name} ({node.target}) writes to its input; write the functional overload"
+    elif isinstance(node.target, HigherOrderOperator) or node.target is operator.getitem:
+        return
+    elif any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(node.meta.get("val"))):
+        yield f"node {node.name} calls {node.target} on tensors; write the ATen overload"
+
+
+STRUCTURE: tuple[Callable[[Program, Program], Iterator[str]], ...] = (
+    same_interface,
+    placeholders_are_inputs,
+    graphs_are_valid,
+    attributes_exist,
+    nodes_have_values,
+    calls_are_functional,
+    output_is_flat,
+)
+
+
+def _nodes(program: Program) -> Iterator[tuple[GraphModule, Node]]:
+    for _, module in program.graphs():
+        for node in module.graph.nodes:
+            yield module, node
+
+
+def _attribute(module: GraphModule, node: Node) -> object:
+    try:
+        return get_attribute(module, str(node.target))
+    except AttributeError:
+        return None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs to compare on, and what a float64 run of the reference program gives for them."""
+
+    label: str
+    inputs: tuple[torch.Tensor, ...]
+    reference: tuple[torch.Tensor, ...]
+
+
+def make_samples(program: Program, seed: int) -> tuple[Sample, ...]:
+    """The example inputs, and inputs drawn from the domains at each set of sizes worth checking."""
+    from graphopt.capture.inputs import check_sizes, draw_inputs
+
+    found = [("the example inputs", program.examples)] if program.examples else []
+    for sizes in check_sizes(program) if program.examples else ():
+        named = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        found.append((f"drawn inputs{' with ' + named if named else ''}", draw_inputs(program, sizes, seed)))
+    return tuple(Sample(label, inputs, run_float64(program, inputs)) for label, inputs in found)
+
+
+def results_of(program: Program, samples: tuple[Sample, ...]) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """Outputs, then new state, for every sample."""
+    runs = (program.step(sample.inputs) for sample in samples)
+    return tuple((*outputs, *state) for outputs, state in runs)
+
+
+def check_exact(
+    before: tuple[tuple[torch.Tensor, ...], ...],
+    after: tuple[tuple[torch.Tensor, ...], ...],
+    samples: tuple[Sample, ...],
+    names: tuple[str, ...],
+) -> float:
+    """The largest relative error of `after` against float64; raises VerificationError where it is no longer exact."""
+    worst = 0.0
+    for sample, old, new in zip(samples, before, after, strict=True):
+        for name, left, right, reference in zip(names, old, new, sample.reference, strict=True):
+            if (left.dtype, left.shape) != (right.dtype, right.shape):
+                raise VerificationError(
+                    f"{name} is {right.dtype}{list(right.shape)} instead of {left.dtype}{list(left.shape)} on {sample.label}"
+                )
+            scale = magnitude(reference) or 1.0
+            error_before, error_after = largest_error(left, reference), largest_error(right, reference)
+            worst = max(worst, error_after / scale)
+            allowed = FACTOR * error_before + RELATIVE * scale
+            if not error_after <= allowed and not _equal(left, right):
+                raise VerificationError(
+                    f"{name} is off by {error_after:.3g} on {sample.label}, where at most {allowed:.3g} is exact "
+                    f"({error_before:.3g} before the pass)"
+                )
+    return worst
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left, right) or bool(((left == right) | (left.isnan() & right.isnan())).all())

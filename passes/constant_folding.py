@@ -1,0 +1,142 @@
+"""Compute once, now, what is computed from weights alone; write known sizes as numbers.
+
+Before: w2 = mul(w, 2.0); y = linear(x, w2)        After: y = linear(x, constant_folding_0)
+
+Only the last value of a constant chain is stored. Memory may grow by at most `max_bytes` over the whole program
+(a result counts less the weights that nothing else reads); what would grow it further stays and says so. Random
+operators, control flow and anything with a symbolic size stay. A factory alone, such as zeros([2, 3]), stays too:
+storing it saves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from graphopt.contract import Pass, PassContext, PassResult
+from graphopt.edit import Edit, GraphEditor, is_control_flow
+from graphopt.program import Program
+from graphopt.propagate import shape_key, size_key
+
+
+@dataclass(frozen=True)
+class ConstantFolding(Pass):
+    """Compute once, now, what is computed from weights alone; write known sizes as numbers."""
+
+    name = "constant-folding"
+    max_bytes: int = 1 << 24
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edit = Edit(program, context, self.name)
+        left = self.max_bytes
+        for editor in edit.graphs():
+            fold_sizes(editor, f"{self.name}/size")
+            left = self._fold(editor, left)
+        return edit.finish()
+
+    def _fold(self, editor: GraphEditor, left: int) -> int:
+        constants = find_constants(editor, self.max_bytes)
+        values: dict[Node, Any] = {}
+        for node in editor.nodes():
+            if node not in constants or not _is_worth_storing(node, constants):
+                continue
+            grows = _bytes(node) - _bytes_freed(node, constants)
+            if grows > left:
+                editor.decline(self.name, node, f"memory would grow by {grows} bytes; {left} of max-bytes are left")
+                continue
+            result = _value(node, editor, values).clone(memory_format=torch.contiguous_format)
+            if editor.replace(self.name, [node], lambda builder, result=result: [builder.constant(result)]):  # type: ignore[misc]
+                left -= max(grows, 0)
+        return left
+
+
+def find_constants(editor: GraphEditor, max_bytes: int) -> set[Node]:
+    """Nodes that depend on weights and literals only, with no step larger than `max_bytes` or what it reads."""
+    found: set[Node] = set()
+    for node in editor.graph.nodes:
+        if node.op == "get_attr":
+            if editor.constant_value(node) is not None:
+                found.add(node)
+        elif _is_foldable(node) and all(argument in found for argument in node.all_input_nodes):
+            reads = sum(map(_bytes, node.all_input_nodes))
+            if _bytes(node) <= max(max_bytes, reads):
+                found.add(node)
+    return found
+
+
+def fold_sizes(editor: GraphEditor, rule: str) -> None:
+    """Write size nodes whose value is a known integer as that integer."""
+    for node in editor.nodes():
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            continue
+        number = size_key(value)
+        if isinstance(number, int) and not any(is_control_flow(user) or user.op == "output" for user in node.users):
+            editor.replace(rule, [node], lambda builder, number=number: [number])  # type: ignore[misc]
+
+
+def _is_foldable(node: Node) -> bool:
+    if node.op != "call_function" or node.is_impure() or is_control_flow(node):
+        return False
+    if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        return False
+    if isinstance(node.target, OpOverload) and torch.Tag.data_dependent_output in node.target.tags:
+        return False
+    value = node.meta.get("val")
+    leaves = value if isinstance(value, (tuple, list)) else (value,)
+    return all(isinstance(leaf, torch.Tensor) and _is_static(leaf) for leaf in leaves)
+
+
+def _is_static(tensor: torch.Tensor) -> bool:
+    return all(isinstance(size, int) for size in shape_key(tensor))
+
+
+def _is_worth_storing(node: Node, constants: set[Node]) -> bool:
+    """The end of a constant chain that reads a weight or does more than one step."""
+    if node.op == "get_attr" or not isinstance(node.meta["val"], torch.Tensor) or not node.all_input_nodes:
+        return False
+    return any(user not in constants for user in node.users)
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    leaves = value if isinstance(value, (tuple, list)) else (value,)
+    return sum(math.prod(map(int, leaf.shape)) * leaf.element_size() for leaf in leaves if _is_static(leaf))
+
+
+def _bytes_freed(node: Node, constants: set[Node]) -> int:
+    """Bytes of weights that only the chain ending in `node` reads."""
+    freed, pending, seen = 0, [node], {node}
+    while pending:
+        for argument in pending.pop().all_input_nodes:
+            if argument in seen or any(user not in seen for user in argument.users):
+                continue
+            seen.add(argument)
+            pending.append(argument)
+            freed += _bytes(argument) if argument.op == "get_attr" else 0
+    return freed
+
+
+def _value(node: Node, editor: GraphEditor, values: dict[Node, Any]) -> Any:
+    """The real value of a constant node; each is computed once."""
+    pending = [node]
+    with torch.no_grad():
+        while pending:
+            current = pending[-1]
+            missing = [argument for argument in current.all_input_nodes if argument not in values]
+            if missing:
+                pending.extend(missing)
+                continue
+            pending.pop()
+            if current.op == "get_attr":
+                values[current] = editor.constant_value(current)
+            elif current not in values:
+                args, kwargs = map_arg((current.args, current.kwargs), values.__getitem__)
+                values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]

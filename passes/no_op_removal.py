@@ -1,0 +1,148 @@
+"""Remove operators whose result equals their input bit for bit.
+
+Before: y = clone(x); z = view(y, same shape)        After: x in the place of both
+
+Copies and aliases, casts to the same type, reshapes and expands to the same shape, slices of the full range, identity
+permutations and pairs that undo each other, dropout in evaluation, x * 1, x / 1, x - 0, and x + 0 on integers.
+Declines x + 0.0 on floats (it turns -0.0 into 0.0) and copies without which an output would share memory with an
+input, a weight or another output. Symbolic sizes count as equal when their expressions are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from graphopt.aliasing import why_output_needs_copy
+from graphopt.contract import Pass, PassContext, PassResult
+from graphopt.edit import Edit, GraphEditor
+from graphopt.matcher import argument, arguments
+from graphopt.program import Program
+from graphopt.propagate import shape_key
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class NoOpRemoval(Pass):
+    """Remove operators whose result equals their input bit for bit."""
+
+    name = "no-op-removal"
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edit = Edit(program, context, self.name)
+        for editor in edit.graphs():
+            for node in editor.nodes():
+                if node.target in CASES:
+                    self._try(editor, node)
+        return edit.finish()
+
+    def _try(self, editor: GraphEditor, node: Node) -> None:
+        found = CASES[node.target](node)
+        if isinstance(found, str):
+            editor.decline(self.name, node, found)
+            return
+        if found is None or not _same_type(node, found):
+            return
+        reason = why_output_needs_copy(node, found) if node.target in COPIES else None
+        if reason is not None:
+            editor.decline(self.name, node, reason)
+        else:
+            editor.replace(self.name, [node], lambda builder: [found])
+
+
+def _same_type(node: Node, source: Node) -> bool:
+    own, other = node.meta["val"], source.meta["val"]
+    return own.dtype == other.dtype and own.device == other.device and shape_key(own) == shape_key(other)
+
+
+def _source(node: Node) -> Node | None:
+    """The first argument; the caller checks that type, device and shape are the same, which is all it takes."""
+    return node.args[0] if node.args and isinstance(node.args[0], Node) else None
+
+
+def _dropout(node: Node) -> Node | None:
+    return None if argument(node, "train") and argument(node, "p") != 0 else _source(node)
+
+
+def _permute(node: Node) -> Node | None:
+    source = _source(node)
+    if source is None:
+        return None
+    order = _order(node)
+    if order == list(range(len(order))):
+        return source
+    inner = source.args[0] if source.target in PERMUTATIONS else None
+    if isinstance(inner, Node) and [_order(source)[axis] for axis in order] == list(range(len(order))):
+        return inner
+    return None
+
+
+def _order(node: Node) -> list[int]:
+    """Axis `i` of the result is axis `order[i]` of the input."""
+    rank = node.meta["val"].dim()
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        return [int(axis) % rank for axis in argument(node, "dims")]
+    if node.target is aten.t.default:
+        return order[::-1]
+    if rank:
+        first, second = int(argument(node, "dim0")) % rank, int(argument(node, "dim1")) % rank
+        order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _times_one(node: Node) -> Node | None:
+    return _source(node) if _is_number(arguments(node)[1], 1) else None
+
+
+def _minus_zero(node: Node) -> Node | str | None:
+    return _sum_with_zero(node, math.copysign(1.0, -1.0))
+
+
+def _plus_zero(node: Node) -> Node | str | None:
+    return _sum_with_zero(node, math.copysign(1.0, 1.0))
+
+
+def _sum_with_zero(node: Node, sign: float) -> Node | str | None:
+    """x + z for a zero z is x unless both are floats and x may be -0.0 while z is +0.0."""
+    source, zero = _source(node), arguments(node)[1]
+    if source is None or not _is_number(zero, 0):
+        return None
+    factor = argument(node, "alpha")
+    if not _is_number(factor, 1):
+        return None
+    value = node.meta["val"]
+    if value.dtype.is_floating_point and sign * math.copysign(1.0, zero) > 0:
+        return f"adding {zero} to {value.dtype} turns -0.0 into 0.0"
+    return None if value.dtype.is_complex else source
+
+
+def _is_number(value: Any, wanted: int) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == wanted
+
+
+PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int, aten.t.default})
+COPIES = frozenset(
+    {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.repeat.default}
+    | {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
+    | {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
+)
+CASES: dict[Any, Callable[[Node], Node | str | None]] = {
+    **dict.fromkeys((aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default), _source),
+    **dict.fromkeys((aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device), _source),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), _source),
+    **dict.fromkeys((aten.expand.default, aten.repeat.default, aten.slice.Tensor), _source),
+    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints), _source),
+    **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _dropout),
+    **dict.fromkeys(PERMUTATIONS, _permute),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _times_one),
+    aten.pow.Tensor_Scalar: _times_one,
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _plus_zero),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _minus_zero),
+}
