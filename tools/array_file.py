@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -28,4 +28,12 @@ def read_arrays(path: str) -> dict[str, Array]:
 def write_arrays(path: str, arrays: Mapping[str, Array]) -> None:
     """Appears whole or not at all."""
     with replace_file(path) as stream:
-        np.savez(stream, **dict(arrays))
+        save_arrays(stream, arrays)
+
+
+def save_arrays(stream: IO[bytes], arrays: Mapping[str, Array]) -> None:
+    """What numpy.savez does, which cannot take arrays named "file" or "allow_pickle"."""
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

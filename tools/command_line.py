@@ -9,12 +9,13 @@ import argparse
 import difflib
 import errno
 import importlib
+import itertools
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol, cast
@@ -60,9 +61,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def nearest(name: str, known: Sequence[str] | dict[str, object] | dict[str, str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(known))}"
+def nearest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
 
 
 def load_script(verb: str) -> Script:
@@ -125,8 +127,16 @@ def dispatch(words: Sequence[str]) -> int:
             parser.error(f"unrecognized arguments: {rest[0]}")
         parser.error(f"a verb is missing; there are: {', '.join(VERBS)}")
     verb = words[0]
-    parsed = build_parser(verb).parse_args(words[1:])
-    return load_script(verb).run(parsed)
+    parser = build_parser(verb)
+    refuse_unknown_options(parser, words[1:])
+    return load_script(verb).run(parser.parse_args(words[1:]))
+
+
+def refuse_unknown_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Before argparse speaks of arguments that are missing only because an option is misspelt."""
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
+            parser.error(f"unrecognized arguments: {word}")
 
 
 def kebab(word: str) -> str:

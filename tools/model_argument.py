@@ -60,11 +60,14 @@ def call_function(model: str) -> tuple[Any, Any]:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as e:
-        raise UsageError(f"cannot import {module_name} for {model!r}: {e}") from e
+    except Exception as e:
+        raise UsageError(f"cannot import {module_name} for {model!r}: {type(e).__name__}: {e}") from e
     if not callable(function := getattr(module, name, None)):
         raise UsageError(f"{module_name} has no function {name!r}; name one that returns (module, example_inputs)")
-    result = function()
+    try:
+        result = function()
+    except Exception as e:
+        raise CaptureError(f"{model} failed: {type(e).__name__}: {e}; run it alone to see where") from e
     if not isinstance(result, tuple) or len(result) != 2:
         raise CaptureError(f"{model} returned {type(result).__name__}; it must return (module, example_inputs)")
     return result

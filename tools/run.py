@@ -8,7 +8,6 @@ from graphopt.errors import UsageError
 from graphopt.tools.array_file import read_arrays, write_arrays
 from graphopt.tools.compare import compare_outputs
 from graphopt.tools.output_file import check_folder, check_suffix
-from graphopt.tools.sample import read_sample
 from graphopt.tools.table import add_json_option, format_shape, format_table, wants_text, write_json
 
 SUMMARY = "run an artifact on inputs from a file, or check it"
@@ -39,7 +38,7 @@ def check(arguments: argparse.Namespace) -> int:
     from graphopt.runtime.session import InferenceSession
 
     session = InferenceSession(arguments.artifact, threads=arguments.threads)
-    feed, expected = read_sample(arguments.artifact, arguments.entry)
+    feed, expected = session.samples(arguments.entry)
     outputs = session.run(list(expected), feed, entry=arguments.entry)
     rows = compare_outputs(expected, dict(zip(expected, outputs, strict=True)), ATOL, RTOL)
     good = all(row["within"] for row in rows)

@@ -11,7 +11,6 @@ import numpy as np
 
 from graphopt.errors import FeedError, UnknownNameError, UsageError
 from graphopt.tools.model_argument import capture_model, is_artifact
-from graphopt.tools.sample import read_sample
 
 if TYPE_CHECKING:
     from graphopt.program import Program
@@ -68,7 +67,7 @@ def open_artifact(path: str) -> Subject:
     outputs = [item.name for item in session.get_outputs()]
 
     def draw(sizes: Mapping[str, int], seed: int) -> Arrays:
-        example = read_sample(path)[0]
+        example = session.samples()[0]
         known = {name: size for key, shape in shapes.items() for name, size in symbols(shape, example[key].shape)}
         check_sizes(sizes, known)
         known |= sizes

@@ -27,7 +27,7 @@ def build_report(
     """In seconds; `ratio` is a median over that of the first side, whose outputs also stand in for `expected`."""
     first = measurements[0]
     reference = first.outputs if expected is None else expected
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "side": item.side,
             "median": item.median,

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import GraphoptError
+from graphopt.tools.array_file import save_arrays
 
 TURN = 0.2  # seconds, the least a turn takes
-ALONE = 1.0  # seconds without a pause, once before and once after the turns
+ALONE = 0.5  # seconds without a pause; PARTS + 1 such blocks a side, spread over the whole time
+PARTS = 3
 DRIFT = 0.05  # a side whose median in turns is further than this from its median alone was disturbed
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
@@ -139,7 +141,8 @@ def take_turns(
     """Measure all entrants on the same feed and cores; raises GraphoptError when one cannot run."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         inputs = Path(folder) / "inputs.npz"
-        np.savez(inputs, **dict(feed))
+        with open(inputs, "wb") as stream:
+            save_arrays(stream, feed)
         sides: list[Side] = []
         results: list[Measurement] = []
         for number, entrant in enumerate(entrants):
@@ -147,14 +150,20 @@ def take_turns(
             results.append(side.opened())
             results[-1].alone += side.measure(alone)
             sides.append(side)
-        for number in order_of_turns(len(sides), rounds):
-            results[number].turns += sides[number].measure(turn)
-        for side, result in zip(sides, results, strict=True):
-            result.alone += side.measure(alone)
+        for number, together in schedule(len(sides), rounds):
+            if together:
+                results[number].turns += sides[number].measure(turn)
+            else:
+                results[number].alone += sides[number].measure(alone)
     return results
 
 
-def order_of_turns(sides: int, rounds: int) -> Iterator[int]:
-    """Every other round runs backwards, so that no side always follows the same one."""
+def schedule(sides: int, rounds: int) -> Iterator[tuple[int, bool]]:
+    """(side, whether it is a turn): rounds of turns, every other one backwards so that no side always follows the same
+    one, and after every third of the rounds a block alone, so that a machine that slows down slows both alike."""
+    ends = {rounds * part // PARTS for part in range(1, PARTS + 1)}
     for index in range(rounds):
-        yield from range(sides) if index % 2 == 0 else reversed(range(sides))
+        order = range(sides) if index % 2 == 0 else reversed(range(sides))
+        yield from ((number, True) for number in order)
+        if index + 1 in ends:
+            yield from ((number, False) for number in range(sides))
