@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,10 @@ import sympy
 import torch
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard
+from torch.utils._sympy.numbers import int_oo
 
 from graphopt.capture import source_line
-from graphopt.capture.expressions import size_range, size_text
+from graphopt.capture.expressions import expression_text, size_range
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
 from graphopt.program import SizeRange, evaluate_size
 
@@ -90,7 +92,7 @@ def _read_size(name: str, axis: int, size: Any) -> tuple[str, int | None, int | 
             ) from error
         return size, None, None
     if type(size) is Dim:
-        most = None if int(size.max) >= 2**62 else int(size.max)
+        most = None if size.max in (int_oo, sympy.oo) else int(size.max)
         return size.__name__, int(size.min) or None, most
     raise CaptureError(
         f'dynamic_shapes: axis {axis} of {name!r} must be a name such as "batch" or a torch.export.Dim with a name '
@@ -171,52 +173,52 @@ def name_axes(
 
     `values` are the fake inputs by name. Raises CaptureError where a size is fixed, tied to another, or limited.
     """
-    symbols: dict[str, str] = {}
-    expressions: dict[str, sympy.Expr] = {}
+    free: dict[str, sympy.Expr] = {}
+    bound: dict[Axis, sympy.Expr] = {}
     for axis in request.axes:
         size = values[axis.input].shape[axis.axis]
-        if isinstance(size, int) or environment is None:
+        if environment is None or isinstance(size, int) or size.node.expr.is_Integer:
             raise CaptureError(_fixed(axis, int(size), environment))
-        if axis.size.isidentifier():
-            _name_symbol(request, axis, size.node.expr, symbols, expressions, environment)
+        if axis.size.isidentifier() and size.node.expr.is_Symbol:
+            _name_symbol(request, axis, size.node.expr, free, environment)
+        else:
+            bound[axis] = size.node.expr
     if environment is None:
         return {}, {}
-    symbols = {str(environment.replace(expression)): name for name, expression in expressions.items()}
-    for axis in request.axes:
-        text = size_text(values[axis.input].shape[axis.axis], symbols)
-        if not axis.size.isidentifier() and not _same(text, axis.size, list(symbols.values())):
-            raise CaptureError(f"{axis} is {text} in the model, not {axis.size}; write the size that it has")
-    sizes = {}
-    for name, expression in expressions.items():
-        expression = environment.replace(expression)
-        sizes[name] = _bounds(request, name, size_range(environment, expression), expression, environment)
+    free = {name: environment.replace(expression) for name, expression in free.items()}
+    symbols = {str(expression): name for name, expression in free.items()}
+    for axis, expression in bound.items():
+        _check_bound(axis, expression, symbols, environment)
+    sizes = {name: _bounds(request, name, expression, environment) for name, expression in free.items()}
     _check_guards(symbols, environment)
     return symbols, sizes
 
 
 def _name_symbol(
-    request: Request,
-    axis: Axis,
-    expression: sympy.Expr,
-    symbols: dict[str, str],
-    expressions: dict[str, sympy.Expr],
-    environment: ShapeEnv,
+    request: Request, axis: Axis, expression: sympy.Expr, free: dict[str, sympy.Expr], environment: ShapeEnv
 ) -> None:
-    if not expression.is_Symbol:
-        where = _where_of(expression.free_symbols, environment)
-        raise CaptureError(
-            f"{axis} ({axis.size}) was asked to be free, but the model makes it {expression}{where}; give it as an "
-            "expression over the other sizes, or change the model"
-        )
-    other = symbols.setdefault(str(expression), axis.size)
-    if other != axis.size:
-        raise CaptureError(
-            f"sizes {other!r} ({request.of(other)}) and {axis.size!r} ({axis}) must be equal in this model"
-            f"{_where_of([expression], environment)}; give them one name"
-        )
-    first = expressions.setdefault(axis.size, expression)
+    for other, taken in free.items():
+        if other != axis.size and taken == expression:
+            raise CaptureError(
+                f"sizes {other!r} ({request.of(other)}) and {axis.size!r} ({axis}) must be equal in this model"
+                f"{_where_of([expression], environment)}; give them one name"
+            )
+    first = free.setdefault(axis.size, expression)
     if first != expression:
         _make_equal(first, expression, environment)
+
+
+def _check_bound(axis: Axis, expression: sympy.Expr, symbols: Mapping[str, str], environment: ShapeEnv) -> None:
+    """A size that follows from others: right where the caller wrote that expression, wrong where a name."""
+    text = expression_text(expression, symbols)
+    if axis.size.isidentifier():
+        where = _where_of(expression.free_symbols, environment)
+        raise CaptureError(
+            f"{axis} was asked to be a size of its own ({axis.size!r}), but in this model it must be {text}{where}; "
+            f"write {str(text)!r} for it"
+        )
+    if not _same(text, axis.size, list(symbols.values())):
+        raise CaptureError(f"{axis} is {text} in this model, not {axis.size}; write {str(text)!r} for it")
 
 
 def _make_equal(first: sympy.Expr, second: sympy.Expr, environment: ShapeEnv) -> None:
@@ -261,17 +263,15 @@ def _comes_from(symbol: sympy.Symbol, name: str, environment: ShapeEnv) -> bool:
     return any(f"['{name}']" in source.name for source in environment.var_to_sources.get(symbol, ()))
 
 
-def _bounds(
-    request: Request, name: str, found: SizeRange, symbol: sympy.Symbol, environment: ShapeEnv
-) -> SizeRange:
+def _bounds(request: Request, name: str, symbol: sympy.Expr, environment: ShapeEnv) -> SizeRange:
+    found = size_range(environment, symbol)
     low, high = request.low.get(name), request.high.get(name)
-    if low is not None and found.low > max(low, 1):
-        where = _where_of([symbol], environment)
+    where = _where_of([symbol], environment)
+    if low is not None and found.low > low:
         raise CaptureError(f"size {name!r} may be {low} by its Dim, but the model needs at least {found.low}{where}")
     if high is not None and found.high is not None and found.high < high:
-        where = _where_of([symbol], environment)
         raise CaptureError(
-            f"size {name!r} may be {high} by its Dim, but the model takes at most {found.high}{where}; lower max="
+            f"size {name!r} may be {high} by its Dim, but the model takes at most {found.high}{where}; lower its max"
         )
     return SizeRange(max(found.low, low or 1), found.high)
 
@@ -302,9 +302,19 @@ def _limits(guard: ShapeGuard, environment: ShapeEnv) -> bool:
     Inequalities that torch itself asks about (whether a view is contiguous, say) choose between ways of computing the
     same values, so only those that the model's own code asks about count.
     """
-    if environment._maybe_evaluate_static(guard.expr) is not None:
+    expression = environment.replace(guard.expr)
+    if not isinstance(expression, sympy.Eq) and guard.sloc.framework_loc != source_line.DIRECT:
         return False
-    expression = environment.simplify(guard.expr)
-    if expression in (sympy.true, True):
-        return False
-    return isinstance(expression, sympy.Eq) or guard.sloc.framework_loc == source_line.DIRECT
+    symbols = sorted(expression.free_symbols, key=str)
+    choices = [_samples(expression, environment.var_to_range[symbol]) for symbol in symbols]
+    return any(
+        expression.xreplace(dict(zip(symbols, values, strict=True))) == sympy.false
+        for values in itertools.islice(itertools.product(*choices), 4096)
+    )
+
+
+def _samples(expression: sympy.Expr, bounds: Any) -> list[sympy.Integer]:
+    """Sizes within bounds that are likely to make a condition false: small ones, and those near its constants."""
+    near = {int(number) + step for number in expression.atoms(sympy.Integer) for step in (-1, 0, 1)}
+    tried = sorted({*range(2, 14), 97, *near})
+    return [sympy.Integer(size) for size in tried if bounds.lower <= size <= bounds.upper]

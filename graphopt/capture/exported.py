@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,8 @@ from graphopt.capture.expressions import size_range, size_text
 from graphopt.capture.limits import Limits
 from graphopt.capture.names import join, output_names, spec_paths
 from graphopt.capture.normal_form import Flat, fake_mode, flatten
+from graphopt.capture.quiet import quiet
+from graphopt.capture.source_line import is_user_file, location
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
 from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
 
@@ -38,10 +40,12 @@ class Known:
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
     """Decompose and flatten an ExportedProgram, which is left as it was."""
-    _refuse_unusable(exported, limits)
+    _refuse_nodes(exported.graph_module, limits)
     inputs = list(known.inputs) if known.inputs is not None else _input_names(exported)
     outputs = list(known.outputs) if known.outputs is not None else _output_names(exported)
-    flat = flatten(_decompose(exported), inputs, outputs)
+    decomposed = _decompose(exported)
+    _refuse_input_mutation(decomposed, inputs)
+    flat = flatten(decomposed, inputs, outputs)
     _refuse_nodes(flat.graph_module, limits)
     symbols, sizes = _sizes(flat, known)
     specs = [_spec(n, v, symbols) for n, v in zip((*flat.inputs, *flat.state), _placeholders(flat), strict=True)]
@@ -67,8 +71,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             return exported.run_decompositions({})
         except Exception as error:
@@ -80,13 +83,12 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
             raise CaptureError(f"the exported program cannot be decomposed: {first}") from error
 
 
-def _refuse_unusable(exported: ExportedProgram, limits: Limits) -> None:
+def _refuse_input_mutation(exported: ExportedProgram, names: Sequence[str]) -> None:
+    nodes = [s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     for spec in exported.graph_signature.output_specs:
         if spec.kind == OutputKind.USER_INPUT_MUTATION:
-            raise CaptureError(
-                f"forward writes into its input {spec.target!r}; make it work on a copy ({spec.target}.clone())"
-            )
-    _refuse_nodes(exported.graph_module, limits)
+            name = names[nodes.index(str(spec.target))]
+            raise CaptureError(f"forward writes into its input {name!r}; let it work on a copy ({name}.clone())")
 
 
 def _refuse_nodes(module: GraphModule, limits: Limits) -> None:
@@ -96,6 +98,11 @@ def _refuse_nodes(module: GraphModule, limits: Limits) -> None:
         raise CaptureError(f"the model has {count} nodes, over the limit of {limits.max_nodes}; raise Limits.max_nodes")
     for graph in graphs:
         for node in graph.graph.nodes:
+            if node.meta.get("unbacked_bindings"):
+                raise CaptureError(
+                    f"a size or number depends on the values of a tensor ({node.target}{_where(node)}), which graphopt "
+                    "cannot express; keep it a tensor of known size, for example padded with a mask"
+                )
             if draws_random(node):
                 raise CaptureError(
                     f"the model draws random numbers ({node.target}{_where(node)}); export it in eval mode, or pass "
@@ -125,7 +132,8 @@ def _argument(node: Node, name: str, default: Any) -> Any:
 
 
 def _where(node: Node) -> str:
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line]
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    lines = [location(file, int(line)) for file, line in found if is_user_file(file)]
     return f" at {lines[-1]}" if lines else ""
 
 

@@ -50,7 +50,11 @@ def size_text(size: int | torch.SymInt, symbols: Mapping[str, str]) -> int | str
     """A size as an integer or as an expression over user names; `symbols` maps ShapeEnv names to them."""
     if isinstance(size, int):
         return size
-    expression = size.node.expr
+    return expression_text(size.node.expr, symbols)
+
+
+def expression_text(expression: sympy.Expr, symbols: Mapping[str, str]) -> int | str:
+    """Like `size_text`, for a sympy expression."""
     if expression.is_Integer:
         return int(expression)
     unknown = sorted(str(symbol) for symbol in expression.free_symbols if str(symbol) not in symbols)

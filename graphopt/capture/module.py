@@ -18,6 +18,7 @@ from graphopt.capture import source_line
 from graphopt.capture.dynamic import Request, distinct_sizes, example_sizes, name_axes, read_request, resize
 from graphopt.capture.exported import Known, from_exported, user_values
 from graphopt.capture.limits import Limits
+from graphopt.capture.quiet import quiet
 from graphopt.capture.names import argument_names, join, leaf_paths
 from graphopt.errors import CaptureError, UnknownNameError
 from graphopt.program import Program, SizeRange, evaluate_size
@@ -135,24 +136,32 @@ def _export(
             return attempt(sizes)
         except CaptureError as error:
             errors.append(error)
-    if not asked:
-        return attempt({})
-    raise _explain(errors[0], lambda: attempt({n: max(s, 2) for n, s in asked.items()}), asked, request)
+    common = {name: max(2, *asked.values()) for name in asked}
+    raise _explain(errors[0], attempt, [sizes for sizes in (asked, common) if min(sizes.values(), default=0) >= 2])
 
 
-def _explain(error: CaptureError, equal: Callable[[], Any], asked: Mapping[str, int], request: Request) -> CaptureError:
-    """The better message when sizes of equal examples turn out to be tied together by the model."""
-    if len(set(asked.values())) == len(asked):
+def _explain(
+    error: CaptureError, attempt: Callable[[Mapping[str, int]], Any], others: list[Mapping[str, int]]
+) -> CaptureError:
+    """The better message where distinct sizes fail because the model ties them: what it makes of tied sizes."""
+    if "cannot be exported" not in str(error):
         return error
-    try:
-        equal()
-    except CaptureError as other:
-        if "must be equal in this model" not in str(other):
-            return error
-        where = str(error).rpartition(" at ")[2] if " at " in str(error) else ""
-        text = str(other).replace("; give", f" at {where}; give") if where and " at " not in str(other) else str(other)
-        return CaptureError(text)
+    for sizes in others:
+        try:
+            attempt(sizes)
+        except CaptureError as other:
+            if "cannot be exported" not in str(other):
+                return _located(other, error)
     return error
+
+
+def _located(error: CaptureError, failure: CaptureError) -> CaptureError:
+    """`error` with the source line of `failure` where it has none of its own."""
+    where = str(failure).rpartition(" at ")[2]
+    if " at /" in str(error) or ": `" not in where:
+        return error
+    text, separator, advice = str(error).partition("; ")
+    return CaptureError(f"{text} at {where}{separator}{advice}")
 
 
 def _asks(request: Request, name: str, axis: int) -> bool:
@@ -183,7 +192,7 @@ def _shapes(names: list[str], leaves: list[Any], spec: pytree.TreeSpec, request:
 def _run_export(module: torch.nn.Module, arguments: Arguments, shapes: Any) -> ExportedProgram:
     args, kwargs = arguments
     try:
-        with source_line.guards_located(__file__):
+        with quiet(), source_line.guards_located(__file__):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
