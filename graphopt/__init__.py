@@ -96,7 +96,9 @@ _LOCATIONS = {name: module for module, names in _MODULES.items() for name in nam
 _LOCATIONS |= {name: "graphopt.errors" for name in __all__ if name.endswith("Error")}
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, verify: Literal["full", "code"] = "full") -> InferenceSession:
+def load(
+    path: str | os.PathLike[str], threads: int | None = None, verify: Literal["full", "code"] = "full"
+) -> InferenceSession:
     """Open an artifact: the same as `InferenceSession(path, threads, verify)`."""
     from graphopt.runtime.session import InferenceSession
 

@@ -69,7 +69,11 @@ class Builder(GraphAppendingTracer):
 
     def proxy_of(self, value: Any) -> Any:
         """`value` with its nodes as proxies, so that a rewrite may call ATen overloads on them."""
-        return map_arg(value, lambda node: Proxy(node, self))
+        if isinstance(value, Node):
+            return Proxy(value, self)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.proxy_of(item) for item in value)
+        return value
 
     def constant(self, tensor: torch.Tensor) -> Node:
         """A read of `tensor`, which becomes an attribute of the graph's module unless it already is one."""

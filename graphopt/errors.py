@@ -61,9 +61,21 @@ class PostconditionError(PassError):
     """A pass returned an ill-formed program."""
 
 
+class PropagationError(PassError):
+    """A node cannot be evaluated on the shapes and types of its arguments; rewriting takes it as a refusal."""
+
+
 class VerificationError(GraphoptError):
     """A program or artifact does not compute what the program it came from computes."""
 
 
 class CompileError(GraphoptError):
     """A program cannot be lowered for the target."""
+
+
+class WriteError(GraphoptError):
+    """A file cannot be written: no space, no permission, no such folder; what was there before is untouched."""
+
+
+class RunError(GraphoptError):
+    """Compiled code failed while it ran."""

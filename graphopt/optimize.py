@@ -97,7 +97,9 @@ def _check_arguments(program: Program, passes: tuple[Pass, ...], verify: str, da
         if value is not None and not learning:
             raise UsageError(f"{name} has no effect: none of these passes is approximate; leave it out")
     if verify == "numeric" and passes and not program.examples:
-        raise UsageError(f"{program.name} has no example inputs to check on; capture it with some or use verify='structure'")
+        raise UsageError(
+            f"{program.name} has no example inputs to check on; capture it with some or use verify='structure'"
+        )
 
 
 class _Run:
@@ -176,4 +178,3 @@ class _Run:
             raise VerificationError(f"pass {place}: the result does not run: {error}") from error
         self.results = results
         return error
-

@@ -36,9 +36,9 @@ def fake_constant(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
 
 def size_key(size: Any) -> Any:
     """A size as an integer or a symbolic expression: comparing two keys adds no guard."""
-    if isinstance(size, torch.SymInt):
+    if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         expression = size.node.expr
-        return int(expression) if expression.is_number else expression
+        return int(expression) if getattr(expression, "is_integer", False) and expression.is_number else expression
     return size
 
 
@@ -71,7 +71,9 @@ def evaluate(node: Node, mode: FakeTensorMode, changed: Mapping[Node, Any] | Non
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:  # fake kernels raise anything: the caller turns this one into a refusal
         first = str(error).strip().splitlines()
-        raise PropagationError(f"{node.name} ({node.target}) cannot take it: {first[0] if first else error!r}") from error
+        raise PropagationError(
+            f"{node.name} ({node.target}) cannot take it: {first[0] if first else error!r}"
+        ) from error
 
 
 def changes_downstream(mode: FakeTensorMode, replaced: Mapping[Node, Any]) -> dict[Node, Any]:

@@ -18,7 +18,7 @@ from graphopt.errors import UnknownNameError, UsageError
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """An option of a pass as one writes it: kebab-case name, type, default (None and `required` where there is none)."""
+    """An option of a pass as one writes it: a kebab-case name, a type, a default unless it is `required`."""
 
     name: str
     type: str
@@ -53,7 +53,9 @@ def find_pass(name: str) -> type[Pass]:
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise UsageError(f"pass {name!r} is registered as {locations[name]}, which is no subclass of graphopt.Pass")
     if found.name != name:
-        raise UsageError(f"pass {name!r} is registered as {locations[name]}, whose name is {found.name!r}; use that name")
+        raise UsageError(
+            f"pass {name!r} is registered as {locations[name]}, whose name is {found.name!r}; use that name"
+        )
     return found
 
 

@@ -74,7 +74,7 @@ class RewritePass(Pass):
             return False
 
         def build(builder: Builder) -> tuple[Any, ...]:
-            result = rule.rewrite(**builder.proxy_of(dict(match.bindings)))
+            result = rule.rewrite(**{name: builder.proxy_of(value) for name, value in match.bindings.items()})
             results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
             if len(results) != len(match.outputs):
                 raise PassError(f"{name} rewrites {len(match.outputs)} values but returned {len(results)}")

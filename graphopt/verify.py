@@ -81,7 +81,8 @@ def nodes_have_values(before: Program, after: Program) -> Iterator[str]:
         if fake is None:
             yield f"node {node.name} has no value in its meta"
         elif isinstance(value, torch.Tensor) and (fake.dtype, fake.shape) != (value.dtype, value.shape):
-            yield f"node {node.name} reads {value.dtype}{list(value.shape)} but is {fake.dtype}{list(fake.shape)} in meta"
+            found, noted = f"{value.dtype}{list(value.shape)}", f"{fake.dtype}{list(fake.shape)}"
+            yield f"node {node.name} reads {found} but is {noted} in meta"
 
 
 def attributes_exist(before: Program, after: Program) -> Iterator[str]:
@@ -171,9 +172,8 @@ def check_exact(
     for sample, old, new in zip(samples, before, after, strict=True):
         for name, left, right, reference in zip(names, old, new, sample.reference, strict=True):
             if (left.dtype, left.shape) != (right.dtype, right.shape):
-                raise VerificationError(
-                    f"{name} is {right.dtype}{list(right.shape)} instead of {left.dtype}{list(left.shape)} on {sample.label}"
-                )
+                found, wanted = f"{right.dtype}{list(right.shape)}", f"{left.dtype}{list(left.shape)}"
+                raise VerificationError(f"{name} is {found} instead of {wanted} on {sample.label}")
             scale = magnitude(reference) or 1.0
             error_before, error_after = largest_error(left, reference), largest_error(right, reference)
             worst = max(worst, error_after / scale)

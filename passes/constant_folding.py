@@ -24,6 +24,9 @@ from graphopt.edit import Edit, GraphEditor, is_control_flow
 from graphopt.program import Program
 from graphopt.propagate import shape_key, size_key
 
+FOLDED = ("aten", "prims")  # quantized weights are stored small on purpose: what widens them is kept
+KEPT_TAGS = frozenset({torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output})
+
 
 @dataclass(frozen=True)
 class ConstantFolding(Pass):
@@ -84,9 +87,9 @@ def fold_sizes(editor: GraphEditor, rule: str) -> None:
 def _is_foldable(node: Node) -> bool:
     if node.op != "call_function" or node.is_impure() or is_control_flow(node):
         return False
-    if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-        return False
-    if isinstance(node.target, OpOverload) and torch.Tag.data_dependent_output in node.target.tags:
+    if isinstance(node.target, OpOverload) and (
+        node.target.namespace not in FOLDED or KEPT_TAGS.intersection(node.target.tags)
+    ):
         return False
     value = node.meta.get("val")
     leaves = value if isinstance(value, (tuple, list)) else (value,)
@@ -101,7 +104,16 @@ def _is_worth_storing(node: Node, constants: set[Node]) -> bool:
     """The end of a constant chain that reads a weight or does more than one step."""
     if node.op == "get_attr" or not isinstance(node.meta["val"], torch.Tensor) or not node.all_input_nodes:
         return False
-    return any(user not in constants for user in node.users)
+    return not _only_grows(node) and any(_is_read(user, constants) for user in node.users)
+
+
+def _is_read(user: Node, constants: set[Node]) -> bool:
+    """Whether `user` stays: an expand at the end of a chain does, and its source is stored instead."""
+    return user not in constants or (_only_grows(user) and any(reader not in constants for reader in user.users))
+
+
+def _only_grows(node: Node) -> bool:
+    return node.target is torch.ops.aten.expand.default and _bytes(node) > sum(map(_bytes, node.all_input_nodes))
 
 
 def _bytes(node: Node) -> int:

@@ -79,7 +79,9 @@ class MergeLinears(Pass):
             if weight is None or (bias is not None and editor.constant_value(bias) is None):
                 editor.decline(self.name, node, f"the {'weight' if weight is None else 'bias'} is no constant")
             elif weight.dim() != 2 or not weight.dtype.is_floating_point:
-                editor.decline(self.name, node, f"the weight is {weight.dtype} with {weight.dim()} axes, not float with 2")
+                editor.decline(
+                    self.name, node, f"the weight is {weight.dtype} with {weight.dim()} axes, not float with 2"
+                )
             elif wanted is not None and (weight.dtype, weight.shape[1]) != wanted:
                 found, first = f"{weight.dtype} with K={weight.shape[1]}", f"{wanted[0]} with K={wanted[1]}"
                 editor.decline(self.name, node, f"the weight is {found}, the first one is {first}")
