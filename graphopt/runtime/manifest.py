@@ -8,14 +8,16 @@ over the names in `Entry.sizes`. A variant's function `entry` takes the inputs, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from graphopt.errors import ArtifactError
 
 FORMAT = "1.0"
 MANIFEST, WEIGHTS, CHECK, REPORT = "manifest.json", "weights.safetensors", "check.safetensors", "report.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,35 +77,119 @@ class Manifest:
 
 
 def parse(text: str | bytes) -> Manifest:
-    """Read and validate; raises ArtifactError naming what is missing or of another format."""
+    """Read and validate every field; raises ArtifactError naming what is damaged or of another format."""
     try:
         data = json.loads(text)
-        version = str(data["format"])
-        if version.split(".")[0] != FORMAT.split(".")[0]:
-            raise ArtifactError(f"the artifact has format {version}, this graphopt reads {FORMAT}; install a graphopt that reads it or compile again")
-        return Manifest(
-            name=data["name"],
-            entries={name: _entry(value) for name, value in data["entries"].items()},
-            variants=tuple(_variant(value) for value in data["variants"]),
-            tools=data["tools"],
-            passes=tuple(data["passes"]),
-            files=data["files"],
-            tensors=data["tensors"],
+        version = _format(data)
+        manifest = Manifest(
+            name=_string(data["name"]),
+            entries=_mapping(data["entries"], _entry),
+            variants=_list(data["variants"], _variant),
+            tools=_mapping(data["tools"], _string),
+            passes=_list(data["passes"], lambda item: _mapping(item, _anything)),
+            files=_mapping(data["files"], _file),
+            tensors=_mapping(data["tensors"], _hash),
             format=version,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ArtifactError(f"{MANIFEST} is damaged ({type(e).__name__}: {e}); get the artifact again or compile it again") from e
+        _check_whole(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        reason = f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e) or type(e).__name__
+        raise ArtifactError(f"{MANIFEST} is damaged ({reason}); get the artifact again or compile it again") from e
+    return manifest
+
+
+def _format(data: Any) -> str:
+    version = _string(data["format"])
+    if version.split(".")[0] != FORMAT.split(".")[0]:
+        raise ArtifactError(
+            f"the artifact has format {version[:20]} and this graphopt reads {FORMAT}; "
+            "install a graphopt that reads it or compile again"
+        )
+    return version
+
+
+def _check_whole(manifest: Manifest) -> None:
+    if not manifest.entries or not manifest.variants:
+        raise ValueError("no entry or no variant")
+    if WEIGHTS not in manifest.files:
+        raise ValueError(f"files lacks {WEIGHTS}")
+    for name in (f"state.{item.name}" for entry in manifest.entries.values() for item in entry.state):
+        if name not in manifest.tensors:
+            raise ValueError(f"tensors lacks {name}")
+    for variant in manifest.variants:
+        if variant.library not in manifest.files:
+            raise ValueError(f"files lacks {variant.library}")
+        if set(variant.weights) != set(manifest.entries):
+            raise ValueError(f"variant {variant.target} has other entries than the manifest")
+        unknown = {name for names in variant.weights.values() for name in names} - set(manifest.tensors)
+        if unknown:
+            raise ValueError(f"tensors lacks {min(unknown)}")
+
+
+def _anything(value: Any) -> Any:
+    return value
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} should be a string")
+    return value
+
+
+def _mapping(value: Any, convert: Callable[[Any], T]) -> dict[str, T]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:40]!r} should be an object")
+    return {name: convert(item) for name, item in value.items()}
+
+
+def _list(value: Any, convert: Callable[[Any], T]) -> tuple[T, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:40]!r} should be a list")
+    return tuple(convert(item) for item in value)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{str(value)[:40]!r} should be a whole number")
+    return value
+
+
+def _hash(value: Any) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", _string(value)):
+        raise ValueError(f"{value[:80]!r} should be a sha256")
+    return str(value)
+
+
+def _file(data: Any) -> Mapping[str, Any]:
+    return {"sha256": _hash(data["sha256"]), "bytes": _count(data["bytes"])}
+
+
+def _size(value: Any) -> int | str:
+    return value if isinstance(value, str) else _count(value)
 
 
 def _tensors(items: Any) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(item["name"], item["dtype"], tuple(item["shape"])) for item in items)
+    found = _list(
+        items, lambda item: TensorInfo(_string(item["name"]), _string(item["dtype"]), _list(item["shape"], _size))
+    )
+    if len({item.name for item in found}) != len(found):
+        raise ValueError("two tensors of one entry have the same name")
+    return found
+
+
+def _bounds(data: Any) -> Bounds:
+    bounds = Bounds(_count(data["low"]), None if data["high"] is None else _count(data["high"]))
+    if bounds.high is not None and bounds.high < bounds.low:
+        raise ValueError(f"a size cannot be from {bounds.low} to {bounds.high}")
+    return bounds
 
 
 def _entry(data: Any) -> Entry:
-    sizes = {name: Bounds(**bounds) for name, bounds in data["sizes"].items()}
+    sizes = _mapping(data["sizes"], _bounds)
     return Entry(_tensors(data["inputs"]), _tensors(data["outputs"]), _tensors(data["state"]), sizes)
 
 
 def _variant(data: Any) -> Variant:
-    weights = {entry: tuple(names) for entry, names in data["weights"].items()}
-    return Variant(data["target"], tuple(data["features"]), data["library"], weights, data["kernels"])
+    weights = _mapping(data["weights"], lambda names: _list(names, _string))
+    features, kernels = _list(data["features"], _string), _mapping(data["kernels"], _string)
+    return Variant(_string(data["target"]), features, _string(data["library"]), weights, kernels)

@@ -1,0 +1,1 @@
+"""Writing artifacts: aligned safetensors files inside an uncompressed, page-aligned, reproducible archive."""

@@ -1,0 +1,156 @@
+"""From a path to something that can run: every check happens before native code is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from graphopt.errors import ArtifactError, UsageError
+from graphopt.runtime.archive import Archive, open_archive
+from graphopt.runtime.features import missing
+from graphopt.runtime.library import open_library
+from graphopt.runtime.manifest import CHECK, MANIFEST, REPORT, WEIGHTS, Entry, Manifest, Variant, parse
+from graphopt.runtime.sizes import fits
+from graphopt.runtime.tensors import to_device, widen
+from graphopt.runtime.weights import ALIGNMENT, Stored, read_tensors, state_name
+
+Verify = Literal["full", "code"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A verified artifact with its code open. Immutable, so that sessions share it from any thread.
+
+    `tensors` are the weights as tvm_ffi tensors over the mapped file; `constants` are shapes of tensors inside the
+    library, which a function might hand out; `addresses` is where the weights are mapped.
+    """
+
+    archive: Archive
+    manifest: Manifest
+    variant: Variant
+    library: Any
+    tensors: dict[str, Any]
+    constants: frozenset[tuple[int, ...]]
+    addresses: range
+
+    def samples(self, entry: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The inputs and outputs that were recorded when the artifact was compiled, by name."""
+        self._check(CHECK)
+        stored = read_tensors(CHECK, self.archive.member(CHECK))
+        given, expected = f"{entry}.input.", f"{entry}.output."
+        inputs = {name.removeprefix(given): item.array() for name, item in stored.items() if name.startswith(given)}
+        outputs = {
+            name.removeprefix(expected): widen(item.array(), item.dtype)
+            for name, item in stored.items()
+            if name.startswith(expected)
+        }
+        return inputs, outputs
+
+    def report(self) -> Any:
+        """What the compiler wrote down."""
+        self._check(REPORT)
+        return json.loads(bytes(self.archive.member(REPORT)))
+
+    def _check(self, name: str) -> None:
+        _check_size(self.archive, self.manifest, name)
+        _check_hash(self.archive, self.manifest, name, self.archive.member(name))
+
+
+def load(path: str | os.PathLike[str], verify: Verify) -> Model:
+    """Open an artifact. "full" hashes every member, "code" the library and the report, leaving weights unread.
+
+    Raises ArtifactError when it is no artifact, damaged, of another format or for another machine.
+    """
+    if verify not in ("full", "code"):
+        raise UsageError(f"verify is {verify!r}; write 'full' or 'code'")
+    archive = open_archive(path)
+    manifest = parse(bytes(archive.member(MANIFEST)))
+    variant = choose_variant(manifest.variants)
+    for name in manifest.files:
+        _check_size(archive, manifest, name)
+    for name in manifest.files if verify == "full" else {REPORT} & set(manifest.files):
+        _check_hash(archive, manifest, name, archive.member(name))
+    stored = read_tensors(WEIGHTS, archive.member(WEIGHTS))
+    _check_tensors(manifest, variant, stored)
+    code = bytes(archive.member(variant.library))  # a copy: the file could change between this check and the opening
+    _check_hash(archive, manifest, variant.library, code)
+    library = open_library(variant.library, code, manifest.files[variant.library]["sha256"])
+    tensors = {name: to_device(item.array(), item.dtype) for name, item in _used(manifest, variant, stored)}
+    addresses = _addresses(archive.member(WEIGHTS))
+    return Model(archive, manifest, variant, library, tensors, _constant_shapes(library), addresses)
+
+
+def choose_variant(variants: Iterable[Variant]) -> Variant:
+    """The first variant whose features this machine has all of; raises ArtifactError naming what is missing."""
+    problems = []
+    for variant in variants:
+        lacking = missing(variant.features)
+        if not lacking:
+            return variant
+        problems.append(f"{variant.target} needs {', '.join(lacking)}")
+    raise ArtifactError(
+        f"the artifact was compiled for another CPU: {'; '.join(problems)}, which this machine lacks; "
+        "compile with target=... for this machine, or run it on one that has them"
+    )
+
+
+def _check_size(archive: Archive, manifest: Manifest, name: str) -> None:
+    if name not in manifest.files:
+        raise ArtifactError(f"{archive.path} has no {name}; compile it again")
+    found, expected = len(archive.member(name)), manifest.files[name]["bytes"]
+    if found != expected:
+        raise ArtifactError(f"member {name} of {archive.path} has {found} bytes instead of {expected}; get it again")
+
+
+def _check_hash(archive: Archive, manifest: Manifest, name: str, data: memoryview | bytes) -> None:
+    if hashlib.sha256(data).hexdigest() == manifest.files[name]["sha256"]:
+        return
+    where = f"member {name}"
+    if name == WEIGHTS:
+        stored = read_tensors(name, memoryview(data))
+        wrong = sorted(key for key, item in stored.items() if item.sha256() != manifest.tensors.get(key))
+        where += f", tensor {wrong[0]}," if wrong else ""
+    raise ArtifactError(f"{where} of {archive.path} was altered: its sha256 is not the manifest's; get it again")
+
+
+def _addresses(data: memoryview) -> range:
+    start: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
+    return range(start, start + data.nbytes)
+
+
+def _used(manifest: Manifest, variant: Variant, stored: dict[str, Stored]) -> list[tuple[str, Stored]]:
+    names = {name for names in variant.weights.values() for name in names}
+    names |= {state_name(item.name) for entry in manifest.entries.values() for item in entry.state}
+    return [(name, stored[name]) for name in sorted(names)]
+
+
+def _check_tensors(manifest: Manifest, variant: Variant, stored: dict[str, Stored]) -> None:
+    if set(stored) != set(manifest.tensors):
+        odd = min(set(stored) ^ set(manifest.tensors))
+        raise ArtifactError(f"{MANIFEST} and {WEIGHTS} disagree on tensor {odd}; get the artifact again")
+    for name, item in _used(manifest, variant, stored):
+        if _addresses(item.data).start % ALIGNMENT and item.data.nbytes:
+            raise ArtifactError(f"tensor {name} is not at a multiple of {ALIGNMENT} bytes: the artifact was repacked")
+    for entry in manifest.entries.values():
+        _check_state(entry, stored)
+
+
+def _check_state(entry: Entry, stored: dict[str, Stored]) -> None:
+    for item in entry.state:
+        initial = stored[state_name(item.name)]
+        if initial.dtype != item.dtype or not fits(initial.shape, item.shape):
+            raise ArtifactError(f"{MANIFEST} and {WEIGHTS} disagree on state {item.name}; get the artifact again")
+
+
+def _constant_shapes(library: Any) -> frozenset[tuple[int, ...]]:
+    """Shapes of the tensors in the VM's constant pool; its text form is the only way to ask."""
+    pool = next((line for line in str(library["stats"]()).splitlines() if "Constant pool" in line), "")
+    shapes = re.findall(r"\[((?:\d+(?:, ?\d+)*)?)\]", pool)
+    return frozenset(tuple(int(size) for size in shape.split(",") if size.strip()) for shape in shapes)

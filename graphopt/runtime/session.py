@@ -1,0 +1,284 @@
+"""InferenceSession: run a compiled artifact from any thread, with numpy arrays in and out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from graphopt.errors import ArtifactError, RunError, UnknownNameError, UsageError
+from graphopt.runtime.dtypes import DTYPES
+from graphopt.runtime.feed import FeedCheck
+from graphopt.runtime.library import ffi
+from graphopt.runtime.loading import Model, Verify, load
+from graphopt.runtime.manifest import Entry, Manifest, TensorInfo
+from graphopt.runtime.profiling import profile_calls
+from graphopt.runtime.tensors import copy_tensor, from_device
+from graphopt.runtime.threads import Runner, resolve
+from graphopt.runtime.weights import state_name
+
+SET_DENORMALS = "graphopt_set_denormals"
+_CPU, _POOLED_ALLOCATOR = 1, 2
+_SIZES_KEPT = 32  # the allocator keeps the buffers of every size it ever saw; past this many they are given back
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """An input or output as ONNX Runtime describes it: `shape` has integers and names, `type` is "tensor(float)"."""
+
+    name: str
+    shape: list[int | str]
+    type: str
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The last run: seconds inside the compiled code, the symbolic sizes it had, and the entry."""
+
+    seconds: float
+    sizes: Mapping[str, int]
+    entry: str
+
+
+class _Bound:
+    """One entry of one session: its checks and its function with the weights already in place."""
+
+    def __init__(self, name: str, model: Model, machine: Any) -> None:
+        self.name = name
+        self.entry: Entry = model.manifest.entries[name]
+        self.check = FeedCheck(self.entry)
+        self.outputs = {item.name: index for index, item in enumerate(self.entry.outputs)}
+        self.results: tuple[TensorInfo, ...] = (*self.entry.outputs, *self.entry.state)
+        for item in self.results:
+            if item.dtype not in DTYPES:
+                raise ArtifactError(
+                    f"output {item.name} has dtype {item.dtype[:40]!r}, which this graphopt does not know"
+                )
+        self.function = bind_weights(name, model, machine)
+
+
+class InferenceSession:
+    """A compiled model. Calls on one session take turns; `clone` gives an independent one over the same weights.
+
+    `threads=None` uses every CPU that the process may use. `verify="full"` hashes the whole file before any of its
+    code is opened, "code" leaves the weights unread until they are used. Raises ArtifactError when `path` is no
+    artifact, damaged, of another format, or made for another CPU.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None, verify: Verify = "full") -> None:
+        self._start(load(path, verify), resolve(threads))
+
+    def _start(self, model: Model, threads: int) -> None:
+        self._model = model
+        self._runner = Runner(threads)
+        self._lock = threading.Lock()
+        self._machine = new_machine(model)
+        self._bound = {name: _Bound(name, model, self._machine) for name in model.manifest.entries}
+        self._set_denormals = _optional(model.library, SET_DENORMALS)
+        self._sizes_seen: set[tuple[object, ...]] = set()
+        self._last_run: RunInfo | None = None
+        self.reset()
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The functions the artifact holds; a plain model has one, "main"."""
+        return tuple(self._bound)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the artifact says about itself."""
+        return self._model.manifest
+
+    @property
+    def threads(self) -> int:
+        """How many threads a run uses."""
+        return self._runner.threads
+
+    @property
+    def last_run(self) -> RunInfo | None:
+        """About the latest run that succeeded; None before the first."""
+        return self._last_run
+
+    @property
+    def report(self) -> Any:
+        """What the compiler wrote down, as plain JSON values."""
+        return self._model.report()
+
+    def samples(self, entry: str = "main") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """A feed recorded when the artifact was compiled, and the outputs to expect for it."""
+        return self._model.samples(self._entry(entry).name)
+
+    def get_inputs(self, entry: str = "main") -> list[ValueInfo]:
+        """The inputs of an entry, in order."""
+        return [_value_info(item) for item in self._entry(entry).entry.inputs]
+
+    def get_outputs(self, entry: str = "main") -> list[ValueInfo]:
+        """The outputs of an entry, in the order `run` returns them."""
+        return [_value_info(item) for item in self._entry(entry).entry.outputs]
+
+    def reset(self) -> None:
+        """Put the state back to what it was when the session was opened."""
+        names = {item.name for bound in self._bound.values() for item in bound.entry.state}
+        with self._lock:
+            self._state = {name: self._model.tensors[state_name(name)] for name in names}
+
+    def clone(self) -> InferenceSession:
+        """A session of its own, with initial state, over the same mapped weights."""
+        other = object.__new__(InferenceSession)
+        other._start(self._model, self.threads)
+        return other
+
+    def run(
+        self, output_names: Sequence[str] | None, feed: Mapping[str, np.ndarray], entry: str = "main"
+    ) -> list[np.ndarray]:
+        """Compute the outputs named (None: all, in order) from arrays by input name; the arrays belong to the caller.
+
+        Raises FeedError naming the input whose name, dtype, rank or size is wrong, UnknownNameError for an unknown
+        output or entry, RunError when the compiled code fails; after an error the state is what it was before.
+        """
+        bound = self._entry(entry)
+        wanted = self._select(bound, output_names)
+        with self._lock:
+            state = [self._state[item.name] for item in bound.entry.state]
+            inputs, sizes = bound.check.bind(feed, state)
+            seconds, results = self._call(bound, inputs, state)
+            outputs = self._own(bound, results, inputs, state)
+            count = len(bound.entry.outputs)
+            for item, tensor in zip(bound.entry.state, outputs[count:], strict=True):
+                self._state[item.name] = tensor
+            self._bound_memory(sizes)
+            self._last_run = RunInfo(seconds, MappingProxyType(sizes), entry)
+        return [from_device(outputs[index], bound.results[index].dtype) for index in wanted]
+
+    def profile(
+        self, feed: Mapping[str, np.ndarray], entry: str = "main", rounds: int = 20
+    ) -> dict[str, tuple[float, float]]:
+        """Run `rounds` times, leaving the state alone: kernel name -> (calls a run, median seconds a call)."""
+        bound = self._entry(entry)
+        if rounds < 1:
+            raise UsageError(f"rounds is {rounds}; give 1 or more")
+        with self._lock:
+            state = [self._state[item.name] for item in bound.entry.state]
+            inputs, _ = bound.check.bind(feed, state)
+            machine = new_machine(self._model)
+            function = bind_weights(entry, self._model, machine)
+            return self._runner.run(
+                lambda: profile_calls(machine, lambda: self._guarded(entry, function, (*inputs, *state)), rounds)
+            )
+
+    def _entry(self, name: str) -> _Bound:
+        if name not in self._bound:
+            raise UnknownNameError("entry", name, self._bound)
+        return self._bound[name]
+
+    def _select(self, bound: _Bound, names: Sequence[str] | None) -> Sequence[int]:
+        if isinstance(names, str):
+            raise UsageError(f"output names are {names!r}; give a list, [{names!r}], or None for all outputs")
+        if not names:
+            return range(len(bound.outputs))
+        for name in names:
+            if name not in bound.outputs:
+                raise UnknownNameError("output", name, bound.outputs)
+        return [bound.outputs[name] for name in names]
+
+    def _call(self, bound: _Bound, inputs: list[Any], state: list[Any]) -> tuple[float, list[Any]]:
+        begin = time.perf_counter()
+        result = self._runner.run(lambda: self._guarded(bound.name, bound.function, (*inputs, *state)))
+        seconds = time.perf_counter() - begin
+        results = [result] if isinstance(result, ffi().Tensor) else list(result)
+        if len(results) != len(bound.results):
+            raise RunError(
+                f"entry {bound.name!r} gave {len(results)} tensors instead of {len(bound.results)}; compile again"
+            )
+        return seconds, results
+
+    def _guarded(self, entry: str, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Call with denormals flushed to zero on this thread, if the library knows how; they slow kernels 200 times."""
+        try:
+            if self._set_denormals is not None:
+                self._set_denormals(1)
+            return function(*arguments)
+        except Exception as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise RunError(f"entry {entry!r} of {self.manifest.name} failed: {reason}") from e
+        finally:
+            if self._set_denormals is not None:
+                self._set_denormals(0)
+
+    def _own(self, bound: _Bound, results: list[Any], inputs: list[Any], state: list[Any]) -> list[Any]:
+        """Results that share no memory with inputs, weights, state or each other: the caller may write into them.
+
+        New state comes first and may be the old one or a weight, which nobody writes into.
+        """
+        count = len(bound.entry.outputs)
+        owned = list(results)
+        taken = [_span(tensor, item) for tensor, item in zip(inputs, bound.entry.inputs, strict=True)]
+        for index in range(count, len(results)):
+            item = bound.results[index]
+            if _overlaps(_span(results[index], item), taken):
+                owned[index] = copy_tensor(results[index], item.dtype)
+        taken += [_span(tensor, item) for tensor, item in zip(state, bound.entry.state, strict=True)]
+        taken += [_span(tensor, item) for tensor, item in zip(owned[count:], bound.entry.state, strict=True)]
+        for index, item in enumerate(bound.entry.outputs):
+            tensor = results[index]
+            span = _span(tensor, item)
+            if _overlaps(span, taken) or span[0] in self._model.addresses or tensor.shape in self._model.constants:
+                owned[index] = copy_tensor(tensor, item.dtype)
+            taken.append(span)
+        return owned
+
+    def _bound_memory(self, sizes: Mapping[str, int]) -> None:
+        """Give buffers back after many different sizes: TVM's pool matches exactly and frees nothing by itself."""
+        self._sizes_seen.add(tuple(sizes.values()))
+        if len(self._sizes_seen) > _SIZES_KEPT:
+            self._sizes_seen.clear()
+            ffi().get_global_func("vm.builtin.memory_manager.clear")()
+
+
+def new_machine(model: Model) -> Any:
+    """A virtual machine over the model's library, on the CPU."""
+    machine = model.library["vm_load_executable"]()
+    machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+    return machine
+
+
+def bind_weights(entry: str, model: Model, machine: Any) -> Any:
+    """The entry's function with the weights, its last arguments, bound once instead of passed with every call."""
+    weights = [model.tensors[name] for name in model.variant.weights[entry]]
+    bound = f"graphopt.{entry}"
+    try:
+        machine["save_function"](entry, bound, 1, *weights)
+        return machine[bound]
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ArtifactError(
+            f"library {model.variant.library} has no function {entry!r} ({reason}); compile again"
+        ) from e
+
+
+def _span(tensor: Any, info: TensorInfo) -> tuple[int, int]:
+    start: int = tensor.data_ptr()
+    return start, start + tensor.numel() * DTYPES[info.dtype].carrier.itemsize
+
+
+def _overlaps(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
+    start, end = span
+    return any(start < other_end and other_start < end for other_start, other_end in others)
+
+
+def _optional(library: Any, name: str) -> Any:
+    """A function of the library's native part, or None."""
+    try:
+        return library.get_function(name, query_imports=True)
+    except AttributeError:
+        return None
+
+
+def _value_info(item: TensorInfo) -> ValueInfo:
+    return ValueInfo(item.name, list(item.shape), f"tensor({DTYPES[item.dtype].onnx})")

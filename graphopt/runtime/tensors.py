@@ -1,0 +1,74 @@
+"""numpy arrays in and out of tvm_ffi tensors, without a copy wherever the memory allows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphopt.runtime.dtypes import CARRIED, DTYPES
+from graphopt.runtime.library import ffi
+from graphopt.runtime.weights import ALIGNMENT
+
+_DLPACK_WITH_FLAGS = (1, 0)  # the first version that can say "read-only"
+
+
+def to_device(array: np.ndarray, dtype: str) -> Any:
+    """A tensor of that dtype over the array's memory, or over a copy when it is strided, swapped or unaligned.
+
+    `array` has the manifest's dtype, or the unsigned integers that carry its bits. Kernels never write into inputs,
+    so read-only memory is taken as it is.
+    """
+    carrier = DTYPES[dtype].carrier
+    if array.dtype != carrier:
+        array = array.view(carrier) if array.dtype.itemsize == carrier.itemsize and array.dtype.kind == "V" else array
+    if array.dtype != carrier or not array.flags.c_contiguous:
+        array = aligned_copy(array, carrier)
+    tensor = _wrap(array)
+    if tensor.data_ptr() % ALIGNMENT:
+        tensor = _wrap(aligned_copy(array, carrier))
+    return _viewed(tensor, array.shape, dtype) if dtype in CARRIED else tensor
+
+
+def _wrap(array: np.ndarray) -> Any:
+    if array.flags.writeable:
+        return ffi().from_dlpack(array)
+    return ffi().from_dlpack(array.__dlpack__(max_version=_DLPACK_WITH_FLAGS))
+
+
+def _viewed(tensor: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    view = ffi().get_global_func("runtime.TVMTensorCreateView")
+    return view(tensor, ffi().Shape(shape), ffi().dtype(dtype), 0)
+
+
+def from_device(tensor: Any, dtype: str) -> np.ndarray:
+    """The tensor as an array over the same memory, which lives as long as the array.
+
+    bfloat16, which numpy lacks, is widened to float32; that is exact.
+    """
+    if dtype not in CARRIED:
+        return np.from_dlpack(tensor)
+    return widen(np.from_dlpack(_viewed(tensor, tensor.shape, DTYPES[dtype].carrier.name)), dtype)
+
+
+def widen(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of a bfloat16 array as float32; other dtypes as they are."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
+
+
+def aligned_copy(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """A C-contiguous copy that starts at a multiple of 64 bytes."""
+    size = array.size * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
+    copy = raw[start : start + size].view(dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def copy_tensor(tensor: Any, dtype: str) -> Any:
+    """A tensor with memory of its own."""
+    carried = dtype in CARRIED
+    source = np.from_dlpack(_viewed(tensor, tensor.shape, DTYPES[dtype].carrier.name) if carried else tensor)
+    copy = _wrap(aligned_copy(source, source.dtype))
+    return _viewed(copy, source.shape, dtype) if carried else copy
