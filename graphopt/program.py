@@ -8,7 +8,9 @@ inputs, then the state; the output node holds one flat tuple, the outputs, then 
 from __future__ import annotations
 
 import ast
+import keyword
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -192,7 +194,9 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
 
 def placeholder_name(name: str) -> str:
     """The name of the graph's placeholder for an input or state of this name ("cache.0" -> "cache_0")."""
-    return name.replace(".", "_")
+    text = re.sub(r"\W", "_", name, flags=re.ASCII)
+    usable = text.isidentifier() and not keyword.iskeyword(text) and text != "self"
+    return text if usable else f"_{text}"
 
 
 def copy_module(module: GraphModule) -> GraphModule:

@@ -1,0 +1,83 @@
+"""What a `.pt2` written by graphopt says beyond the graph: names, sizes, domains. Read as untrusted data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from graphopt.capture.exported import Known, user_values
+from graphopt.errors import CaptureError
+from graphopt.program import Domain, Program, SizeRange
+
+SIDECAR = "graphopt.json"
+_FORMAT = 1
+
+
+def describe(program: Program) -> dict[str, Any]:
+    """The JSON value that `read_sidecar` reads back."""
+    return {
+        "format": _FORMAT,
+        "name": program.name,
+        "inputs": [
+            {
+                "name": spec.name,
+                "shape": list(spec.shape),
+                "domain": [spec.domain.kind, spec.domain.low, spec.domain.high],
+            }
+            for spec in program.inputs
+        ],
+        "outputs": [spec.name for spec in program.outputs],
+        "sizes": {name: [bounds.low, bounds.high] for name, bounds in program.sizes.items()},
+    }
+
+
+def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
+    """Add names, sizes and domains to what is known. Raises CaptureError where they do not fit the program."""
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise CaptureError(f"{SIDECAR} in the .pt2 has another format; save it again with this version of graphopt")
+    try:
+        inputs = [_text(entry["name"]) for entry in value["inputs"]]
+        outputs = [_text(name) for name in value["outputs"]]
+        sizes = {_text(name): _bounds(low, high) for name, (low, high) in value["sizes"].items()}
+        domains = {_text(entry["name"]): _domain(entry["domain"]) for entry in value["inputs"]}
+        values = user_values(exported, inputs)
+        symbols: dict[str, str] = {}
+        for entry in value["inputs"]:
+            symbols.update(_symbols(values[entry["name"]], entry["shape"], sizes))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CaptureError(f"{SIDECAR} in the .pt2 is damaged; save it again with graphopt") from error
+    if len(outputs) != len(known.outputs or outputs):
+        raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, its graph has {len(known.outputs or ())}")
+    return replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
+        raise TypeError("not a name")
+    return value
+
+
+def _bounds(low: Any, high: Any) -> SizeRange:
+    if type(low) is not int or (high is not None and type(high) is not int):
+        raise TypeError("bounds are integers")
+    return SizeRange(low, high)
+
+
+def _domain(value: Any) -> Domain:
+    kind, low, high = value
+    if kind not in ("any", "mask", "ids") or type(low) is not int or type(high) is not int or low > high:
+        raise ValueError("no domain")
+    return Domain(kind, low, high)
+
+
+def _symbols(value: torch.Tensor, shape: Any, sizes: Mapping[str, SizeRange]) -> dict[str, str]:
+    """Symbols of an input's sizes that are plain names."""
+    found = {}
+    for size, name in zip(value.shape, shape, strict=True):
+        if isinstance(size, torch.SymInt) and name in sizes and size.node.expr.is_Symbol:
+            found[str(size.node.expr)] = str(name)
+    return found

@@ -1,0 +1,119 @@
+"""Writes a program as `.pt2` (with everything a program knows) or `.onnx`; whole files or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.capture.lift import lift
+from graphopt.capture.quiet import quiet
+from graphopt.capture.sidecar import SIDECAR, describe
+from graphopt.errors import GraphoptError, UsageError
+from graphopt.program import Program
+
+_INLINE_BYTES = 3 << 29  # 1.5 GB: a protobuf message must stay under 2 GB
+
+
+def save_program(program: Program, path: str | os.PathLike[str]) -> None:
+    """Write a `.pt2` that `torch.export.load` and `capture` read, with names, sizes, domains, state and provenance.
+
+    Raises UsageError when the path cannot be written.
+    """
+    exported = lift(program)
+    extra = {SIDECAR: json.dumps(describe(program), indent=1)}
+
+    def write(target: Path) -> None:
+        with quiet():
+            torch.export.save(exported, target, extra_files=extra)
+
+    _write_whole(Path(path), ".pt2", write)
+
+
+def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
+    """Write an `.onnx` with the program's names; weights over 1.5 GB go to a file beside it.
+
+    Raises UsageError when the path cannot be written, the program has state, or an operator has no ONNX form.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise UsageError("writing .onnx needs onnx and onnxscript: pip install graphopt[onnx]") from error
+    if program.state:
+        raise UsageError(f"{program.name} has state ({program.state[0].spec.name}), which .onnx cannot hold; save a .pt2")
+    model = _onnx_model(program)
+
+    def write(target: Path) -> None:
+        if model.ByteSize() > _INLINE_BYTES:
+            onnx.save_model(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
+        else:
+            target.write_bytes(model.SerializeToString(deterministic=True))
+
+    _write_whole(Path(path), ".onnx", write)
+
+
+def _onnx_model(program: Program) -> Any:
+    try:
+        with quiet():
+            converted = torch.onnx.export(
+                lift(program),
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=[spec.name for spec in program.inputs],
+                output_names=[spec.name for spec in program.outputs],
+            )
+            assert converted is not None
+            model = converted.model_proto
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1].strip()[:200] if lines else type(error).__name__
+        raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
+    _name_sizes(model, program)
+    return model
+
+
+def _name_sizes(model: Any, program: Program) -> None:
+    """Use the program's size names for those of torch, which also occur inside expressions."""
+    names = dict(program.symbols)
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if pattern is not None and dimension.dim_param:
+                dimension.dim_param = pattern.sub(lambda match: names[match.group()], dimension.dim_param)
+    for kind, specs in ((graph.input, program.inputs), (graph.output, program.outputs)):
+        for value, spec in zip(kind, specs, strict=True):
+            for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=False):
+                if isinstance(size, str):
+                    dimension.dim_param = size
+
+
+def _write_whole(path: Path, suffix: str, write: Callable[[Path], None]) -> None:
+    """Write into a folder beside `path`, then move the files into place: readers see all of it or nothing."""
+    if path.suffix != suffix:
+        raise UsageError(f"{path} must end in {suffix}")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        write(folder / path.name)
+        files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)  # the model itself last
+        for file in files:
+            os.replace(file, path.parent / file.name)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise GraphoptError(f"cannot write {path}: {reason}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
