@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.passes.no_op_removal import NoOpRemoval
+from tests.passes.checking import captured, check_pass, targets
+
+
+class Function(nn.Module):
+    """A module out of a function of tensors."""
+
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.function(x)  # type: ignore[operator]
+
+
+REMOVED = [
+    lambda x: x.clone().sin(),
+    lambda x: x.detach().sin(),
+    lambda x: torch.ops.aten._to_copy.default(x, dtype=torch.float32).sin(),
+    lambda x: x.view(4, 6).sin(),
+    lambda x: x.reshape(-1, 6).sin(),
+    lambda x: x.expand(4, -1).sin(),
+    lambda x: x[0:].sin(),
+    lambda x: x.permute(0, 1).sin(),
+    lambda x: x.squeeze(0).sin(),
+    lambda x: nn.functional.dropout(x.sin(), 0.5, training=False).cos(),
+    lambda x: (x * 1).sin(),
+    lambda x: (x / 1.0).sin(),
+    lambda x: (x - 0).sin(),
+    lambda x: (x + -0.0).sin(),
+    lambda x: (x.sign().long() + 0).sin(),
+]
+KEPT = [
+    lambda x: x.view(6, 4).sin(),
+    lambda x: x[1:].sin(),
+    lambda x: x.flip(0).sin(),
+    lambda x: x.t().sin(),
+    lambda x: x.double().sin(),
+    lambda x: (x * 2).sin(),
+    lambda x: (1 - x).sin(),
+    lambda x: (x.sign().long() / 1).sin(),
+    lambda x: x.roll(1, 0).sin(),
+]
+
+
+@pytest.mark.parametrize("function", REMOVED)
+def test_fires(function: object) -> None:
+    program = captured(Function(function), torch.randn(4, 6))
+    count = program.count_operators()
+    result = check_pass(program, NoOpRemoval(), rewrites=1)
+    assert result.program.count_operators() == count - 1
+
+
+@pytest.mark.parametrize("function", KEPT)
+def test_leaves_alone(function: object) -> None:
+    check_pass(captured(Function(function), torch.randn(4, 6)), NoOpRemoval(), rewrites=0)
+
+
+def test_adding_positive_zero_changes_negative_zero() -> None:
+    check_pass(captured(Function(lambda x: x + 0.0), torch.randn(3)), NoOpRemoval(), 0, "turns -0.0 into 0.0")
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x.t().t().sin(), lambda x: x.permute(1, 0).transpose(0, 1).sin()], ids=["t", "permute"]
+)
+def test_pairs_that_undo_each_other_go(function: object) -> None:
+    result = check_pass(captured(Function(function), torch.randn(2, 3)), NoOpRemoval(), rewrites=1)
+    assert targets(result.program) == ["aten.sin"]
+
+
+def test_permutations_that_do_not_undo_each_other_stay() -> None:
+    program = captured(Function(lambda x: x.permute(1, 2, 0).permute(1, 2, 0).sin()), torch.randn(2, 3, 4))
+    check_pass(program, NoOpRemoval(), rewrites=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x.clone(), "memory of the input"),
+        (lambda x: x.clone().view(-1), "memory of the input"),
+        (lambda x: (x.sin(), x.sin().clone()), None),
+    ],
+)
+def test_outputs_that_would_alias_keep_their_copy(function: object, reason: str | None) -> None:
+    check_pass(captured(Function(function), torch.randn(2, 3)), NoOpRemoval(), int(reason is None), reason)
+
+
+def test_two_outputs_of_one_memory_keep_their_copy() -> None:
+    def twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x.sin()
+        return y, y.clone()
+
+    check_pass(captured(Function(twice), torch.randn(2)), NoOpRemoval(), 0, "would be the same memory")
+
+
+def test_a_copy_that_a_view_needs_stays() -> None:
+    program = captured(Function(lambda x: x.t().contiguous().view(-1).sin()), torch.randn(2, 3))
+    check_pass(program, NoOpRemoval(), 0, "cannot take it")
+
+
+def test_a_copy_that_changes_only_the_layout_goes_where_nothing_needs_it() -> None:
+    check_pass(captured(Function(lambda x: x.t().contiguous().sin()), torch.randn(2, 3)), NoOpRemoval(), rewrites=1)
+
+
+def test_symbolic_sizes_are_compared_as_expressions() -> None:
+    program = captured(
+        Function(lambda x: x.view(x.shape[0], -1).sin()), torch.randn(4, 6), dynamic={"x": {0: "rows", 1: "columns"}}
+    )
+    assert "aten.view" in targets(program)
+    check_pass(program, NoOpRemoval(), rewrites=1)
+
+
+def test_branches_are_walked() -> None:
+    def branches(x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: (x * 1).sin(), lambda x: x.clone(), (x,))
+
+    check_pass(captured(Function(branches), torch.randn(3)), NoOpRemoval(), 1, "memory of the input")
