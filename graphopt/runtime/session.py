@@ -238,7 +238,12 @@ class InferenceSession:
         self._sizes_seen.add(tuple(sizes.values()))
         if len(self._sizes_seen) > _SIZES_KEPT:
             self._sizes_seen.clear()
-            ffi().get_global_func("vm.builtin.memory_manager.clear")()
+            release_memory()
+
+
+def release_memory() -> None:
+    """Hand the allocator's unused buffers back to the system; those in use stay."""
+    ffi().get_global_func("vm.builtin.memory_manager.clear")()
 
 
 def new_machine(model: Model) -> Any:

@@ -55,7 +55,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
         write(tmp_path / "a", replace(MANIFEST, variants=(replace(variant, library="lib/gpu.so"),)))
     with pytest.raises(UnknownNameError, match="unknown weight 'v'"):
         write(tmp_path / "a", replace(MANIFEST, variants=(replace(variant, weights={"main": ("v",)}),)))
-    with pytest.raises(UnknownNameError, match="unknown initial state 'state.total'"):
+    with pytest.raises(UnknownNameError, match=r"unknown initial state 'state\.total'"):
         write(tmp_path / "a", weights={"w": WEIGHTS["w"]})
     with pytest.raises(ArtifactError, match=r"state total is float32 \[3\], the manifest says float32 \[2\]"):
         write(tmp_path / "a", weights={**WEIGHTS, "state.total": np.zeros(3, np.float32)})

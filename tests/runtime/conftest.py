@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,8 +103,10 @@ class Parts:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    library = build_library(tmp_path_factory.mktemp("library") / "cpu.so")
-    weights = {name: ("w", "b") if name == "main" else () for name in ENTRIES}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of tvm are not ours
+        library = build_library(tmp_path_factory.mktemp("library") / "cpu.so")
+    weights: dict[str, tuple[str, ...]] = {name: ("w", "b") if name == "main" else () for name in ENTRIES}
     manifest = Manifest("tiny", ENTRIES, (Variant("cpu", (), "lib/cpu.so", weights),), tools={"graphopt": "0.1.0"})
     x = np.ones((2, 8), np.float32)
     check = {"main.input.x": x, "main.output.y": x * WEIGHTS["w"] + WEIGHTS["b"]}
