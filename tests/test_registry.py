@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import Any
+
+import pytest
+
+from graphopt import registry
+from graphopt.errors import UnknownNameError, UsageError
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **entries: str) -> None:
+    """Pretend that a package with these entry points of group graphopt.passes is installed."""
+
+    def entry_points(group: str) -> EntryPoints:
+        found = [EntryPoint(name.replace("_", "-"), value, group) for name, value in entries.items()]
+        return EntryPoints(found if group == "graphopt.passes" else [])
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+
+
+def test_an_unknown_pass_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="unknown pass 'dead-cod'; did you mean 'dead-code'"):
+        registry.find_pass("dead-cod")
+
+
+def test_a_pass_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, one_relu="tests.test_rewrite:OneRelu")
+    assert registry.find_pass("one-relu").name == "one-relu"
+    assert "one-relu" in [item.name for item in registry.list_passes()]
+
+
+def test_a_name_used_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, dead_code="tests.test_rewrite:OneRelu")
+    with pytest.raises(UsageError, match="'dead-code' is provided by both graphopt and"):
+        registry.pass_locations()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("json:loads", "no subclass of graphopt.Pass"), ("tests.test_rewrite:OneRelu", "whose name is 'one-relu'")],
+)
+def test_an_entry_that_is_no_such_pass_is_an_error(monkeypatch: pytest.MonkeyPatch, value: str, words: str) -> None:
+    install(monkeypatch, foreign=value)
+    with pytest.raises(UsageError, match=words):
+        registry.find_pass("foreign")
+
+
+def test_passes_describe_themselves() -> None:
+    described = {item.name: item for item in registry.list_passes()}
+    folding = described["constant-folding"]
+    assert folding.summary.startswith("Compute once, now")
+    assert folding.preserves == "exact"
+    assert [(option.name, option.type, option.required) for option in folding.options] == [("max-bytes", "int", False)]
+
+
+def test_targets_are_checked_by_name() -> None:
+    assert "cpu" in registry.list_targets()
+    registry.check_target("cpu")
+    with pytest.raises(UnknownNameError, match="unknown target"):
+        registry.check_target("gpu")
+
+
+def test_listing_names_imports_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> Any:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(registry, "import_module", refuse)
+    assert "merge-linears" in registry.pass_locations()
