@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
         elif found := re.match(r"unrecognized arguments: (-\S+)", message):
             option = found[1].split("=")[0]
             message = f"unknown option {option!r}; {nearest(option, self._option_string_actions)}"
+        elif message.startswith("the following arguments are required"):
+            message += " (before options that take several values)"
         raise UsageError(f"{message}; see {self.prog} --help")
 
 

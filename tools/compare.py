@@ -75,7 +75,7 @@ def difference(a: Array, b: Array, atol: float, rtol: float) -> dict[str, Any]:
 def cosine(left: Array, right: Array) -> float | None:
     """None where one of them is zero."""
     norm = float(np.linalg.norm(left) * np.linalg.norm(right))
-    return float(left @ right) / norm if norm else None
+    return min(1.0, float(left @ right) / norm) if norm else None
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def embed_with_torch(module: Any) -> Any:
     ids = torch.tensor([item.ids for item in encoded])
     mask = torch.tensor([item.attention_mask for item in encoded])
     with torch.no_grad():
-        return module(ids, mask)["embedding"].numpy()
+        return module(ids, mask)["sentence_embedding"].numpy()
 
 
 def embed_without_torch(artifact: Path) -> tuple[dict[str, Any], Any]:

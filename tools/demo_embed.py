@@ -43,7 +43,7 @@ def main(artifact: str, tokenizer: str, output: str) -> None:
         "input_ids": np.array([item.ids for item in encoded], np.int64),
         "attention_mask": np.array([item.attention_mask for item in encoded], np.int64),
     }
-    (embeddings,) = session.run(["embedding"], feed)
+    (embeddings,) = session.run(["sentence_embedding"], feed)
     np.save(output, embeddings)
     assert not set(BLOCKED) & set(sys.modules)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,7 +39,7 @@ def minilm() -> tuple[Any, dict[str, Any]]:
             tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             weights = attention_mask.unsqueeze(-1).to(tokens.dtype)
             mean = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-            return {"embedding": torch.nn.functional.normalize(mean, p=2.0, dim=1)}
+            return {"sentence_embedding": torch.nn.functional.normalize(mean, p=2.0, dim=1)}
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 30000, (2, 16), generator=generator)

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -59,7 +58,7 @@ def examine(target: str | None) -> Iterator[Finding]:
 def examine_compiler(target: str | None) -> Iterator[Finding]:
     yield finding("torch", describe_torch)
     yield finding("apache-tvm", check_pair)
-    yield finding("linker", find_linker)
+    yield finding("linker", check_linker)
     yield finding("cache folder", check_cache)
     if target is not None:
         yield finding(f"target {target}", lambda: check_target(target))
@@ -116,13 +115,13 @@ def describe_cpu() -> str:
     return f"{cpu_name()}: {' '.join(name for name in notable if name in host_features()) or 'no vector extensions'}"
 
 
-def find_linker() -> str:
-    for name in ("cc", "gcc", "clang", "c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return path
-    if importlib.util.find_spec("ziglang"):
-        return f"{sys.executable} -m ziglang cc"
-    raise GraphoptError('none found; install gcc or clang, or pip install "graphopt[linker]"')
+def check_linker() -> str:
+    from graphopt.backends.linker import HINT, find_linker
+
+    command = find_linker()
+    if command is None:
+        raise GraphoptError(f"none found; {HINT}")
+    return " ".join(command)
 
 
 def check_cache() -> str:

@@ -1,4 +1,4 @@
-"""Show a model: its inputs, outputs, sizes and state, which operators it has, and its parameters."""
+"""Show a model or an artifact: its inputs, outputs, sizes and state, what it is made of, and how large it is."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from graphopt.tools.model_argument import add_model_argument, load_model
+from graphopt.tools.model_argument import add_model_argument, is_artifact, load_model
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, format_shape, format_table, wants_text, write_json
 
 if TYPE_CHECKING:
     from graphopt.program import Program, TensorSpec
 
-SUMMARY = "show a model's inputs, outputs, sizes, operators and parameters"
+SUMMARY = "show what a model or artifact takes, gives and is made of"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if is_artifact(arguments.model):
+        from graphopt.tools.inspect_artifact import inspect_artifact
+
+        return inspect_artifact(arguments)
     with progress(f"capturing {arguments.model}"):
         program = load_model(arguments)
     report = describe(program)
@@ -69,16 +73,20 @@ def stored_tensors(program: Program) -> list[Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
+    print_interface(report)
+    rows = [{"operator": name, "nodes": count} for name, count in report["operators"].items()]
+    print(f"operators ({report['nodes']} nodes)\n{indent(format_table(rows))}\n")
+    size = format_bytes(report["parameter_bytes"])
+    print(f"parameters  {report['parameters']:,} in {report['parameter_tensors']} tensors, {size}")
+
+
+def print_interface(report: dict[str, Any]) -> None:
     for kind in ("inputs", "outputs", "state"):
         if report[kind]:
             rows = [{**spec, "shape": format_shape(spec["shape"])} for spec in report[kind]]
             print(f"{kind}\n{indent(format_table(rows))}\n")
     if report["sizes"]:
         print(f"sizes\n{indent(format_table([{'name': n, **bounds} for n, bounds in report['sizes'].items()]))}\n")
-    rows = [{"operator": name, "nodes": count} for name, count in report["operators"].items()]
-    print(f"operators ({report['nodes']} nodes)\n{indent(format_table(rows))}\n")
-    size = format_bytes(report["parameter_bytes"])
-    print(f"parameters  {report['parameters']:,} in {report['parameter_tensors']} tensors, {size}")
 
 
 def indent(text: str) -> str:

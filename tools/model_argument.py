@@ -26,8 +26,8 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dynamic_option(parser: argparse.ArgumentParser) -> None:
-    help = "sizes that may change: --dynamic ids:0=batch,1=seq, with bounds ids:1=seq:1..512; again for each input"
-    parser.add_argument("--dynamic", metavar="NAME:AXIS=SIZE,...", action="append", default=[], help=help)
+    help = "sizes that may change, such as ids:0=batch,1=seq or, with bounds, ids:1=seq:1..512; one for each input"
+    parser.add_argument("--dynamic", metavar="NAME:AXIS=SIZE,...", nargs="+", action="extend", default=[], help=help)
 
 
 def load_model(arguments: argparse.Namespace) -> Program:

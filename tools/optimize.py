@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_output_option(parser)
     add_pass_choice(parser)
-    parser.add_argument("--keep-if-faster", action="store_true", help="keep a rewrite only where it measures faster")
     add_checking_options(parser)
     add_json_option(parser)
 
@@ -32,8 +31,7 @@ def add_output_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = {**checking_options(arguments), "keep_if_faster": arguments.keep_if_faster}
-    return optimize_and_write(arguments, chosen_passes(arguments), options)
+    return optimize_and_write(arguments, chosen_passes(arguments), checking_options(arguments))
 
 
 def optimize_and_write(arguments: argparse.Namespace, passes: str, options: dict[str, Any]) -> int:

@@ -66,7 +66,8 @@ def format_cell(value: Any) -> str:
 
 
 def format_shape(shape: Sequence[int | str]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    """(1, 128) -> "1x128", ("batch", "seq") -> "batch x seq", () -> "scalar\""""
+    return ("x" if all(isinstance(size, int) for size in shape) else " x ").join(map(str, shape)) or "scalar"
 
 
 def format_bytes(count: int) -> str:

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tools.conftest import DYNAMIC, TINY, Cli
+
+
+@pytest.mark.parametrize("name", ["out.pt2", "out.onnx"])
+def test_writes_what_the_suffix_says(cli: Cli, tmp_path: Path, name: str) -> None:
+    outcome = cli("optimize", TINY, "-o", name)
+    assert outcome.code == 0 and (tmp_path / name).stat().st_size > 0
+    assert "dead-code" in outcome.out and "nodes" in outcome.out
+
+
+def test_result_can_be_optimized_again(cli: Cli) -> None:
+    assert cli("optimize", TINY, "-o", "once.pt2", "--dynamic", DYNAMIC).code == 0
+    report = cli("optimize", "once.pt2", "-o", "twice.pt2", "-O1", "--json").json
+    assert [item["rewrites"] for item in report["passes"]] == [[]] * len(report["passes"])
+
+
+def test_level_0_runs_nothing(cli: Cli) -> None:
+    assert cli("optimize", TINY, "-o", "out.pt2", "-O0", "--json").json["passes"] == []
+
+
+def test_run_pass_with_option(cli: Cli) -> None:
+    report = cli("run-pass", "constant-folding", TINY, "-o", "out.pt2", "--option", "max_bytes=64", "--json").json
+    assert [item["name"] for item in report["passes"]] == ["constant-folding"]
+    assert report["passes"][0]["options"] == {"max-bytes": 64}
+
+
+def test_unknown_pass(cli: Cli, tmp_path: Path) -> None:
+    cli("run-pass", "dead-cod", TINY, "-o", "out.pt2").refused("unknown pass 'dead-cod'", "'dead-code'")
+    assert not (tmp_path / "out.pt2").exists()
+
+
+def test_unknown_option_of_a_pass(cli: Cli) -> None:
+    cli("run-pass", "constant-folding", TINY, "-o", "o.pt2", "--option", "max-byte=1").refused("'max-bytes'")
+
+
+def test_option_without_value(cli: Cli) -> None:
+    cli("run-pass", "constant-folding", TINY, "-o", "o.pt2", "--option", "max-bytes").refused("not K=V")
+
+
+def test_unknown_target(cli: Cli) -> None:
+    cli("optimize", TINY, "-o", "o.pt2", "--target", "cpu:x86-64-v9").refused("unknown target", "cpu:x86-64-v4")
+
+
+def test_unknown_level(cli: Cli) -> None:
+    cli("optimize", TINY, "-o", "o.pt2", "-O4").refused("-O")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("out.txt", "end its name in .pt2 or .onnx"), ("no/o.pt2", "does not exist")]
+)
+def test_output_is_checked_first(cli: Cli, name: str, words: str) -> None:
+    cli("optimize", "no_such:model", "-o", name).refused(words)

@@ -1,0 +1,32 @@
+"""Functions that MODEL may name on the command line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Dense(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+def dense() -> tuple[nn.Module, tuple[Tensor]]:
+    return Dense(1).eval(), (torch.randn(3, 8),)
+
+
+def other_dense() -> tuple[nn.Module, tuple[Tensor]]:
+    return Dense(2).eval(), (torch.randn(3, 8),)
+
+
+def no_example() -> nn.Module:
+    return nn.Linear(8, 8)
+
+
+def broken() -> None:
+    raise RuntimeError("no such checkpoint")
