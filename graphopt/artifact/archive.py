@@ -85,16 +85,18 @@ def _folder(path: str) -> Iterator[Sink]:
     try:
         os.mkdir(temporary)
         yield FolderSink(temporary)
-        _flush(temporary)
+        for inner, _, _ in os.walk(temporary):
+            _flush(inner)
         if os.path.exists(target):
             os.rename(target, retired)
         os.rename(temporary, target)
     except BaseException:
-        if os.path.exists(retired):
+        if os.path.exists(retired) and not os.path.exists(target):
             os.rename(retired, target)
-        shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
     _flush(folder)
 
 

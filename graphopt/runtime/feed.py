@@ -61,12 +61,10 @@ class FeedCheck:
     def _check_bounds(self, sizes: Mapping[str, int], where: Mapping[str, str]) -> None:
         for name, value in sizes.items():
             bounds = self._bounds.get(name, _DEFAULT_BOUNDS)
-            if value < bounds.low:
-                raise FeedError(
-                    f"size {name!r} is {value} in {where.get(name, 'the state')}; the least is {bounds.low}"
-                )
+            place = where.get(name, "the state")
+            if value < bounds.low and name in where:  # state may start empty
+                raise FeedError(f"size {name!r} is {value} in {place}; the least is {bounds.low}")
             if bounds.high is not None and value > bounds.high:
-                place = where.get(name, "the state")
                 raise FeedError(
                     f"size {name!r} is {value} in {place}; the artifact was compiled for at most {bounds.high}"
                 )

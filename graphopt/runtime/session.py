@@ -67,8 +67,9 @@ class InferenceSession:
     """A compiled model. Calls on one session take turns; `clone` gives an independent one over the same weights.
 
     `threads=None` uses every CPU that the process may use. `verify="full"` hashes the whole file before any of its
-    code is opened, "code" leaves the weights unread until they are used. Raises ArtifactError when `path` is no
-    artifact, damaged, of another format, or made for another CPU.
+    code is opened, "code" leaves the weights unread until they are used. The file stays mapped: put another one in
+    its place by renaming, never by writing into it. Raises ArtifactError when `path` is no artifact, damaged, of
+    another format, or made for another CPU.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None, verify: Verify = "full") -> None:
@@ -80,7 +81,7 @@ class InferenceSession:
         self._lock = threading.Lock()
         self._machine = new_machine(model)
         self._bound = {name: _Bound(name, model, self._machine) for name in model.manifest.entries}
-        self._set_denormals = _optional(model.library, SET_DENORMALS)
+        self._set_denormals = find_function(model.library, SET_DENORMALS)
         self._sizes_seen: set[tuple[object, ...]] = set()
         self._last_run: RunInfo | None = None
         self.reset()
@@ -277,7 +278,7 @@ def _overlaps(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
     return any(start < other_end and other_start < end for other_start, other_end in others)
 
 
-def _optional(library: Any, name: str) -> Any:
+def find_function(library: Any, name: str) -> Any:
     """A function of the library's native part, or None."""
     try:
         return library.get_function(name, query_imports=True)

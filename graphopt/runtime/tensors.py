@@ -10,6 +10,7 @@ from graphopt.runtime.dtypes import CARRIED, DTYPES
 from graphopt.runtime.library import ffi
 from graphopt.runtime.weights import ALIGNMENT
 
+_SMALL = 16 << 10  # bytes; the library's allocator hands out whole pages, which a copy lets it use again
 _DLPACK_WITH_FLAGS = (1, 0)  # the first version that can say "read-only"
 
 
@@ -42,12 +43,13 @@ def _viewed(tensor: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def from_device(tensor: Any, dtype: str) -> np.ndarray:
-    """The tensor as an array over the same memory, which lives as long as the array.
+    """The tensor as an array of the caller's: over the same memory if large, copied out of a whole page if small.
 
     bfloat16, which numpy lacks, is widened to float32; that is exact.
     """
     if dtype not in CARRIED:
-        return np.from_dlpack(tensor)
+        array = np.from_dlpack(tensor)
+        return array.copy() if array.nbytes <= _SMALL else array
     return widen(np.from_dlpack(_viewed(tensor, tensor.shape, DTYPES[dtype].carrier.name)), dtype)
 
 

@@ -61,12 +61,16 @@ class Runner:
         """Call `function` with the pool set."""
         if (_pool.used == self.threads and _pool.process == os.getpid()) or _configure(self.threads):
             return function()
-        if self._own is None or self._process != os.getpid():
-            from concurrent.futures import ThreadPoolExecutor
+        from concurrent.futures import ThreadPoolExecutor, wait  # most sessions never need it
 
+        if self._own is None or self._process != os.getpid():
             self._own = ThreadPoolExecutor(1, "graphopt", _configure, (self.threads,))
             self._process = os.getpid()
-        return self._own.submit(function).result()
+        future = self._own.submit(function)
+        try:
+            return future.result()
+        finally:  # an interrupt must not hand the machine to the next call while it still runs
+            wait([future])
 
 
 def _configure(threads: int) -> bool:

@@ -23,7 +23,7 @@ def header(data: bytes) -> dict[str, dict[str, object]]:
     return dict(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]))
 
 
-SAMPLES = {
+SAMPLES: dict[str, np.ndarray] = {
     "b.odd": np.arange(7, dtype=np.int8),
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "flag": np.array([True, False]),

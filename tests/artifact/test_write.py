@@ -32,7 +32,7 @@ def test_the_manifest_lists_every_file_and_tensor(tmp_path: Path) -> None:
     for name, item in manifest.files.items():
         data = archive.member(name)
         assert item == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    assert manifest.tensors["w"] == hashlib.sha256(WEIGHTS["w"]).hexdigest()
+    assert manifest.tensors["w"] == hashlib.sha256(WEIGHTS["w"].tobytes()).hexdigest()
     assert replace(manifest, files={}, tensors={}) == MANIFEST
 
 

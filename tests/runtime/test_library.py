@@ -14,6 +14,7 @@ import pytest
 
 from graphopt.errors import FeedError, MissingExtraError, UsageError
 from graphopt.runtime import InferenceSession, library
+from graphopt.runtime.session import find_function
 
 BLOCK = """
 import sys
@@ -162,8 +163,15 @@ def test_a_child_made_by_fork_runs_the_parents_session(artifact: Path) -> None:
     assert fresh(f"import sys{RUN}{code}", artifact) == "0"
 
 
+def test_functions_of_the_library_are_found_by_name(artifact: Path) -> None:
+    code = InferenceSession(artifact)._model.library
+    assert find_function(code, "multiply") is not None
+    assert find_function(code, "graphopt_set_denormals") is None
+
+
 def test_denormals_are_switched_around_every_run(artifact: Path) -> None:
-    session, calls = InferenceSession(artifact), []
+    session = InferenceSession(artifact)
+    calls: list[int] = []
     session._set_denormals = calls.append
     feed, _ = session.samples()
     session.run(None, feed)

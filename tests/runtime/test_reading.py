@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from graphopt.errors import ArtifactError, UsageError
-from graphopt.runtime import InferenceSession, features, loading
+from graphopt.runtime import InferenceSession, features, library, loading
 from graphopt.runtime.archive import open_archive
 
 
@@ -23,7 +23,7 @@ from graphopt.runtime.archive import open_archive
 def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Libraries opened in the course of a test; opening them is what the checks come before."""
     opened: list[str] = []
-    open_library = loading.open_library
+    open_library = library.open_library
 
     def note(name: str, data: bytes, sha256: str) -> Any:
         opened.append(name)

@@ -244,7 +244,8 @@ def test_samples_and_report(session: InferenceSession) -> None:
 
 
 def test_many_sizes_give_memory_back(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, released = InferenceSession(artifact), []
+    session = InferenceSession(artifact)
+    released: list[object] = []
     release = session_module.release_memory
     monkeypatch.setattr(session_module, "release_memory", lambda: released.append(release()))
     kept = session.run(None, {"x": rows(3)})[0]
@@ -257,3 +258,13 @@ def test_many_sizes_give_memory_back(artifact: Path, monkeypatch: pytest.MonkeyP
 def test_every_dtype_has_a_spelling_of_its_own() -> None:
     assert len({spelling.safetensors for spelling in DTYPES.values()}) == len(DTYPES)
     assert DTYPES["float32"].onnx == "float" and DTYPES["float64"].onnx == "double"
+
+
+@pytest.mark.parametrize("count", [2, 2000])
+def test_small_and_large_outputs_are_the_callers(session: InferenceSession, count: int) -> None:
+    feed = {"x": rows(count)}
+    (first,) = session.run(None, feed, entry="grow")
+    first[...] = -1
+    (second,) = session.run(None, feed, entry="grow")
+    np.testing.assert_array_equal(second, np.concatenate([rows(count), rows(count)]))
+    assert (first == -1).all()

@@ -91,3 +91,12 @@ def test_an_unknown_dtype_or_size_is_found_when_the_session_opens(parts: Any, tm
         path = parts.write(tmp_path / "a.gopt", manifest=replace(parts.manifest, entries=entries))
         with pytest.raises(ArtifactError, match=words):
             InferenceSession(path)
+
+
+def test_state_may_start_empty_but_not_outgrow_its_bound() -> None:
+    info = TensorInfo("cache", "float32", ("past", 2))
+    entry = Entry((TensorInfo("x", "float32", (2,)),), (), (info,), {"past": Bounds(1, 4)})
+    feed = {"x": np.zeros(2, np.float32)}
+    assert FeedCheck(entry).bind(feed, [np.zeros((0, 2))])[1] == {"past": 0}
+    with pytest.raises(FeedError, match="size 'past' is 5 in the state; the artifact was compiled for at most 4"):
+        FeedCheck(entry).bind(feed, [np.zeros((5, 2))])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,3 +137,19 @@ def test_state_counts_every_call_of_every_thread(artifact: Path) -> None:
     for worker in workers:
         worker.join()
     np.testing.assert_array_equal(session.run(None, {"x": one}, entry="count")[0], np.full(8, 601))
+
+
+def test_an_interrupted_wait_ends_when_the_machine_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, configure, done = Runner(1), threads._configure, threading.Event()
+    here = threading.get_ident()
+    monkeypatch.setattr(threads, "_configure", lambda count: threading.get_ident() != here and configure(count))
+    monkeypatch.setattr(threads._pool, "used", 0)
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)  # delivered to the main thread, which waits
+        time.sleep(0.2)
+        done.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(interrupt)
+    assert done.is_set()
