@@ -17,7 +17,8 @@ Array = np.ndarray[Any, Any]
 def read_arrays(path: str) -> dict[str, Array]:
     """Raises UsageError when `path` is not an .npz of plain arrays; nothing in it is ever unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as stream:
+            arrays = np.load(stream, allow_pickle=False)
             if isinstance(arrays, np.ndarray):
                 raise UsageError(f"{path} holds one array without a name; write it with numpy.savez(path, name=array)")
             return {name: arrays[name] for name in arrays.files}
