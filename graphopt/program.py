@@ -146,9 +146,7 @@ def _bind_input(spec: TensorSpec, value: torch.Tensor, sizes: Mapping[str, SizeR
             bounds = sizes[wanted]
             if size < bounds.low or (bounds.high is not None and size > bounds.high):
                 top = "and up" if bounds.high is None else f"to {bounds.high}"
-                raise FeedError(
-                    f"axis {axis} of input {spec.name!r} ({wanted}) must be {bounds.low} {top}, got {size}"
-                )
+                raise FeedError(f"axis {axis} of input {spec.name!r} ({wanted}) must be {bounds.low} {top}, got {size}")
             if bound.setdefault(wanted, size) != size:
                 raise FeedError(
                     f"axis {axis} of input {spec.name!r} is {size}, but {wanted} is {bound[wanted]} in another input"
@@ -222,6 +220,16 @@ def get_attribute(module: torch.nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def has_attribute(module: torch.nn.Module, target: str) -> bool:
+    """Whether `get_attribute` would find something."""
+    value: Any = module
+    for part in target.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
 
 
 def set_attribute(module: torch.nn.Module, target: str, value: torch.Tensor | torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ Weights are seeded, modules are in eval mode, examples are tuples of tensors.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from graphopt.program import Program
 
 Case = tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]
 
@@ -236,6 +239,15 @@ def minilm() -> Case:
     module = TextModel(AutoModel.from_pretrained(str(minilm_path())), "last_hidden_state").eval()
     case = _text(module, 30522)
     return module, case[1], case[2]
+
+
+@functools.cache
+def program(name: str) -> Program:
+    """The captured model, once a process: work on `program(name).copy()`."""
+    from graphopt.capture import capture
+
+    module, examples, dynamic = ALL[name]()
+    return capture(module, examples, dynamic_shapes=dynamic)
 
 
 SMALL: dict[str, Callable[[], Case]] = {

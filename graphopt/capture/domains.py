@@ -84,14 +84,15 @@ def operator_name(node: Node) -> str:
 def _table_rows(user: Node, index: Node, module: GraphModule) -> int | None:
     """Rows of the table when `user` looks `index` up in one: an embedding, or indexing a weight's first axis."""
     name = operator_name(user)
-    if name == "embedding" and user.args[1] is index:
-        table: Any = user.args[0]
-    elif name == "index_select" and user.args[1] == 0 and user.args[2] is index:
-        table = user.args[0]
-    elif name == "index" and user.args[1] and user.args[1][0] is index:  # type: ignore[index]
-        table = user.args[0]
-    else:
+    arguments: Any = user.args
+    looked_up = (
+        (name == "embedding" and arguments[1] is index)
+        or (name == "index_select" and arguments[1] == 0 and arguments[2] is index)
+        or (name == "index" and arguments[1] and arguments[1][0] is index)
+    )
+    if not looked_up:
         return None
+    table = arguments[0]
     if name != "embedding" and table.op != "get_attr":
         return None
     rows = table.meta["val"].shape[0]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 
 from graphopt.capture import source_line
@@ -116,8 +116,8 @@ def example_sizes(request: Request, inputs: Mapping[str, torch.Tensor]) -> dict[
         if axis.size.isidentifier() and sizes.setdefault(axis.size, size) != size:
             first = request.of(axis.size)
             raise CaptureError(
-                f"{first} and {axis} are both called {axis.size!r} but the examples have {sizes[axis.size]} and {size}; "
-                "give the axes different names or use examples of equal size"
+                f"{first} and {axis} are both called {axis.size!r} but the examples have {sizes[axis.size]} and {size}"
+                "; give the axes different names or use examples of equal size"
             )
     for axis in request.axes:
         if not axis.size.isidentifier():
@@ -289,14 +289,14 @@ def _check_guards(symbols: Mapping[str, str], environment: ShapeEnv) -> None:
 
 
 def _guard_text(guard: Any) -> str:
-    if isinstance(guard, sympy.Eq) and guard.rhs == 0 and getattr(guard.lhs, "func", None).__name__ == "Mod":
+    if isinstance(guard, sympy.Eq) and guard.rhs == 0 and type(guard.lhs).__name__ == "Mod":
         return f"{guard.lhs.args[0]} is a multiple of {guard.lhs.args[1]}"
     if isinstance(guard, sympy.Rel):
         return f"{guard.lhs} {guard.rel_op} {guard.rhs}"
     return str(guard)
 
 
-def _limits(guard: ShapeGuard, environment: ShapeEnv) -> bool:
+def _limits(guard: Any, environment: ShapeEnv) -> bool:
     """Whether a guard excludes sizes that the bounds allow.
 
     Inequalities that torch itself asks about (whether a view is contiguous, say) choose between ways of computing the

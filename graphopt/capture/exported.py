@@ -22,6 +22,7 @@ from graphopt.capture.names import join, output_names, spec_paths
 from graphopt.capture.normal_form import Flat, fake_mode, flatten
 from graphopt.capture.quiet import quiet
 from graphopt.capture.source_line import is_user_file, location
+from graphopt.capture.table_bounds import limit_by_tables
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
 from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
 
@@ -48,6 +49,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
     flat = flatten(decomposed, inputs, outputs)
     _refuse_nodes(flat.graph_module, limits)
     symbols, sizes = _sizes(flat, known)
+    sizes = limit_by_tables(flat.graph_module, symbols, sizes)
     specs = [_spec(n, v, symbols) for n, v in zip((*flat.inputs, *flat.state), _placeholders(flat), strict=True)]
     given = infer_domains(flat.graph_module)
     count = len(flat.inputs)
@@ -73,14 +75,31 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
     with quiet():
         try:
-            return exported.run_decompositions({})
+            decomposed: ExportedProgram = exported.run_decompositions({})
+            return decomposed
         except Exception as error:
             if "FunctionalTensor on its own" in str(error):
                 raise CaptureError(
                     "a branch of torch.cond makes a constant tensor; register it as a buffer of the module instead"
                 ) from error
+            shared = _sharing(exported)
+            if shared is not None:
+                raise CaptureError(
+                    f"{shared[0]!r} and {shared[1]!r} share memory and forward writes to it; make one a copy (clone())"
+                ) from error
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(f"the exported program cannot be decomposed: {first}") from error
+
+
+def _sharing(exported: ExportedProgram) -> tuple[str, str] | None:
+    """Two tensors of the model that are different views of one storage."""
+    owners: dict[int, str] = {}
+    for name, value in {**exported.state_dict, **exported.constants}.items():
+        if isinstance(value, torch.Tensor):
+            first = owners.setdefault(value.untyped_storage()._cdata, name)
+            if first != name:
+                return first, name
+    return None
 
 
 def _refuse_input_mutation(exported: ExportedProgram, names: Sequence[str]) -> None:
@@ -242,5 +261,6 @@ def _match_examples(example_inputs: Any, names: list[str]) -> list[torch.Tensor]
     else:
         leaves = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, (torch.Tensor, np.ndarray))]
     if len(leaves) != len(names):
-        raise CaptureError(f"the model takes {len(names)} inputs ({', '.join(names)}), example_inputs hold {len(leaves)}")
+        given = f"example_inputs hold {len(leaves)}"
+        raise CaptureError(f"the model takes {len(names)} inputs ({', '.join(names)}), {given}")
     return [torch.as_tensor(leaf).detach().clone() for leaf in leaves]

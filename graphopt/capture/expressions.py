@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
@@ -18,8 +18,9 @@ class _SizePrinter(sympy.printing.str.StrPrinter):  # type: ignore[misc]
     """Only what `graphopt.program.evaluate_size` reads."""
 
     def _divide(self, expression: Any, operator: str) -> str:
-        left, right = (f"({self._print(argument)})" if argument.args else self._print(argument)
-                       for argument in expression.args)
+        left, right = (
+            f"({self._print(argument)})" if argument.args else self._print(argument) for argument in expression.args
+        )
         return f"({left}{operator}{right})"
 
     def _print_FloorDiv(self, expression: Any) -> str:

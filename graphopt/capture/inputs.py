@@ -19,9 +19,7 @@ def draw_inputs(program: Program, sizes: Mapping[str, int], seed: int) -> tuple[
     """
     generator = torch.Generator().manual_seed(seed)
     examples = program.examples or (None,) * len(program.inputs)
-    return tuple(
-        _draw(spec, example, sizes, generator) for spec, example in zip(program.inputs, examples, strict=True)
-    )
+    return tuple(_draw(spec, example, sizes, generator) for spec, example in zip(program.inputs, examples, strict=True))
 
 
 def draw_examples(program: Program) -> tuple[torch.Tensor, ...]:

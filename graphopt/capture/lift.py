@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import sympy
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
@@ -100,7 +102,7 @@ def _copy(
     values[node] = graph.node_copy(node, lambda argument: values[argument])
 
 
-def _ranges(program: Program) -> dict[sympy.Symbol, ValueRanges]:
+def _ranges(program: Program) -> dict[sympy.Symbol, Any]:
     ranges = {}
     for place in program.graph_module.graph.find_nodes(op="placeholder"):
         for size in place.meta["val"].shape:

@@ -1,4 +1,4 @@
-"""Limits on what capture reads and builds, so that a hostile or damaged file ends in an error instead of a full disk."""
+"""Limits on what capture reads and builds, so that a hostile or damaged file ends in an error."""
 
 from __future__ import annotations
 

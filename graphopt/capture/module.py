@@ -18,8 +18,8 @@ from graphopt.capture import source_line
 from graphopt.capture.dynamic import Request, distinct_sizes, example_sizes, name_axes, read_request, resize
 from graphopt.capture.exported import Known, from_exported, user_values
 from graphopt.capture.limits import Limits
-from graphopt.capture.quiet import quiet
 from graphopt.capture.names import argument_names, join, leaf_paths
+from graphopt.capture.quiet import quiet
 from graphopt.errors import CaptureError, UnknownNameError
 from graphopt.program import Program, SizeRange, evaluate_size
 
@@ -136,8 +136,9 @@ def _export(
             return attempt(sizes)
         except CaptureError as error:
             errors.append(error)
+    kept = {name: size * (1 if min(asked.values()) >= 2 else 2) for name, size in asked.items()}
     common = {name: max(2, *asked.values()) for name in asked}
-    raise _explain(errors[0], attempt, [sizes for sizes in (asked, common) if min(sizes.values(), default=0) >= 2])
+    raise _explain(errors[0], attempt, [kept, common] if asked else [])
 
 
 def _explain(

@@ -46,11 +46,7 @@ def _index_paths(spec: pytree.TreeSpec, prefix: tuple[str, ...]) -> list[tuple[s
     children = spec.children()
     keys = spec.context if isinstance(spec.context, list) and len(spec.context) == len(children) else None
     names = [str(key) for key in (keys or range(len(children)))]
-    return [
-        path
-        for name, child in zip(names, children, strict=True)
-        for path in _index_paths(child, (*prefix, name))
-    ]
+    return [path for name, child in zip(names, children, strict=True) for path in _index_paths(child, (*prefix, name))]
 
 
 def output_names(paths: Sequence[tuple[str, ...]]) -> list[str]:

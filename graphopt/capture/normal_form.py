@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError
-from graphopt.program import get_attribute, placeholder_name, set_attribute
+from graphopt.program import get_attribute, has_attribute, placeholder_name, set_attribute
 
 KEPT_META = ("val", "custom", "stack_trace", "nn_module_stack")
 _GUARD = re.compile(r"_assert_|sym_constrain_range|_assert$|_check")
@@ -62,7 +62,7 @@ class _Flattener:
                 self.values[node] = copy_node(self.graph, node, self.values)
         results, outputs = self._results(output_names)
         node = self.graph.output((*results, *self._new_state()))
-        node.meta["val"] = tuple(result.meta["val"] for result in node.args[0])  # type: ignore[union-attr]
+        node.meta["val"] = tuple(result.meta["val"] for result in node.args[0])
         remove_dead(self.graph)
         module = GraphModule(self.root, self.graph, class_name="Model")
         for target in {n.target for n in self.graph.nodes if n.op == "get_attr"}:
@@ -124,34 +124,29 @@ class _Flattener:
         written = {self._tensor(name).untyped_storage()._cdata for name in mutated}
         for spec in self.signature.input_specs:
             if spec.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
-                raise CaptureError(f"the model holds a custom object ({spec.target or spec.arg.name}); use tensors only")
+                name = spec.target or spec.arg.name
+                raise CaptureError(f"the model holds a custom object ({name}); use tensors only")
             if spec.kind not in _WEIGHTS or spec.target in mutated:
                 continue
             node = self.placeholders[spec.arg.name]
+            value = self._tensor(str(spec.target))
+            self.targets.setdefault(_memory(value), str(spec.target))  # the first of several names is the one used
             if not node.users:
                 continue
-            value = self._tensor(str(spec.target))
             if value.untyped_storage()._cdata in written:
                 raise CaptureError(
                     f"{spec.target!r} shares memory with a buffer that forward writes to; make it a copy (clone())"
                 )
-            self.values[node] = self._weight(str(spec.target), value, node)
+            self.values[node] = self._weight(value, node)
 
-    def _weight(self, target: str, value: torch.Tensor, source: Node) -> Node:
-        key = (
-            value.untyped_storage()._cdata,
-            value.storage_offset(),
-            tuple(value.shape),
-            value.stride(),
-            value.dtype,
-        )
-        if key not in self.targets:
-            self.targets[key] = target
-            plain = value.detach()
-            if isinstance(value, torch.nn.Parameter):
-                plain = torch.nn.Parameter(plain, requires_grad=False)
+    def _weight(self, value: torch.Tensor, source: Node) -> Node:
+        target = self.targets[_memory(value)]
+        plain = value.detach()
+        if isinstance(value, torch.nn.Parameter):
+            plain = torch.nn.Parameter(plain, requires_grad=False)
+        if not has_attribute(self.root, target):
             set_attribute(self.root, target, plain)
-        node = self.graph.create_node("get_attr", self.targets[key], name=placeholder_name(target))
+        node = self.graph.create_node("get_attr", target, name=placeholder_name(target))
         node.meta = kept_meta(source)
         return node
 
@@ -206,6 +201,12 @@ class _Flattener:
         }
         order = [str(s.target) for s in self.signature.input_specs if s.kind in _WEIGHTS and s.target in written]
         return [written[target] for target in order]
+
+
+def _memory(value: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are the same view of the same storage."""
+    storage = value.untyped_storage()._cdata
+    return storage, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype
 
 
 def copy_node(graph: Graph, node: Node, values: Mapping[Node, Node]) -> Node:

@@ -27,11 +27,11 @@ _TARGET = re.compile(
     re.ASCII,
 )
 _FUNCTIONS = {
-    "Symbol", "Integer", "Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Rational", "Not", "And",
-    "Or", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
-    "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal",
-    "ToFloat", "Identity", "Float", "IsNonOverlappingAndDenseIndicator", "StrictLessThan", "LessThan", "Equality",
-    "StrictGreaterThan", "GreaterThan", "Unequality",
+    "Symbol", "Integer", "Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Rational", "Not",
+    "And", "Or", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt",
+    "CeilDiv",     "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt",
+    "RoundDecimal", "ToFloat", "Identity", "Float", "IsNonOverlappingAndDenseIndicator", "StrictLessThan",
+    "LessThan", "Equality", "StrictGreaterThan", "GreaterThan", "Unequality",
 }  # fmt: skip
 _SYMBOL = re.compile(r"z?[suz]\w*\d+", re.ASCII)
 _EXPRESSION_NODES = (
@@ -187,9 +187,7 @@ def _paths(spec: Mapping[str, Any], prefix: tuple[str, ...]) -> list[tuple[str, 
             keys = context if len(context) == len(children) else keys
     elif isinstance(spec.get("context"), list) and len(spec["context"]) == len(children):
         keys = spec["context"]
-    return [
-        path for key, child in zip(keys, children, strict=True) for path in _paths(child, (*prefix, str(key)))
-    ]
+    return [path for key, child in zip(keys, children, strict=True) for path in _paths(child, (*prefix, str(key)))]
 
 
 def _flat_signature(inputs: int, outputs: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CaptureError(f"{SIDECAR} in the .pt2 is damaged; save it again with graphopt") from error
     if len(outputs) != len(known.outputs or outputs):
-        raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, its graph has {len(known.outputs or ())}")
+        raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, which is not what its graph has")
     return replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
 
 
@@ -76,7 +76,7 @@ def _domain(value: Any) -> Domain:
 
 def _symbols(value: torch.Tensor, shape: Any, sizes: Mapping[str, SizeRange]) -> dict[str, str]:
     """Symbols of an input's sizes that are plain names."""
-    found = {}
+    found: dict[str, str] = {}
     for size, name in zip(value.shape, shape, strict=True):
         if isinstance(size, torch.SymInt) and name in sizes and size.node.expr.is_Symbol:
             found[str(size.node.expr)] = str(name)

@@ -12,12 +12,13 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, SLoc
+from torch._guards import SLoc
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 DIRECT = "the model's own code"
 _LOCK = threading.Lock()
 _TORCH = Path(torch.__file__).parent
-_OPERATORS = tuple(str(_TORCH / name) for name in ("_prims", "_refs", "_subclasses", "_meta", "_decomp", "_ops", "_lib"))
+_OPERATORS = tuple(str(_TORCH / name) for name in ("_prims", "_refs", "_subclasses", "_meta", "_decomp", "_ops"))
 _OURS = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent))
 
 

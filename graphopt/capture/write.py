@@ -48,7 +48,8 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise UsageError("writing .onnx needs onnx and onnxscript: pip install graphopt[onnx]") from error
     if program.state:
-        raise UsageError(f"{program.name} has state ({program.state[0].spec.name}), which .onnx cannot hold; save a .pt2")
+        name = program.state[0].spec.name
+        raise UsageError(f"{program.name} has state ({name}), which .onnx cannot hold; save a .pt2")
     model = _onnx_model(program)
 
     def write(target: Path) -> None:
