@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from graphopt import spec_string
+from graphopt import registry, spec_string
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.errors import UnknownNameError, UsageError
 from graphopt.program import Program
@@ -38,7 +38,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec_string, "find_pass", lambda name: {"lut-matmul": LutMatmul}.get(name) or find(name))
 
 
-find = spec_string.find_pass
+find = registry.find_pass
 
 
 def test_options_become_fields() -> None:

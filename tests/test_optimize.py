@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.contract import Pass, PassContext, PassResult
+from graphopt.edit import Edit
+from graphopt.errors import PassError, PostconditionError, PreconditionError, UsageError, VerificationError
+from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.no_op_removal import NoOpRemoval
+from graphopt.program import Program
+from tests import models
+from tests.passes.checking import captured, fingerprint, targets
+
+
+def capture_case(case: models.Case) -> Program:
+    module, inputs, dynamic = case
+    return graphopt.capture(module, inputs, dynamic_shapes=dynamic)
+
+
+@cache
+def program_named(name: str) -> Program:
+    """A model of tests/models.py, captured once."""
+    return capture_case(getattr(models, name)())
+
+
+@cache
+def optimized(name: str) -> graphopt.OptimizeResult:
+    return graphopt.optimize(program_named(name), "O2")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet", "branching", "counter"])
+def test_o2_on_real_models_is_exact_pure_and_idempotent(name: str) -> None:
+    program = program_named(name)
+    printed, tensors = fingerprint(program)
+    result = optimized(name)
+    assert result.program.count_operators() == result.report.nodes_after
+    assert fingerprint(program)[0] == printed
+    assert all(torch.equal(a, b) for a, b in zip(fingerprint(program)[1], tensors, strict=True))
+    again = graphopt.optimize(result.program, "O2", verify="structure")
+    assert not any(item.rewrites for item in again.report.passes)
+
+
+def test_a_transformer_gets_one_linear_for_queries_keys_and_values() -> None:
+    result = optimized("bert")
+    counts = Counter(targets(result.program))
+    assert counts["aten.linear"] == 2 * (1 + 3)
+    assert counts["aten.split_with_sizes"] == 2
+    assert "aten.clone" not in counts
+    assert not any("query" in name for name in result.program.graph_module.state_dict())
+
+
+def test_a_convolutional_network_loses_its_normalizations() -> None:
+    program = program_named("resnet")
+    norms = sum("batch_norm" in name for name in targets(program))
+    result = optimized("resnet")
+    folding = next(item for item in result.report.passes if item.name == "batch-norm-folding")
+    assert len(folding.rewrites) == norms > 5
+    assert not any("norm" in name for name in targets(result.program))
+
+
+def test_nothing_happens_at_o0() -> None:
+    program = capture_case(models.mlp())
+    result = graphopt.optimize(program, "O0")
+    assert result.program is program and result.report.passes == ()
+
+
+def test_the_symbolic_sizes_of_a_program_stay() -> None:
+    program, result = program_named("bert"), optimized("bert").program
+    ids, mask = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64)
+    assert torch.allclose(program(ids, mask)[0], result(ids, mask)[0], atol=1e-5)
+    assert (result.inputs, result.outputs, result.sizes) == (program.inputs, program.outputs, program.sizes)
+
+
+def test_the_report_is_json_and_counts() -> None:
+    report = graphopt.optimize(program_named("bert"), "constant-folding{max-bytes=0},no-op-removal").report
+    plain = json.loads(json.dumps(report.to_json()))
+    assert [item["name"] for item in plain["passes"]] == ["constant-folding", "no-op-removal"]
+    assert plain["passes"][0]["options"] == {"max-bytes": 0}
+    last = plain["passes"][1]
+    assert last["nodes_before"] - last["nodes_after"] == len(last["rewrites"])
+    assert set(last["rewrites"][0]) == {"id", "rule", "before", "after"}
+    assert last["error"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Program:
+    return capture_case(models.mlp())
+
+
+@dataclass(frozen=True)
+class Given(Pass):
+    """Runs the function it is given."""
+
+    name = "given"
+    function: Callable[[Program], Any] = lambda program: PassResult(program)
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        return self.function(program)
+
+
+@dataclass(frozen=True)
+class Learned(Given):
+    """A pass that needs data."""
+
+    name = "learned"
+    preserves = "approximate"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"passes": "recipe.yaml"}, "recipes such as recipe.yaml come with a later version"),
+        ({"passes": "dead-cod"}, "did you mean 'dead-code'"),
+        ({"passes": [DeadCode]}, "which is no Pass; give instances"),
+        ({"verify": "all"}, "verify='all' is none of off, structure, numeric"),
+        ({"keep_if_faster": True}, "keep_if_faster=True has no effect in this version"),
+        ({"strict": True}, "strict=True has no effect"),
+        ({"threads": 2}, "threads=2 has no effect"),
+        ({"database": "store"}, "database='store' has no effect"),
+        ({"data": [1]}, "data has no effect: none of these passes is approximate"),
+        ({"metric": "cosine"}, "metric has no effect"),
+        ({"target": "gpu"}, "unknown target 'gpu'"),
+        ({"passes": [Learned()]}, "learned changes results and needs both data and metric"),
+        ({"passes": [Learned()], "data": [1]}, "needs both data and metric"),
+    ],
+)
+def test_arguments_that_cannot_be_used(mlp: Program, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        graphopt.optimize(mlp, **{"passes": "O1", **arguments})
+    assert words in str(caught.value)
+
+
+def test_a_program_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="takes a Program, got Linear"):
+        graphopt.optimize(nn.Linear(2, 2), "O1")  # type: ignore[arg-type]
+
+
+def test_a_program_without_examples_is_checked_by_structure_only(mlp: Program) -> None:
+    bare = replace(mlp, examples=())
+    with pytest.raises(UsageError, match="no example inputs"):
+        graphopt.optimize(bare, "O1")
+    assert graphopt.optimize(bare, "O1", verify="structure").report.nodes_after > 0
+
+
+def crash(program: Program) -> PassResult:
+    raise KeyError("lost")
+
+
+def with_edit(program: Program, edit: Callable[[torch.fx.Graph], None]) -> PassResult:
+    copy = program.copy()
+    edit(copy.graph_module.graph)
+    copy.graph_module.recompile()
+    return PassResult(copy)
+
+
+def scale_weights(program: Program) -> PassResult:
+    edit = Edit(program, PassContext(), "given")
+    (editor,) = edit.graphs()
+    node = next(node for node in editor.nodes() if node.target is torch.ops.aten.relu.default)
+    editor.replace("scale", [node], lambda builder: [builder.call(torch.ops.aten.mul.Tensor, node.args[0], 1.001)])
+    return edit.finish()
+
+
+def test_a_pass_that_crashes_is_named_with_those_before_it(mlp: Program) -> None:
+    with pytest.raises(PassError, match="pass given, after dead-code: KeyError: 'lost'") as caught:
+        graphopt.optimize(mlp, [DeadCode(), Given(crash)])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_pass_that_returns_something_else(mlp: Program) -> None:
+    with pytest.raises(PassError, match="returned Program; return a PassResult"):
+        graphopt.optimize(mlp, [Given(lambda program: program)])
+
+
+def test_a_wrong_result_is_an_error_naming_pass_and_size(mlp: Program) -> None:
+    with pytest.raises(VerificationError, match=r"pass given, after dead-code: output.* is off by .* at most"):
+        graphopt.optimize(mlp, [DeadCode(), Given(scale_weights)])
+    assert graphopt.optimize(mlp, [Given(scale_weights)], verify="structure").report.nodes_after
+
+
+def test_an_inexact_pass_starts_a_new_reference(mlp: Program) -> None:
+    result = graphopt.optimize(mlp, [Learned(scale_weights), DeadCode()], data=[1], metric="cosine")
+    assert [item.error for item in result.report.passes] == [None, None]
+
+
+def test_conditions_of_a_pass_are_checked_on_the_right_program(mlp: Program) -> None:
+    @dataclass(frozen=True)
+    class Picky(Given):
+        name = "picky"
+
+        def requires(self, program: Program) -> str | None:
+            return f"it has {program.count_operators()} operators" if program.count_operators() > 3 else None
+
+        def ensures(self, program: Program) -> str | None:
+            return "it has operators left"
+
+    with pytest.raises(PreconditionError, match="pass picky: cannot take the program: it has 4 operators"):
+        graphopt.optimize(mlp, [Picky()])
+    with pytest.raises(PostconditionError, match=r"pass picky, after no-op-removal: .* operators left"):
+        graphopt.optimize(mlp, [NoOpRemoval(), Picky()])
+
+
+def call_inplace(graph: torch.fx.Graph) -> None:
+    next(node for node in graph.nodes if node.op == "call_function").target = torch.ops.aten.relu_.default
+
+
+def drop_meta(graph: torch.fx.Graph) -> None:
+    next(node for node in graph.nodes if node.op == "call_function").meta.pop("val")
+
+
+def rename_input(graph: torch.fx.Graph) -> None:
+    next(node for node in graph.nodes if node.op == "placeholder").target = "other"
+
+
+def nest_output(graph: torch.fx.Graph) -> None:
+    output = next(iter(reversed(graph.nodes)))
+    output.args = ((output.args[0],),)
+
+
+def lose_attribute(graph: torch.fx.Graph) -> None:
+    next(node for node in graph.nodes if node.op == "get_attr").target = "nowhere"
+
+
+def call_python(graph: torch.fx.Graph) -> None:
+    next(node for node in graph.nodes if node.op == "call_function").target = torch.relu
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (call_inplace, "writes to its input"),
+        (drop_meta, "has no value in its meta"),
+        (rename_input, "its placeholders are"),
+        (nest_output, "no flat tuple of nodes"),
+        (lose_attribute, "nowhere"),
+        (call_python, "on tensors; write the ATen overload"),
+    ],
+)
+def test_ill_formed_results_are_refused(edit: Callable[[torch.fx.Graph], None], words: str) -> None:
+    program = captured(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 4))
+
+    def broken(program: Program) -> PassResult:
+        copy = program.copy()
+        edit(copy.graph_module.graph)
+        return PassResult(copy)
+
+    with pytest.raises(PostconditionError, match="pass given: the result is ill-formed") as caught:
+        graphopt.optimize(program, [Given(broken)])
+    assert words in str(caught.value)
+
+
+def test_a_changed_interface_is_refused(mlp: Program) -> None:
+    def rename(program: Program) -> PassResult:
+        return PassResult(replace(program, outputs=(replace(program.outputs[0], name="renamed"),)))
+
+    with pytest.raises(PostconditionError, match="its outputs are"):
+        graphopt.optimize(mlp, [Given(rename)])
