@@ -1,0 +1,124 @@
+"""The CPU family: what its programs are legalised to, which rules write its kernels, and how a library is built."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.linker import link
+from graphopt.backends.lowering import Weights, lower_program
+from graphopt.backends.target import Target
+from graphopt.backends.tir_pipeline import register
+from graphopt.errors import CompileError
+from graphopt.program import Program
+
+SET_DENORMALS = "graphopt_set_denormals"
+_FLUSH = 0x8040  # MXCSR: flush to zero (bit 15) and denormals are zero (bit 6)
+_EVERY_WORKER = 64  # tasks of the function that reaches every worker thread
+
+
+@dataclass(frozen=True)
+class Module:
+    """All entries lowered: `arguments` names each entry's weights in order, `kernels` the rule that wrote each."""
+
+    module: tvm.IRModule
+    weights: Mapping[str, np.ndarray]
+    arguments: Mapping[str, tuple[str, ...]]
+    kernels: Mapping[str, str]
+
+
+def lower(programs: Mapping[str, Program], target: Target) -> Module:
+    """Every entry as a function of one module. Raises CompileError naming the node that has no lowering."""
+    functions: dict[Any, Any] = {}
+    arguments: dict[str, tuple[str, ...]] = {}
+    kernels: dict[str, str] = {}
+    weights = Weights()
+    builder = relax.BlockBuilder()
+    for entry, program in programs.items():
+        lowered = lower_program(program, target, entry, weights, builder)
+        arguments[entry] = lowered.weights
+        kernels.update(lowered.kernels)
+    functions.update(builder.get().functions)
+    functions[relax.GlobalVar(SET_DENORMALS)] = set_denormals()
+    return Module(tvm.IRModule(functions), weights.arrays, arguments, kernels)
+
+
+def finalize() -> tvm.transform.Pass:
+    """From kernel calls to VM code: calls by destination, a static memory plan, shape arithmetic as functions."""
+    passes = relax.transform
+    return tvm.transform.Sequential(
+        [
+            passes.Normalize(),
+            passes.RewriteDataflowReshape(),
+            passes.ToNonDataflow(),
+            passes.RemovePurityChecking(),
+            passes.CallTIRRewrite(),
+            passes.StaticPlanBlockMemory(),
+            passes.LowerAllocTensor(),
+            passes.KillAfterLastUse(),
+            passes.LowerRuntimeBuiltin(),
+            passes.ComputePrimValue(),
+            passes.VMShapeLower(),
+            passes.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def build(module: tvm.IRModule, target: Target) -> bytes:
+    """The shared library. Raises CompileError where code generation or linking fails."""
+    native = native_target(target)
+    try:
+        with native, tvm.transform.PassContext(opt_level=3):
+            executable = relax.build(module, native, relax_pipeline=finalize(), tir_pipeline=register())
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as e:
+        raise CompileError(f"code generation for {target.name} failed: {str(e).strip().splitlines()[-1]}") from e
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "library.so")
+
+        def linker(output: str, objects: list[str], **_: Any) -> None:
+            link(list(objects), output)
+
+        executable.export_library(path, fcompile=linker, workspace_dir=folder)
+        return Path(path).read_bytes()
+
+
+def native_target(target: Target) -> tvm.target.Target:
+    """LLVM splits vectors of x86-64-v4 into halves unless told otherwise."""
+    return tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": "x86_64-unknown-linux-gnu",
+            "mcpu": target.architecture,
+            "mattr": ["-prefer-256-bit"] if target.lanes == 16 else [],
+            "num-cores": target.threads,
+        }
+    )
+
+
+def set_denormals() -> tirx.PrimFunc:
+    """graphopt_set_denormals(flush): 1 makes every thread of the caller's pool treat denormals as zero, 0 undoes it.
+
+    Denormal operands cost a microcode assist each: a matrix product over them runs 200 times slower.
+    """
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(SET_DENORMALS)
+            T.func_attr({"tirx.noalias": True, "global_symbol": SET_DENORMALS})
+            flush = T.arg("flush", tirx.Var("flush", "int32"))
+            with T.parallel(tirx.const(0, "int32"), tirx.const(_EVERY_WORKER, "int32")):
+                word = T.alloc_buffer((1,), "int32", scope="local", layout=None)
+                address = tirx.address_of(word[0])
+                T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.stmxcsr", address))
+                cleared = word[0] & tirx.const(0xFFFF & ~_FLUSH, "int32")
+                T.buffer_store(word, tirx.Select(flush > 0, cleared | tirx.const(_FLUSH, "int32"), cleared), [0])
+                T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.ldmxcsr", address))
+        return builder.get()

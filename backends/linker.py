@@ -1,0 +1,39 @@
+"""Linking a compiled module into a shared library: a C compiler driver, or zig from its pip package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from graphopt.errors import CompileError
+
+_DRIVERS = ("cc", "gcc", "clang")
+HINT = "install a C compiler (gcc or clang), set CC to one, or run: pip install ziglang"
+
+
+def find_linker() -> tuple[str, ...] | None:
+    """The command that links: $CC, cc, gcc, clang, else zig's driver from the package `ziglang`; None where none is."""
+    chosen = os.environ.get("CC")
+    for name in (chosen,) if chosen else _DRIVERS:
+        if path := shutil.which(name):
+            return (path,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "cc")
+    return None
+
+
+def link(objects: list[str], library: str) -> None:
+    """Link object files to a shared library that needs only libm. Raises CompileError with the linker's first words."""
+    command = find_linker()
+    if command is None:
+        raise CompileError(f"no linker found to build the library; {HINT}")
+    # No build id and no path of a temporary file, so that equal inputs give equal bytes.
+    flags = ["-shared", "-fPIC", "-s", "-Wl,--build-id=none", "-o", library]
+    done = subprocess.run([*command, *flags, *objects, "-lm"], capture_output=True, text=True, check=False)
+    if done.returncode or not Path(library).exists():
+        words = (done.stderr.strip().splitlines() or ["no message"])[0]
+        raise CompileError(f"{Path(command[0]).name} could not link the library: {words}; {HINT}")

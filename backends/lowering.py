@@ -1,0 +1,270 @@
+"""From a program's graph to a Relax module of hand-scheduled kernels.
+
+Nodes are visited in order. Each operator's lowering returns a `View` of stored memory or a `Lazy` function of the index;
+lazy values are stored only when something needs them in memory. Weights become arguments of the Relax function, packed
+as the kernel that reads them wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from torch.fx import Graph, GraphModule, Node
+from tvm import relax
+
+from graphopt.backends.dtypes import DTYPES
+from graphopt.backends.fusion import epilogue
+from graphopt.backends.kernel import Code
+from graphopt.backends.operators import OPERATORS, fits_epilogue
+from graphopt.backends.rules.pointwise import pointwise
+from graphopt.backends.sizes import Shape, Sizes, shape_of, size_of
+from graphopt.backends.target import Target
+from graphopt.backends.values import Lazy, Product, Storage, Value, View, whole
+from graphopt.errors import CompileError
+from graphopt.program import Program, get_attribute
+from graphopt.runtime.dtypes import name_of
+
+@dataclass(frozen=True)
+class Lowered:
+    """One entry: its function takes inputs, state, then the weights of these names."""
+
+    weights: tuple[str, ...]
+    kernels: Mapping[str, str]  # kernel -> rule
+
+
+@dataclass
+class Weights:
+    """Packed tensors of all entries by name; a tensor packed the same way twice exists once."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    names: dict[Any, str] = field(default_factory=dict)
+
+    def add(self, tensor: torch.Tensor, label: str, key: str, pack: Callable[[np.ndarray], np.ndarray] | None) -> str:
+        """The name under which the packed tensor is kept; `label` and `key` make it readable."""
+        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        identity = (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype, key)
+        if identity not in self.names:
+            array = tensor.detach().numpy()
+            array = np.ascontiguousarray(array if pack is None else pack(array))
+            name = base = f"{label}.{key}" if key else label
+            while name in self.arrays:
+                name = f"{base}_{len(self.arrays)}"
+            self.arrays[name] = array
+            self.names[identity] = name
+        return self.names[identity]
+
+
+class Lowering:
+    """State of lowering one graph; a branch of a `cond` has its own, sharing weights and kernels with its parent."""
+
+    def __init__(
+        self,
+        target: Target,
+        module: GraphModule,
+        weights: Weights,
+        builder: relax.BlockBuilder,
+        parent: Lowering | None = None,
+    ) -> None:
+        self.target, self.module, self.weights, self.builder = target, module, weights, builder
+        self.sizes: Sizes = parent.sizes if parent else Sizes()
+        self.constants: dict[str, Storage] = parent.constants if parent else {}  # name -> argument of the function
+        self._labels: dict[int, str] = dict(parent._labels) if parent else {}
+        self.kernels: dict[str, str] = parent.kernels if parent else {}
+        self.bindings: list[relax.Binding] = []
+        self.env: dict[Node, Any] = {}
+        self.order: dict[Node, int] = {node: number for number, node in enumerate(module.graph.nodes)}
+        self._stored: dict[int, tuple[Lazy, View]] = {}
+        self._covered: set[Node] = set()
+
+    # Walking ----------------------------------------------------------------------------------------------------------
+    def run(self, graph: Graph, arguments: list[Any]) -> Any:
+        """Lower every node; returns what the output node holds, as values."""
+        pending = iter(arguments)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = next(pending)
+            elif node.op == "get_attr":
+                self.env[node] = get_attribute(self.module, str(node.target))
+                self._labels[id(self.env[node])] = str(node.target)
+            elif node.op == "output":
+                return torch.fx.node.map_arg(node.args[0], self.value)
+            elif node not in self._covered:
+                self.env[node] = self.lower(node)
+        raise CompileError(f"graph {type(self.module).__name__} has no output node")
+
+    def lower(self, node: Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, int, float, torch.SymFloat, torch.SymBool)) and not isinstance(value, torch.Tensor):
+            return size_of(value)
+        lower = OPERATORS.get(node.target)
+        if lower is None:
+            raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
+        result = lower(self, node)
+        return self._share(node, result) if isinstance(result, Lazy) else result
+
+    def _share(self, node: Node, value: Lazy) -> Any:
+        """A lazy value with several users is computed once: in one kernel with all of them, or stored."""
+        if len(node.users) < 2 or not value.operands:
+            return value
+        shared = replace(value, shared=True)
+        together = self.epilogue(node)
+        inside = {node, *together}
+        if together and all(user in inside for user in node.users):
+            return shared
+        return self.store(shared)
+
+    def epilogue(self, node: Node) -> list[Node]:
+        return epilogue(node, self.order, fits_epilogue)
+
+    # Values -----------------------------------------------------------------------------------------------------------
+    def value(self, argument: Any) -> Any:
+        """What a node argument is here: a value, a number, a size; weights stay torch tensors until a kernel packs them."""
+        return self.env[argument] if isinstance(argument, Node) else argument
+
+    def tensor(self, argument: Any) -> Value:
+        """The value of a node argument as a tensor in memory or a function; a weight becomes an argument as it is."""
+        value = self.value(argument)
+        return self.weight(value) if isinstance(value, torch.Tensor) else value
+
+    def shape(self, argument: Any) -> Shape:
+        """Sizes of an argument like `[batch, -1, 32]`."""
+        return tuple(size_of(self.value(item)) for item in argument)
+
+    def weight(self, tensor: torch.Tensor, key: str = "", pack: Callable[[np.ndarray], np.ndarray] | None = None) -> View:
+        """A weight as an argument of the function; `key` names the packing, equal keys share one copy."""
+        name = self.weights.add(tensor, self._labels.get(id(tensor), "constant"), key, pack)
+        if name not in self.constants:
+            array = self.weights.arrays[name]
+            shape, dtype = tuple(int(d) for d in array.shape), name_of(array.dtype)
+            variable = relax.Var(f"weight{len(self.constants)}", relax.TensorType(self.sizes.shape(shape), dtype))
+            self.constants[name] = Storage(variable, shape, dtype)
+        return whole(self.constants[name])
+
+    def view(self, argument: Any) -> View:
+        """The argument in memory, with whatever strides."""
+        value = self.tensor(argument) if not isinstance(argument, (View, Lazy)) else argument
+        return value if isinstance(value, View) else self.store(value)
+
+    def contiguous(self, argument: Any) -> View:
+        """The argument in memory, row-major from the start of its storage."""
+        view = self.view(argument)
+        return view if view.contiguous else self.store(view)
+
+    def store(self, value: Lazy | View) -> View:
+        """Write the value to memory with an element-wise kernel, once."""
+        if id(value) not in self._stored:
+            name = "copy" if isinstance(value, View) else "pointwise"
+            (stored,) = self.call(pointwise(value, name, self.target))
+            self._stored[id(value)] = (value, stored)  # type: ignore[assignment]
+        return self._stored[id(value)][1]
+
+    # Kernels ----------------------------------------------------------------------------------------------------------
+    def anchored(
+        self, node: Node, build: Callable[[Product, Any], Code], begin: Callable[[Product], Any] = lambda result: result
+    ) -> View:
+        """Lower `node` with its epilogue: `build` gets the bare result and the end of the element-wise tree over it.
+
+        `begin` adds to the bare result what belongs to the node itself, such as a bias.
+        """
+        together = self.epilogue(node)
+        result: Any = Product(shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype])
+        self.env[node] = end = begin(result)
+        for follower in together:
+            end = OPERATORS[follower.target](self, follower)
+            if isinstance(end, Lazy) and len(follower.users) > 1 and follower is not together[-1]:
+                end = replace(end, shared=True)
+            self.env[follower] = end
+        (stored,) = self.call(build(result, end))
+        if together:
+            self.env[together[-1]] = stored
+            self._covered.update(together)
+        return stored
+
+    def call(self, code: Code) -> list[View]:
+        """Bind a call of the kernel; the builder keeps equal kernels once."""
+        function = self.builder.add_func(code.function, code.name)  # the builder's own name where this one is taken
+        self.kernels[function.name_hint] = code.rule
+        types = [relax.TensorType(self.sizes.shape(shape), dtype) for shape, dtype in code.outputs]
+        arguments = [storage.variable for storage in code.inputs]
+        arguments += [self.sizes.variable(name) for name in code.scalars]
+        called = relax.call_tir(function, relax.Tuple(arguments), types)
+        result = self.bind(called, relax.TupleType(types) if len(types) > 1 else types[0])
+        variables = [result]
+        if len(types) > 1:
+            variables = [self.bind(relax.TupleGetItem(result, number), kind) for number, kind in enumerate(types)]
+        return [whole(Storage(v, shape, dtype)) for v, (shape, dtype) in zip(variables, code.outputs, strict=True)]
+
+    def bind(self, expression: Any, kind: Any) -> relax.Var:
+        variable = relax.Var(f"v{len(self.bindings)}", kind)
+        self.bindings.append(relax.VarBinding(variable, expression))
+        return variable
+
+    # Branches ---------------------------------------------------------------------------------------------------------
+    def branch_argument(self, operand: Any) -> Any:
+        """Stored before the `If`, so that both branches see it; sizes and weights pass as they are."""
+        value = self.value(operand)
+        return self.store(value) if isinstance(value, Lazy) else value
+
+    def branch(self, module: GraphModule, arguments: list[Any], kind: Any) -> relax.SeqExpr:
+        """A sub-graph as one side of an `If`, closing over weights and operands."""
+        inner = Lowering(self.target, module, self.weights, self.builder, parent=self)
+        results = [inner.contiguous(value) for value in inner.run(module.graph, arguments)]
+        variables = [inner.own(view) for view in results]
+        result = variables[0] if len(variables) == 1 else inner.bind(relax.Tuple(variables), kind)
+        return relax.SeqExpr([relax.BindingBlock(inner.bindings)], result)
+
+    def own(self, view: View) -> relax.Var:
+        """A variable with exactly the view's shape: what leaves a graph is typed by the graph's own signature."""
+        if view.shape == view.storage.shape:
+            return view.storage.variable
+        shape = self.sizes.shape(view.shape)
+        kind = relax.TensorType(shape, view.dtype)
+        return self.bind(relax.op.reshape(view.storage.variable, relax.ShapeExpr(shape)), kind)
+
+
+def lower_program(
+    program: Program, target: Target, name: str, weights: Weights, builder: relax.BlockBuilder
+) -> Lowered:
+    """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`. Raises CompileError naming the first node that has no lowering."""
+    module = program.graph_module
+    lowering = Lowering(target, module, weights, builder)
+    parameters, arguments = [], []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            shape, dtype = shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype]
+            variable = relax.Var(node.name, relax.TensorType(lowering.sizes.shape(shape), dtype))
+            parameters.append(variable)
+            arguments.append(whole(Storage(variable, shape, dtype)))
+    results = [lowering.contiguous(value) for value in lowering.run(module.graph, arguments)]
+    variables = [lowering.own(view) for view in _fresh(lowering, results, parameters)]
+    kind = [variable.ty for variable in variables]
+    result = variables[0] if len(variables) == 1 else lowering.bind(relax.Tuple(variables), relax.TupleType(kind))
+    constants = [storage.variable for storage in lowering.constants.values()]
+    body = relax.SeqExpr([relax.BindingBlock(lowering.bindings)], result)
+    function = relax.Function([*parameters, *constants], body, result.ty)
+    function = function.with_attr("global_symbol", name)
+    limits = {
+        symbol: program.sizes[user].high for symbol, user in program.symbols.items() if program.sizes[user].high is not None
+    }
+    if limits:
+        function = function.with_attr("tir_var_upper_bound", limits)
+    lowering.builder.add_func(function, name)
+    return Lowered(tuple(lowering.constants), lowering.kernels)
+
+
+def _fresh(lowering: Lowering, results: list[View], parameters: list[relax.Var]) -> list[View]:
+    """Outputs in memory of their own: never an argument's, a weight's or another output's."""
+    taken = {id(variable) for variable in parameters}
+    taken |= {id(storage.variable) for storage in lowering.constants.values()}
+    fresh = []
+    for view in results:
+        if id(view.storage.variable) in taken:
+            view = lowering.call(pointwise(view, "copy", lowering.target))[0]
+        taken.add(id(view.storage.variable))
+        fresh.append(view)
+    return fresh

@@ -1,0 +1,42 @@
+"""How each ATen operator becomes values and kernels: one table a family, merged here.
+
+A lowering is `f(lowering, node) -> View | Lazy | tuple of them`. A new operator is one function and one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Node
+
+from graphopt.backends.operators import (
+    attention,
+    control_flow,
+    convolution,
+    creation,
+    indexing,
+    linear,
+    normalization,
+    pointwise,
+    reduction,
+    views,
+)
+
+OPERATORS: dict[Any, Callable[..., Any]] = {
+    **pointwise.TABLE,
+    **creation.TABLE,
+    **views.TABLE,
+    **indexing.TABLE,
+    **linear.TABLE,
+    **attention.TABLE,
+    **normalization.TABLE,
+    **reduction.TABLE,
+    **convolution.TABLE,
+    **control_flow.TABLE,
+}
+
+
+def fits_epilogue(node: Node) -> bool:
+    """True for operators that compute one element from one element at the same rows and columns."""
+    return node.target in pointwise.TABLE or views.keeps_rows(node)

@@ -1,0 +1,218 @@
+"""Gathers, concatenations and padding: functions that choose which element of which operand an index reads.
+
+Positions read from a tensor are wrapped when negative, as PyTorch does, and then kept inside the table, so that a wrong
+id reads a wrong row but never foreign memory. PyTorch raises there; the session cannot know without looking at every id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+from tvm import tirx
+
+from graphopt.backends.dtypes import DTYPES
+from graphopt.backends.operators.pointwise import constant
+from graphopt.backends.sizes import Size, shape_of
+from graphopt.backends.values import Index, Lazy
+from graphopt.errors import CompileError
+
+if TYPE_CHECKING:
+    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.lowering import Lowering
+
+aten = torch.ops.aten
+
+
+def _inside(kernel: Kernel, position: Any, size: Size) -> Any:
+    extent = kernel.size(size)
+    position = position.astype("int64")
+    position = tirx.Select(position < 0, position + extent, position)
+    return tirx.max(tirx.min(position, extent - 1), tirx.const(0, "int64"))
+
+
+def _at(kernel: Kernel, value: Any, axes: list[Any]) -> Any:
+    return kernel.load(value, Index(value.shape, kernel.sizes, axes=tuple(axes)))
+
+
+def _embedding(lowering: Lowering, node: Node) -> Lazy:
+    table, ids = lowering.view(node.args[0]), lowering.view(node.args[1])
+    rank = len(ids.shape)
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        row = _at(kernel, ids, [index.axis(number) for number in range(rank)])
+        return _at(kernel, table, [_inside(kernel, row, table.shape[0]), index.axis(rank)])
+
+    return Lazy(shape_of(node.meta["val"]), table.dtype, (table, ids), element)
+
+
+def _index(lowering: Lowering, node: Node) -> Lazy:
+    """x[i, j, :, k]: indexed axes are replaced by the broadcast of the index tensors, in place when they are adjacent."""
+    x = lowering.view(node.args[0])
+    indices = [None if i is None else lowering.view(i) for i in node.args[1]]  # type: ignore[union-attr]
+    indices += [None] * (len(x.shape) - len(indices))
+    used = [number for number, i in enumerate(indices) if i is not None]
+    if any(i is not None and i.dtype == "bool" for i in indices):
+        raise CompileError(f"{node.name} indexes with a mask, so its result has no fixed shape; write it with where")
+    shape = shape_of(node.meta["val"])
+    rank = max(len(indices[number].shape) for number in used)  # type: ignore[union-attr]
+    first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        common = Index(shape[first : first + rank], kernel.sizes, axes=tuple(index.axis(first + n) for n in range(rank)))
+        others = iter([index.axis(n) for n in range(len(shape)) if not first <= n < first + rank])
+        axes = [
+            next(others) if i is None else _inside(kernel, kernel.load(i, common), x.shape[number])
+            for number, i in enumerate(indices)
+        ]
+        return _at(kernel, x, axes)
+
+    return Lazy(shape, x.dtype, (x, *(i for i in indices if i is not None)), element)
+
+
+def _gather(lowering: Lowering, node: Node) -> Lazy:
+    x, ids = lowering.view(node.args[0]), lowering.view(node.args[2])
+    axis = int(node.args[1]) % len(x.shape)  # type: ignore[arg-type]
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(x.shape))]
+        axes[axis] = _inside(kernel, _at(kernel, ids, axes), x.shape[axis])
+        return _at(kernel, x, axes)
+
+    return Lazy(shape_of(node.meta["val"]), x.dtype, (x, ids), element)
+
+
+def _index_select(lowering: Lowering, node: Node) -> Lazy:
+    x, ids = lowering.view(node.args[0]), lowering.view(node.args[2])
+    axis = int(node.args[1]) % len(x.shape)  # type: ignore[arg-type]
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(x.shape))]
+        axes[axis] = _inside(kernel, _at(kernel, ids, [axes[axis]]), x.shape[axis])
+        return _at(kernel, x, axes)
+
+    return Lazy(shape_of(node.meta["val"]), x.dtype, (x, ids), element)
+
+
+def _cat(lowering: Lowering, node: Node) -> Lazy:
+    """Each element is read from its own part; positions are kept inside the others, whose values are not chosen."""
+    parts = [lowering.view(part) for part in node.args[0]]  # type: ignore[union-attr]
+    shape = shape_of(node.meta["val"])
+    axis = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+    parts = [part for part in parts if len(part.shape) == len(shape)]
+    dtype = DTYPES[node.meta["val"].dtype]
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(shape))]
+        position, result = axes[axis], None
+        for part in parts:
+            extent = kernel.size(part.shape[axis])
+            axes[axis] = tirx.max(tirx.min(position, extent - 1), tirx.const(0, "int64"))
+            value = _at(kernel, part, axes).astype(dtype)
+            result = value if result is None else tirx.Select(position >= 0, value, result)
+            position = position - extent
+        return result
+
+    return Lazy(shape, dtype, tuple(parts), element)
+
+
+def _stack(lowering: Lowering, node: Node) -> Lazy:
+    parts = [lowering.view(part) for part in node.args[0]]  # type: ignore[union-attr]
+    shape = shape_of(node.meta["val"])
+    axis = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(shape)) if number != axis]
+        result = _at(kernel, parts[0], axes)
+        for number, part in enumerate(parts[1:], start=1):
+            result = tirx.Select(index.axis(axis) >= number, _at(kernel, part, axes), result)
+        return result
+
+    return Lazy(shape, DTYPES[node.meta["val"].dtype], tuple(parts), element)
+
+
+def _pad(lowering: Lowering, node: Node) -> Lazy:
+    """constant_pad_nd: pairs (before, after) from the last axis on; a negative number cuts."""
+    x = lowering.view(node.args[0])
+    pairs = [int(p) for p in node.args[1]]  # type: ignore[union-attr, arg-type]
+    fill = node.args[2] if len(node.args) > 2 else 0
+    return padded(x, pairs, fill, shape_of(node.meta["val"]))
+
+
+def padded(x: Any, pairs: list[int], fill: Any, shape: tuple[Size, ...]) -> Lazy:
+    """`x` with `fill` around it; `pairs` are (before, after) from the last axis on."""
+    rank = len(shape)
+    before = {rank - 1 - number: pairs[2 * number] for number in range(len(pairs) // 2)}
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes, inside = [], []
+        for number in range(rank):
+            position = index.axis(number)
+            if number in before:
+                extent = kernel.size(x.shape[number])
+                position = position - before[number]
+                inside += [position >= 0, position < extent]
+                position = tirx.max(tirx.min(position, extent - 1), tirx.const(0, "int64"))
+            axes.append(position)
+        value = _at(kernel, x, axes)
+        return tirx.Select(tirx.all(*inside), value, constant(fill, x.dtype)) if inside else value
+
+    return Lazy(shape, x.dtype, (x,), element)
+
+
+def _triangle(upper: bool) -> Callable[[Lowering, Node], Lazy]:
+    def lower(lowering: Lowering, node: Node) -> Lazy:
+        x = lowering.tensor(node.args[0])
+        diagonal = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        shape = shape_of(node.meta["val"])
+
+        def element(kernel: Kernel, index: Index) -> Any:
+            distance = index.axis(len(shape) - 1) - index.axis(len(shape) - 2)
+            keep = distance >= diagonal if upper else distance <= diagonal
+            return tirx.Select(keep, kernel.load(x, index), constant(0, x.dtype))
+
+        return Lazy(shape, x.dtype, (x,), element)
+
+    return lower
+
+
+def _repeat(lowering: Lowering, node: Node) -> Lazy:
+    x = lowering.view(node.args[0])
+    shape = shape_of(node.meta["val"])
+    skip = len(shape) - len(x.shape)
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [tirx.truncmod(index.axis(skip + n), kernel.size(size)) for n, size in enumerate(x.shape)]
+        return _at(kernel, x, axes)
+
+    return Lazy(shape, x.dtype, (x,), element)
+
+
+def _flip(lowering: Lowering, node: Node) -> Lazy:
+    x = lowering.view(node.args[0])
+    flipped = {int(axis) % len(x.shape) for axis in node.args[1]}  # type: ignore[union-attr, arg-type]
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [
+            kernel.size(size) - 1 - index.axis(n) if n in flipped else index.axis(n) for n, size in enumerate(x.shape)
+        ]
+        return _at(kernel, x, axes)
+
+    return Lazy(x.shape, x.dtype, (x,), element)
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.embedding.default: _embedding,
+    aten.index.Tensor: _index,
+    aten.gather.default: _gather,
+    aten.index_select.default: _index_select,
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    aten.constant_pad_nd.default: _pad,
+    aten.tril.default: _triangle(upper=False),
+    aten.triu.default: _triangle(upper=True),
+    aten.repeat.default: _repeat,
+    aten.flip.default: _flip,
+}

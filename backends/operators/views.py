@@ -1,0 +1,198 @@
+"""Operators that only change how memory is read: strides on a view, or the index of a lazy value; nothing is copied
+unless no strides can express the result."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of, size_of
+from graphopt.backends.values import Index, Lazy, Product, View
+
+if TYPE_CHECKING:
+    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.lowering import Lowering
+
+aten = torch.ops.aten
+
+
+def reshape(lowering: Lowering, value: Any, shape: Shape) -> View | Lazy:
+    """The same elements in the same order under another shape."""
+    if isinstance(value, (Lazy, Product)):
+
+        def element(kernel: Kernel, index: Index) -> Any:
+            return kernel.load(value, index.reshaped(value.shape))
+
+        return Lazy(shape, value.dtype, (value,), element, flat=True)
+    strides = reshaped_strides(value, shape)
+    if strides is None:
+        value = lowering.contiguous(value)
+        strides = contiguous_strides(shape)
+    return View(value.storage, shape, strides, value.offset)
+
+
+def reshaped_strides(value: View, shape: Shape) -> Shape | None:
+    """Strides that read `value` as `shape`, or None where only a copy can."""
+    if value.contiguous:
+        return contiguous_strides(shape)
+    old = [(size, stride) for size, stride in zip(value.shape, value.strides, strict=True) if size != 1]
+    new = [size for size in shape if size != 1]
+    common = 0
+    while common < min(len(old), len(new)) and old[common][0] == new[common]:
+        common += 1
+    rest = old[common:]
+    if any(stride != size * inner for (_, stride), (size, inner) in zip(rest, rest[1:], strict=False)):
+        return None
+    unit = rest[-1][1] if rest else 1
+    strides = [stride for _, stride in old[:common]]
+    strides += [stride * unit for stride in contiguous_strides(tuple(new[common:]))]
+    pending = iter(strides)
+    return tuple(0 if size == 1 else next(pending) for size in shape)
+
+
+def _reshape(lowering: Lowering, node: Node) -> View | Lazy:
+    return reshape(lowering, lowering.tensor(node.args[0]), shape_of(node.meta["val"]))
+
+
+def _permuted(lowering: Lowering, node: Node, order: list[int]) -> View:
+    view = lowering.view(node.args[0])
+    return View(view.storage, tuple(view.shape[a] for a in order), tuple(view.strides[a] for a in order), view.offset)
+
+
+def _rank(node: Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+def _permute(lowering: Lowering, node: Node) -> View:
+    return _permuted(lowering, node, [int(axis) % _rank(node) for axis in node.args[1]])  # type: ignore[union-attr, arg-type]
+
+
+def _transpose(lowering: Lowering, node: Node) -> View:
+    order = list(range(_rank(node)))
+    first, second = (int(axis) % len(order) for axis in node.args[1:3])  # type: ignore[arg-type]
+    order[first], order[second] = order[second], order[first]
+    return _permuted(lowering, node, order)
+
+
+def _matrix_transpose(lowering: Lowering, node: Node) -> View:
+    return _permuted(lowering, node, list(range(_rank(node)))[::-1])
+
+
+def _expand(lowering: Lowering, node: Node) -> Any:
+    """Repeated axes get stride 0; a lazy value is stored small and read often."""
+    value = lowering.tensor(node.args[0])
+    shape = shape_of(node.meta["val"])
+    if value.shape == shape:
+        return value
+    view = lowering.view(value)
+    skip = len(shape) - len(view.shape)
+    strides: list[Size] = [0] * skip
+    for size, old, stride in zip(shape[skip:], view.shape, view.strides, strict=True):
+        strides.append(stride if size == old else 0)
+    return View(view.storage, shape, tuple(strides), view.offset)
+
+
+def _clamped(position: Any, size: Size) -> Size:
+    """A start or index, counted from the end when negative, at most the size."""
+    if isinstance(position, int) and position < 0:
+        return size + position if not isinstance(size, int) else max(size + position, 0)
+    if isinstance(position, int) and isinstance(size, int):
+        return min(position, size)
+    if position == 0:
+        return 0
+    return sympy.Min(position, size)
+
+
+def _slice(lowering: Lowering, node: Node) -> View:
+    arguments = [lowering.value(argument) for argument in node.args[1:]]
+    axis, start, _, step = [*arguments, *(0, None, None, 1)[len(arguments) :]]
+    view = lowering.view(node.args[0])
+    axis = int(axis) % len(view.shape)
+    first = _clamped(0 if start is None else start, view.shape[axis])
+    return _part(view, axis, first, shape_of(node.meta["val"]), int(step or 1))
+
+
+def _part(view: View, axis: int, first: Size, shape: Shape, step: int = 1) -> View:
+    strides = tuple(stride * step if number == axis else stride for number, stride in enumerate(view.strides))
+    return View(view.storage, shape, strides, view.offset + first * view.strides[axis])
+
+
+def _select(lowering: Lowering, node: Node) -> View:
+    view = lowering.view(node.args[0])
+    axis = int(node.args[1]) % len(view.shape)  # type: ignore[arg-type]
+    position = lowering.value(node.args[2])
+    if isinstance(position, int) and position < 0:
+        position = view.shape[axis] + position
+    keep = [number for number in range(len(view.shape)) if number != axis]
+    offset = view.offset + position * view.strides[axis]
+    return View(view.storage, tuple(view.shape[a] for a in keep), tuple(view.strides[a] for a in keep), offset)
+
+
+def _split(lowering: Lowering, node: Node) -> tuple[View, ...]:
+    """split, split_with_sizes, chunk: the sizes of the parts are those of the node's own values."""
+    view = lowering.view(node.args[0])
+    axis = int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(view.shape)  # type: ignore[arg-type]
+    parts, first = [], 0
+    for part in node.meta["val"]:
+        shape = shape_of(part)
+        parts.append(_part(view, axis, first, shape))
+        first = first + shape[axis]
+    return tuple(parts)
+
+
+def _unbind(lowering: Lowering, node: Node) -> tuple[View, ...]:
+    view = lowering.view(node.args[0])
+    axis = int(node.args[1] if len(node.args) > 1 else 0) % len(view.shape)  # type: ignore[arg-type]
+    keep = [number for number in range(len(view.shape)) if number != axis]
+    shape, strides = tuple(view.shape[a] for a in keep), tuple(view.strides[a] for a in keep)
+    count = int(size_of(view.shape[axis]))
+    return tuple(View(view.storage, shape, strides, view.offset + i * view.strides[axis]) for i in range(count))
+
+
+def _item(lowering: Lowering, node: Node) -> Any:
+    values, position = node.args
+    return lowering.value(values)[position]
+
+
+def keeps_rows(node: Node) -> bool:
+    """True for a reshape that an epilogue may hold: rows and columns stay what they are."""
+    if node.target not in RESHAPES:
+        return False
+    before, after = shape_of(node.args[0].meta["val"]), shape_of(node.meta["val"])  # type: ignore[union-attr]
+    return bool(before and after and before[-1] == after[-1] and product(before) == product(after))
+
+
+RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(RESHAPES, _reshape),
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.t.default: _matrix_transpose,
+    aten.numpy_T.default: _matrix_transpose,
+    aten.expand.default: _expand,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.chunk.default: _split,
+    aten.unbind.int: _unbind,
+    operator.getitem: _item,
+}

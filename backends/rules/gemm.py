@@ -1,0 +1,165 @@
+"""Packed-weight matrix product with its epilogue in registers: rows x K times [N / 48, K, 48].
+
+A tile of 8 rows x 48 columns is 24 accumulators of 16 lanes (AVX2: 4 x 24, 12 of 8). One step of k costs 3 weight
+loads, 8 broadcasts and 24 multiply-adds, so the multiply-adds bound it. Weights stream once per group of rows: each
+step of k prefetches its share of the next panel's cache lines, which hides memory latency where weights are cold.
+From 64 rows on each thread keeps the same rows in every kernel, so activations stay in its own L2; below, panels are
+shared out, so weights are read once. Row tails re-read the last row and store nothing; a symbolic row count costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.sizes import product
+from graphopt.backends.target import Target
+from graphopt.backends.values import Index, Product, View
+
+RULE = "packed-gemm"
+_ROWS_KEPT_FROM = 64  # rows from which each thread keeps its own
+_EXPECTED_ROWS = 128  # rows for which the prefetch distance is right where the count is symbolic
+_LINE = 16  # float32 values of a cache line
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns held in registers, and steps of k written out."""
+
+    rows: int
+    columns: int
+    steps: int = 4
+
+
+def tile_for(target: Target) -> Tile:
+    """24 of 32 registers as accumulators with AVX-512, 12 of 16 with AVX2."""
+    return Tile(8, 48) if target.lanes == 16 else Tile(4, 24)
+
+
+def pack_weight(weight: np.ndarray, columns: int) -> np.ndarray:
+    """[N, K] -> [ceil(N / columns), K, columns], zero where N ends; float32."""
+    n, k = weight.shape
+    panels = -(-n // columns)
+    packed = np.zeros((panels, k, columns), weight.dtype)
+    full = n // columns
+    packed[:full] = weight[: full * columns].reshape(full, columns, k).transpose(0, 2, 1)
+    if full < panels:
+        packed[full, :, : n - full * columns] = weight[full * columns :].T
+    return packed
+
+
+def gemm(
+    a: View, weight: View, result: Product, end: Any, name: str, target: Target, others: Sequence[Any] = ()
+) -> Code | None:
+    """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`; float32."""
+    if a.dtype != "float32" or not a.contiguous:
+        return None
+    reads = [a, weight, end]
+
+    def body(kernel: Kernel, outputs: list[Output]) -> None:
+        _Gemm(kernel, a, weight, result, end, outputs[0], tile_for(target)).write()
+
+    return write_kernel(RULE, name, target, reads, [(end.shape, end.dtype)], body)
+
+
+class _Gemm:
+    def __init__(
+        self, kernel: Kernel, a: View, weight: View, result: Product, end: Any, output: Output, tile: Tile
+    ) -> None:
+        self.kernel, self.tile, self.output, self.end, self.result = kernel, tile, output, end, result
+        self.a, self.b = kernel.flat(a.storage), kernel.flat(weight.storage)
+        self.panels, self.k, _ = (int(size) for size in weight.shape)
+        self.n = int(result.shape[-1])
+        self.lanes = kernel.target.lanes
+        self.vectors = tile.columns // self.lanes
+        self.row_count = product(result.shape[:-1])
+        self.rows = kernel.size(self.row_count)
+
+    def write(self) -> None:
+        kernel, tile = self.kernel, self.tile
+        tiles = tirx.floordiv(self.rows + (tile.rows - 1), int64(tile.rows))
+        threads = kernel.target.threads
+        row_groups = tirx.Select(tiles >= _ROWS_KEPT_FROM // tile.rows, int64(threads), int64(1))
+        tiles_each = tirx.floordiv(tiles + row_groups - 1, row_groups)
+        panels_each = -(-self.panels // threads)
+        with kernel.parallel(row_groups * threads) as task:
+            first_tile = tirx.truncdiv(task, int64(threads)) * tiles_each
+            first_panel = tirx.truncmod(task, int64(threads)) * panels_each
+            with kernel.serial(tirx.min(int64(panels_each), self.panels - first_panel)) as panel:
+                with kernel.serial(tirx.min(tiles_each, tiles - first_tile)) as tile_number:
+                    self.write_tile(first_panel + panel, first_tile + tile_number, tile_number)
+
+    def write_tile(self, panel: Any, tile_number: Any, tile_of_group: Any) -> None:
+        kernel, tile, lanes = self.kernel, self.tile, self.lanes
+        accumulators = kernel.registers(tile.rows, self.vectors, lanes)
+        for r in range(tile.rows):
+            for c in range(self.vectors):
+                with kernel.vectorized(lanes) as lane:
+                    T.buffer_store(accumulators, tirx.const(0, "float32"), [r, c, lane])
+        first_row = tile_number * tile.rows
+        starts = [tirx.min(first_row + r, self.rows - 1) * self.k for r in range(tile.rows)]
+        weights = panel * (self.k * tile.columns)
+
+        def step(k: Any) -> None:
+            for r in range(tile.rows):
+                for c in range(self.vectors):
+                    with kernel.vectorized(lanes) as lane:
+                        product_ = self.a[starts[r] + k] * self.b[weights + k * tile.columns + c * lanes + lane]
+                        T.buffer_store(accumulators, accumulators[r, c, lane] + product_, [r, c, lane])
+
+        main = self.k // tile.steps
+        if main:
+            with kernel.serial(main) as outer:
+                self.prefetch(weights, tile_of_group * main + outer, main)
+                for inner in range(tile.steps):
+                    step(outer * tile.steps + inner)
+        for k in range(main * tile.steps, self.k):
+            step(int64(k))
+        self.write_epilogue(accumulators, first_row, panel)
+
+    def prefetch(self, weights: Any, step: Any, steps: int) -> None:
+        """Touch this step's share of the next panel's lines."""
+        lines = -(-self.k * self.tile.columns // _LINE)
+        rows = self.row_count if isinstance(self.row_count, int) else _EXPECTED_ROWS
+        tiles = max(1, -(-rows // self.tile.rows) // (self.kernel.target.threads if rows >= _ROWS_KEPT_FROM else 1))
+        share = -(-lines // (tiles * steps))
+        for line in range(share):
+            position = weights + (lines + step * share + line) * _LINE
+            address = tirx.address_of(self.b[position])
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+
+    def write_epilogue(self, accumulators: Any, first_row: Any, panel: Any) -> None:
+        for r in range(self.tile.rows):
+            row = first_row + r
+            with T.If(row < self.rows), T.Then():
+                for c in range(self.vectors):
+                    self.write_vector(accumulators, r, c, row, panel * self.tile.columns + c * self.lanes)
+
+    def write_vector(self, accumulators: Any, r: int, c: int, row: Any, first: Any) -> None:
+        """Store one vector; the last panel may be cut short, then column by column."""
+        if self.n % self.tile.columns == 0:
+            self.store_lanes(accumulators, r, c, row, first)
+            return
+        with T.If(first + self.lanes <= self.n):
+            with T.Then():
+                self.store_lanes(accumulators, r, c, row, first)
+            with T.Else():
+                with self.kernel.serial(tirx.max(int64(0), self.n - first)) as lane:
+                    self.store_one(accumulators, r, c, lane, row, first)
+
+    def store_lanes(self, accumulators: Any, r: int, c: int, row: Any, first: Any) -> None:
+        with self.kernel.vectorized(self.lanes) as lane:
+            self.store_one(accumulators, r, c, lane, row, first)
+
+    def store_one(self, accumulators: Any, r: int, c: int, lane: Any, row: Any, first: Any) -> None:
+        kernel, column = self.kernel, first + lane
+        kernel.define(self.result, lambda _: accumulators[r, c, lane])
+        index: Index = kernel.index(self.end.shape, row=row, column=column)
+        self.output.store(row * self.n + column, kernel.load(self.end, index))
+        kernel.forget()

@@ -1,0 +1,178 @@
+"""Row rule: softmax, layer norm, RMS norm and reductions along the last axis, one row a task step.
+
+A row is read two or three times and stays in the L1 cache. Sums run in several independent vectors, which hides the
+latency of the additions, and are folded as a tree: lane after lane would cost 60 cycles a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends import approximations
+from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.rules.generic import combined, start_value
+from graphopt.backends.rules.pointwise import for_columns, split_rows
+from graphopt.backends.sizes import Size
+from graphopt.backends.target import Target
+from graphopt.backends.values import View
+
+RULE = "row-reduction"
+_WAYS = 4  # independent vectors of partial sums
+f32 = approximations.f32
+
+
+class Rows:
+    """One float32 tensor walked row by row inside a kernel."""
+
+    def __init__(self, kernel: Kernel, value: Any) -> None:
+        self.kernel, self.value = kernel, value
+        rows, columns = split_rows(value.shape)
+        self.count, self.width = kernel.size(rows), kernel.size(columns)
+        self.columns: Size = columns
+        self.lanes = kernel.target.lanes
+        self.partial = kernel.registers(_WAYS, self.lanes)
+
+    def at(self, row: Any, column: Any) -> Any:
+        return self.kernel.load(self.value, self.kernel.index(self.value.shape, row=row, column=column))
+
+    def fold(self, row: Any, combine: str, element: Callable[[Any, Any], Any]) -> Any:
+        """Combine element(x, column) over the row; the result is a scalar read from a register."""
+        kernel, partial, lanes = self.kernel, self.partial, self.lanes
+        block = _WAYS * lanes
+        for way in range(_WAYS):
+            with kernel.vectorized(lanes) as lane:
+                T.buffer_store(partial, start_value(combine, "float32"), [way, lane])
+
+        def step(way: int, column: Any, lane: Any) -> None:
+            value = element(self.at(row, column), column)
+            T.buffer_store(partial, combined(combine, partial[way, lane], value), [way, lane])
+            kernel.forget()
+
+        with kernel.serial(tirx.truncdiv(self.width, int64(block))) as at:
+            for way in range(_WAYS):
+                with kernel.vectorized(lanes) as lane:
+                    step(way, at * block + way * lanes + lane, lane)
+        done = tirx.truncdiv(self.width, int64(block)) * block
+        if not (isinstance(self.columns, int) and self.columns % block == 0):
+            with kernel.serial(tirx.truncdiv(self.width - done, int64(lanes))) as at, kernel.vectorized(lanes) as lane:
+                step(0, done + at * lanes + lane, lane)
+            done = tirx.truncdiv(self.width, int64(lanes)) * lanes
+        if not (isinstance(self.columns, int) and self.columns % lanes == 0):
+            with kernel.serial(self.width - done) as at:
+                step(0, done + at, int64(0))
+        for way in range(1, _WAYS):
+            with kernel.vectorized(lanes) as lane:
+                T.buffer_store(partial, combined(combine, partial[0, lane], partial[way, lane]), [0, lane])
+        half = lanes // 2
+        while half:
+            with kernel.vectorized(half) as lane:
+                T.buffer_store(partial, combined(combine, partial[0, lane], partial[0, lane + half]), [0, lane])
+            half //= 2
+        result = kernel.registers(1)
+        T.buffer_store(result, partial[0, 0], [0])
+        return result[0]
+
+
+def layer_norm(x: Any, weight: View | None, bias: View | None, epsilon: float, target: Target) -> Code:
+    """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis; two passes, so no cancellation."""
+
+    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
+        inverse_width = f32(1) / rows.width.astype("float32")
+        mean = kernel.registers(1)
+        T.buffer_store(mean, rows.fold(at, "sum", lambda e, _: e) * inverse_width, [0])
+        variance = rows.fold(at, "sum", lambda e, _: (e - mean[0]) * (e - mean[0])) * inverse_width
+        scale = kernel.registers(1)
+        T.buffer_store(scale, f32(1) / tirx.sqrt(variance + f32(epsilon)), [0])
+
+        def write(column: Any) -> None:
+            value = (rows.at(at, column) - mean[0]) * scale[0]
+            value = value if weight is None else value * kernel.flat(weight.storage)[column]
+            value = value if bias is None else value + kernel.flat(bias.storage)[column]
+            output.store(at * rows.width + column, value)
+
+        for_columns(kernel, rows.width, write)
+
+    return _row_kernel("layer_norm", x, [v for v in (weight, bias) if v is not None], target, row)
+
+
+def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target) -> Code:
+    """x / sqrt(mean(x^2) + epsilon) weight over the last axis."""
+
+    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
+        squares = rows.fold(at, "sum", lambda e, _: e * e)
+        scale = kernel.registers(1)
+        mean = squares * (f32(1) / rows.width.astype("float32"))
+        T.buffer_store(scale, f32(1) / tirx.sqrt(mean + f32(epsilon)), [0])
+
+        def write(column: Any) -> None:
+            value = rows.at(at, column) * scale[0]
+            output.store(at * rows.width + column, value if weight is None else value * kernel.flat(weight.storage)[column])
+
+        for_columns(kernel, rows.width, write)
+
+    return _row_kernel("rms_norm", x, [weight] if weight is not None else [], target, row)
+
+
+def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
+    """Over the last axis; a row of nothing but -inf is NaN, as in PyTorch."""
+
+    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
+        top = kernel.registers(1)
+        T.buffer_store(top, rows.fold(at, "max", lambda e, _: e), [0])
+        if log:
+            total = rows.fold(at, "sum", lambda e, _: approximations.exp(e - top[0]))
+            shift = kernel.registers(1)
+            T.buffer_store(shift, top[0] + tirx.log(total), [0])
+            for_columns(kernel, rows.width, lambda c: output.store(at * rows.width + c, rows.at(at, c) - shift[0]))
+            return
+        for_columns(
+            kernel,
+            rows.width,
+            lambda c: output.store(at * rows.width + c, approximations.exp_nonpositive(rows.at(at, c) - top[0])),
+        )
+        stored = Rows.__new__(Rows)
+        stored.__dict__.update(rows.__dict__, at=lambda _, c: output.flat[at * rows.width + c])
+        inverse = kernel.registers(1)
+        T.buffer_store(inverse, f32(1) / stored.fold(at, "sum", lambda e, _: e), [0])
+        for_columns(
+            kernel,
+            rows.width,
+            lambda c: output.store(at * rows.width + c, output.flat[at * rows.width + c] * inverse[0]),
+        )
+
+    return _row_kernel("log_softmax" if log else "softmax", x, [], target, row)
+
+
+def reduce_last(
+    x: Any, shape: Any, combine: str, target: Target, finish: Callable[[Kernel, Any], Any], name: str
+) -> Code:
+    """One float32 number a row."""
+
+    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
+        output.store(at, finish(kernel, rows.fold(at, combine, lambda e, _: e)))
+
+    return _row_kernel(name, x, [], target, row, shape)
+
+
+def _row_kernel(
+    name: str,
+    x: Any,
+    others: list[View],
+    target: Target,
+    write_row: Callable[[Kernel, Rows, Output, Any], None],
+    shape: Any = None,
+) -> Code:
+    def body(kernel: Kernel, outputs: list[Output]) -> None:
+        rows, _ = split_rows(x.shape)
+        with kernel.parallel(kernel.size(rows)) as at:
+            write_row(kernel, Rows(kernel, x), outputs[0], at)
+
+    return write_kernel(RULE, name, target, [x, *others], [(x.shape if shape is None else shape, "float32")], body)
+
+
+NAN = math.nan

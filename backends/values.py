@@ -1,0 +1,180 @@
+"""Tensors during lowering: a view of stored memory, or a function of the index that no kernel has stored yet.
+
+Element-wise nodes become `Lazy` values and are computed inside the kernel that needs them; that is the whole of
+operator fusion for producers. What must be read with strides (transposes, slices) is a `View`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tvm import relax, tirx
+
+from graphopt.backends.sizes import Shape, Size, Sizes, contiguous_strides, product
+
+if TYPE_CHECKING:
+    from graphopt.backends.kernel import Kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Memory that a Relax variable names, contiguous."""
+
+    variable: relax.Var
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Element (i, j, ...) lies at offset + i strides[0] + j strides[1] + ...; all in elements."""
+
+    storage: Storage
+    shape: Shape
+    strides: Shape
+    offset: Size = 0
+
+    @property
+    def dtype(self) -> str:
+        return self.storage.dtype
+
+    @property
+    def contiguous(self) -> bool:
+        """Row-major from offset 0; axes of size 1 may have any stride."""
+        expected = contiguous_strides(self.shape)
+        return self.offset == 0 and all(
+            size == 1 or stride == want for size, stride, want in zip(self.shape, self.strides, expected, strict=True)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """`element(kernel, index)` is one element as an expression, reading `operands` through `kernel.load`."""
+
+    shape: Shape
+    dtype: str
+    operands: tuple[Value, ...]
+    element: Callable[[Kernel, Index], Any]
+    flat: bool = False  # reads its operands at the same linear position only
+    shared: bool = False  # has several users in one kernel: bound to a variable there
+
+
+Value = View | Lazy
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """The result of a kernel still being written, at the index its epilogue asks for."""
+
+    shape: Shape
+    dtype: str
+    operands: tuple[Value, ...] = ()
+
+
+def whole(storage: Storage, shape: Shape | None = None) -> View:
+    shape = storage.shape if shape is None else shape
+    return View(storage, shape, contiguous_strides(shape))
+
+
+def leaves(values: Sequence[Any]) -> Iterator[Storage]:
+    """Every storage that computing `values` reads, each once, in a fixed order."""
+    seen: set[int] = set()
+    stack = list(reversed(values))
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, View):
+            if id(value.storage) not in seen:
+                seen.add(id(value.storage))
+                yield value.storage
+        else:
+            stack.extend(reversed(value.operands))
+
+
+def reads_flat(value: Any, shape: Shape, seen: set[int] | None = None) -> bool:
+    """True when every element reads only its own linear position, or scalars."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return True
+    seen.add(id(value))
+    if isinstance(value, View):
+        return (value.shape == shape and value.contiguous) or product(value.shape) == 1
+    if isinstance(value, Lazy):
+        return (value.flat or not value.operands) and all(reads_flat(o, shape, seen) for o in value.operands)
+    return False
+
+
+@dataclass(eq=False)
+class Index:
+    """A position in a tensor, known as axes, as (row, column) or as one linear number; the others are derived.
+
+    A row is all axes but the last. Row and column stay the same through element-wise nodes and through reshapes that
+    keep the last axis, so a kernel over rows needs no division.
+    """
+
+    shape: Shape
+    sizes: Sizes
+    axes: tuple[Any, ...] | None = None
+    row: Any = None
+    column: Any = None
+    linear: Any = None
+    _derived: dict[Any, Any] = field(default_factory=dict)
+
+    def flat(self) -> Any:
+        if self.linear is None:
+            if self.axes is not None:
+                strides = contiguous_strides(self.shape)
+                self.linear = tirx.const(0, "int64")
+                for axis, stride in zip(self.axes, strides, strict=True):
+                    self.linear = self.linear + axis * self.sizes.expr(stride)
+            else:
+                self.linear = self.row * self.sizes.expr(self.shape[-1] if self.shape else 1) + self.column
+        return self.linear
+
+    def axis(self, number: int) -> Any:
+        """The index along one axis; sizes are positive, so truncating division is exact."""
+        if self.axes is not None:
+            return self.axes[number]
+        if self.shape[number] == 1:
+            return tirx.const(0, "int64")
+        last = len(self.shape) - 1
+        if self.column is not None and number == last:
+            return self.column
+        if self.column is not None:
+            position, below = self.row, product(self.shape[number + 1 : last])
+        else:
+            position, below = self.linear, product(self.shape[number + 1 :])
+        if below != 1:
+            position = tirx.truncdiv(position, self.sizes.expr(below))
+        if product(self.shape[:number]) != 1:
+            position = tirx.truncmod(position, self.sizes.expr(self.shape[number]))
+        return position
+
+    def broadcast(self, shape: Shape) -> Index:
+        """The position in an operand of this shape, aligned at the last axis as NumPy does."""
+        if shape == self.shape:
+            return self
+        if shape not in self._derived:
+            skip = len(self.shape) - len(shape)
+            zero = tirx.const(0, "int64")
+            axes = tuple(zero if size == 1 else self.axis(skip + number) for number, size in enumerate(shape))
+            self._derived[shape] = Index(shape, self.sizes, axes=axes)
+        return self._derived[shape]
+
+    def reshaped(self, shape: Shape) -> Index:
+        """The position of the same element once the tensor is reshaped to `shape`."""
+        if shape == self.shape:
+            return self
+        key = ("reshaped", shape)
+        if key not in self._derived:
+            same_rows = self.column is not None and shape and self.shape and shape[-1] == self.shape[-1]
+            self._derived[key] = (
+                Index(shape, self.sizes, row=self.row, column=self.column)
+                if same_rows
+                else Index(shape, self.sizes, linear=self.flat())
+            )
+        return self._derived[key]
