@@ -81,8 +81,8 @@ def measure(
     feed = subject.draw(sizes, seed)
     expected = None if reference is None else list(reference.run(feed).values())
     with progress("measuring"):
-        measurements = take_turns(entrants, feed, cores, rounds)
-    return build_report(measurements, feed, expected, cores, rounds)
+        measurements, others = take_turns(entrants, feed, cores, rounds)
+    return build_report(measurements, others, feed, expected, cores, rounds)
 
 
 def compile_to(program: Any, folder: Path) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from graphopt.errors import GraphoptError
+from graphopt.tools.benchmarking.interference import Interference, Usage, interference
 from graphopt.tools.benchmarking.report import AGREE, build_report, largest_error
 from graphopt.tools.benchmarking.turns import Entrant, Measurement, schedule, take_turns
 from tests.tools.conftest import DYNAMIC, TINY, Cli
@@ -16,8 +17,9 @@ X = {"x": np.ones((3, 8), np.float32)}
 
 
 def test_two_sides_of_one_artifact(artifact: str) -> None:
-    results = take_turns([Entrant("graphopt", artifact)] * 2, X, CORES, rounds=1, turn=0.01, alone=0.01)
+    results, others = take_turns([Entrant("graphopt", artifact)] * 2, X, CORES, rounds=1, turn=0.01, alone=0.01)
     assert len(results) == 2 and all(len(r.turns) >= 3 and len(r.alone) >= 3 for r in results)
+    assert 0 <= others.elsewhere <= 1.5
     assert np.array_equal(results[0].outputs[0], results[1].outputs[0])
 
 
@@ -40,10 +42,15 @@ def measurement(side: str, turns: list[float], alone: list[float], output: float
 def test_report_holds_ratio_validity_and_error() -> None:
     steady = measurement("graphopt", [1.0, 2.0, 3.0], [2.0])
     disturbed = measurement("onnxruntime", [4.0], [3.7], output=1.0 + 2 * AGREE)
-    report = build_report([steady, disturbed], X, None, CORES, 1)
+    report = build_report([steady, disturbed], Interference(0.0, 0.0), X, None, CORES, 1)
     assert [row["ratio"] for row in report["rows"]] == [1.0, 2.0]
     assert [row["valid"] for row in report["rows"]] == [True, False]
     assert not report["agree"] and report["rows"][0]["error"] == 0
+
+
+def test_interference_is_what_is_left_after_our_own_time() -> None:
+    found = interference(Usage(0, 10, 1, 5), Usage(10, 28, 2, 21), [0, 1])
+    assert (found.elsewhere, found.stolen) == (0.1, 0.05)
 
 
 def test_errors_of_outputs() -> None:

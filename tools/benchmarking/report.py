@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from graphopt.tools.benchmarking.interference import Interference
 from graphopt.tools.benchmarking.turns import DRIFT, TURN, Measurement
 from graphopt.tools.table import format_shape, format_table
 
@@ -19,6 +21,7 @@ AGREE = 1e-3  # largest error of an output, relative to its largest value, that 
 
 def build_report(
     measurements: Sequence[Measurement],
+    others: Interference,
     feed: Mapping[str, Array],
     expected: Sequence[Array] | None,
     cores: Sequence[int],
@@ -49,6 +52,7 @@ def build_report(
         "inputs": {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in feed.items()},
         "rounds": rounds,
         "turn_seconds": TURN,
+        "interference": asdict(others),
         "reference": "PyTorch" if expected is not None else first.side,
         "rows": rows,
         "agree": all(row["error"] <= AGREE for row in rows),
@@ -100,10 +104,12 @@ def format_notes(report: Mapping[str, Any]) -> str:
     inputs = ", ".join(
         f"{name} {item['dtype']} {format_shape(item['shape'])}" for name, item in report["inputs"].items()
     )
+    others = report["interference"]
     lines = [
         f"{report['cpu']}, {len(report['cores'])} threads on CPUs {','.join(map(str, report['cores']))}, float32",
         f"inputs: {inputs}; errors against {report['reference']}",
-        f"{report['rounds']} turns of {report['turn_seconds']:g} s each, the other side stopped",
+        f"{report['rounds']} turns of {report['turn_seconds']:g} s each, the others stopped; meanwhile other processes "
+        f"took {others['elsewhere']:.0%} of these CPUs and other machines on the host {others['stolen']:.0%}",
     ]
     return "\n".join(lines + [f"{row['side']}: {format_about(row['about'])}" for row in report["rows"]])
 

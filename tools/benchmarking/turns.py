@@ -20,6 +20,7 @@ import numpy as np
 
 from graphopt.errors import GraphoptError
 from graphopt.tools.array_file import save_arrays
+from graphopt.tools.benchmarking.interference import Interference, interference, read_usage
 
 TURN = 0.2  # seconds, the least a turn takes
 ALONE = 0.5  # seconds without a pause; PARTS + 1 such blocks a side, spread over the whole time
@@ -137,7 +138,7 @@ def take_turns(
     rounds: int,
     turn: float = TURN,
     alone: float = ALONE,
-) -> list[Measurement]:
+) -> tuple[list[Measurement], Interference]:
     """Measure all entrants on the same feed and cores; raises GraphoptError when one cannot run."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         inputs = Path(folder) / "inputs.npz"
@@ -150,12 +151,14 @@ def take_turns(
             results.append(side.opened())
             results[-1].alone += side.measure(alone)
             sides.append(side)
+        processes = [side.process.pid for side in sides]
+        before = read_usage(cores, processes)
         for number, together in schedule(len(sides), rounds):
             if together:
                 results[number].turns += sides[number].measure(turn)
             else:
                 results[number].alone += sides[number].measure(alone)
-    return results
+        return results, interference(before, read_usage(cores, processes), cores)
 
 
 def schedule(sides: int, rounds: int) -> Iterator[tuple[int, bool]]:
