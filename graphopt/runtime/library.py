@@ -61,12 +61,15 @@ def _open(name: str, data: bytes) -> Any:
         # The dynamic linker takes two equal paths for one library, and descriptors are reused: each path is spelled
         # in its own way, the bits of a counter written as "/./" or "//".
         distinct = "".join("./" if bit == "1" else "/" for bit in f"{_opened:b}")
-        return load(f"/proc/self/fd/{distinct}{descriptor}", "")
+        module = load(f"/proc/self/fd/{distinct}{descriptor}", "")
     except Exception as e:
         reason = str(e).strip().splitlines()[-1]
         raise ArtifactError(f"library {name} cannot be opened on this machine: {reason}") from e
     finally:
         os.close(descriptor)
+    if not module.implements_function("vm_load_executable"):
+        raise ArtifactError(f"library {name} holds no compiled model; compile the artifact again")
+    return module
 
 
 def _sealed(name: str, data: bytes) -> int:

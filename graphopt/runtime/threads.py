@@ -54,23 +54,25 @@ class Runner:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._busy = threading.Lock()
         self._own: ThreadPoolExecutor | None = None
         self._process = 0
 
     def run(self, function: Callable[[], T]) -> T:
         """Call `function` with the pool set."""
         if (_pool.used == self.threads and _pool.process == os.getpid()) or _configure(self.threads):
-            return function()
-        from concurrent.futures import ThreadPoolExecutor, wait  # most sessions never need it
-
+            return self._alone(function)
         if self._own is None or self._process != os.getpid():
+            from concurrent.futures import ThreadPoolExecutor  # most sessions never need it
+
             self._own = ThreadPoolExecutor(1, "graphopt", _configure, (self.threads,))
             self._process = os.getpid()
-        future = self._own.submit(function)
-        try:
-            return future.result()
-        finally:  # an interrupt must not hand the machine to the next call while it still runs
-            wait([future])
+        return self._own.submit(self._alone, function).result()
+
+    def _alone(self, function: Callable[[], T]) -> T:
+        """A caller that was interrupted may be gone while its call still runs; the next one waits for that."""
+        with self._busy:
+            return function()
 
 
 def _configure(threads: int) -> bool:

@@ -96,8 +96,8 @@ def test_torch_can_be_imported_afterwards_and_by_others_meanwhile() -> None:
     assert fresh(code) == "['json.tool', True] True"
 
 
-@pytest.mark.parametrize("order", ["import torch{run}", "{run}import torch", "import tvm{run}", "{run}import tvm"])
-def test_sessions_live_beside_torch_and_tvm(artifact: Path, order: str) -> None:
+@pytest.mark.parametrize("order", ["import tvm{run}", "{run}import tvm"])
+def test_sessions_live_beside_tvm_and_the_torch_it_imports(artifact: Path, order: str) -> None:
     quiet = "import sys, warnings; warnings.simplefilter('ignore')\n"
     check = "\ny = session.run(None, {'x': x})[0]; print(y[0, 3])"
     assert fresh(quiet + order.format(run=RUN) + check, artifact) == "4.0"

@@ -222,6 +222,13 @@ def test_a_library_that_is_no_library(parts: Any, tmp_path: Path) -> None:
         InferenceSession(path)
 
 
+def test_a_library_that_holds_no_model(parts: Any, tmp_path: Path) -> None:
+    other = Path(np.linalg._umath_linalg.__file__).read_bytes()
+    path = parts.write(tmp_path / "a.gopt", libraries={"lib/cpu.so": other})
+    with pytest.raises(ArtifactError, match=r"library lib/cpu\.so holds no compiled model"):
+        InferenceSession(path)
+
+
 def test_a_library_without_the_entry(parts: Any, tmp_path: Path) -> None:
     entries = {"other": parts.manifest.entries["main"]}
     variants = (replace(parts.manifest.variants[0], weights={"other": ("w", "b")}),)
