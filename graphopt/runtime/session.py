@@ -151,8 +151,8 @@ class InferenceSession:
             seconds, results = self._call(bound, inputs, state)
             outputs = self._own(bound, results, inputs, state)
             count = len(bound.entry.outputs)
-            for item, tensor in zip(bound.entry.state, outputs[count:], strict=True):
-                self._state[item.name] = tensor
+            following = zip(bound.entry.state, outputs[count:], strict=True)
+            self._state = self._state | {item.name: tensor for item, tensor in following}  # all of it or nothing
             self._bound_memory(sizes)
             self._last_run = RunInfo(seconds, MappingProxyType(sizes), entry)
         return [from_device(outputs[index], bound.results[index].dtype) for index in wanted]
