@@ -8,10 +8,19 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def readers_model() -> dict[str, object]:
+    """What the README takes from its reader: a model and inputs for it."""
+    ids = torch.randint(0, 20, (2, 6))
+    module = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 4))
+    module.forward = lambda ids: module[1](module[0](ids))  # type: ignore[method-assign]
+    return {"module": module.eval(), "ids": ids, "array": ids.numpy()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -20,6 +29,8 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
     monkeypatch.chdir(tmp_path)
+    if page.name == "README.md":
+        module.__dict__.update(readers_model())
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(1))
         code = compile("\n" * line + block.group(1), str(page), "exec", dont_inherit=True)  # errors name page and line
