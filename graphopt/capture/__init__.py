@@ -53,7 +53,7 @@ def capture(
         from graphopt.capture.pt2 import read_pt2
 
         exported, known = read_pt2(path, limits)
-        return _exported(exported, known, example_inputs, dynamic_shapes, name or path.stem, limits)
+        return _exported(exported, known, example_inputs, dynamic_shapes, name or known.name or path.stem, limits)
     raise CaptureError(
         f"cannot capture a {type(source).__name__}; give a torch module, an ExportedProgram or the path of a .pt2"
     )

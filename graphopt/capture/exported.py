@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.domains import infer_domains
 from graphopt.capture.dynamic import name_axes, read_request
 from graphopt.capture.expressions import size_range, size_text
+from graphopt.capture.hoist import hoisted
 from graphopt.capture.limits import Limits
 from graphopt.capture.names import join, output_names, spec_paths
-from graphopt.capture.normal_form import Flat, fake_mode, flatten
+from graphopt.capture.normal_form import Flat, fake_mode, flatten, same_storage_view
 from graphopt.capture.quiet import quiet
 from graphopt.capture.source_line import is_user_file, location
 from graphopt.capture.table_bounds import limit_by_tables
@@ -37,6 +38,7 @@ class Known:
     sizes: Mapping[str, SizeRange] = field(default_factory=dict)
     domains: Mapping[str, Domain] = field(default_factory=dict)
     examples: Sequence[torch.Tensor] | None = None  # one for each tensor input
+    name: str | None = None
 
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
@@ -75,13 +77,9 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
     with quiet():
         try:
-            decomposed: ExportedProgram = exported.run_decompositions({})
+            decomposed: ExportedProgram = hoisted(exported).run_decompositions({})
             return decomposed
         except Exception as error:
-            if "FunctionalTensor on its own" in str(error):
-                raise CaptureError(
-                    "a branch of torch.cond makes a constant tensor; register it as a buffer of the module instead"
-                ) from error
             shared = _sharing(exported)
             if shared is not None:
                 raise CaptureError(
@@ -93,11 +91,11 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
 
 def _sharing(exported: ExportedProgram) -> tuple[str, str] | None:
     """Two tensors of the model that are different views of one storage."""
-    owners: dict[int, str] = {}
+    owners: dict[int, tuple[str, torch.Tensor]] = {}
     for name, value in {**exported.state_dict, **exported.constants}.items():
         if isinstance(value, torch.Tensor):
-            first = owners.setdefault(value.untyped_storage()._cdata, name)
-            if first != name:
+            first, other = owners.setdefault(value.untyped_storage()._cdata, (name, value))
+            if same_storage_view(other) != same_storage_view(value):
                 return first, name
     return None
 

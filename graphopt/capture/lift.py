@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from graphopt.capture.hoist import hoist_constants
 from graphopt.capture.normal_form import fake_mode
 from graphopt.program import Program, copy_module, get_attribute, placeholder_name, set_attribute
 
@@ -28,6 +29,7 @@ from graphopt.program import Program, copy_module, get_attribute, placeholder_na
 def lift(program: Program) -> ExportedProgram:
     """An ExportedProgram that computes what the program does; tensors are shared, graphs are copied."""
     module = copy_module(program.graph_module)
+    hoist_constants(module, "branch_constant")
     graph, root = Graph(), torch.nn.Module()
     weights = _weights(module)
     inputs: list[InputSpec] = []

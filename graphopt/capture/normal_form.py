@@ -130,7 +130,9 @@ class _Flattener:
                 continue
             node = self.placeholders[spec.arg.name]
             value = self._tensor(str(spec.target))
-            self.targets.setdefault(_memory(value), str(spec.target))  # the first of several names is the one used
+            self.targets.setdefault(
+                same_storage_view(value), str(spec.target)
+            )  # the first of several names is the one used
             if not node.users:
                 continue
             if value.untyped_storage()._cdata in written:
@@ -140,7 +142,7 @@ class _Flattener:
             self.values[node] = self._weight(value, node)
 
     def _weight(self, value: torch.Tensor, source: Node) -> Node:
-        target = self.targets[_memory(value)]
+        target = self.targets[same_storage_view(value)]
         plain = value.detach()
         if isinstance(value, torch.nn.Parameter):
             plain = torch.nn.Parameter(plain, requires_grad=False)
@@ -203,7 +205,7 @@ class _Flattener:
         return [written[target] for target in order]
 
 
-def _memory(value: torch.Tensor) -> tuple[Any, ...]:
+def same_storage_view(value: torch.Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are the same view of the same storage."""
     storage = value.untyped_storage()._cdata
     return storage, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype

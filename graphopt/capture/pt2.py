@@ -171,10 +171,24 @@ def _sample_inputs(archive: _Archive, name: str) -> list[torch.Tensor] | None:
     member = f"data/sample_inputs/{name}.pt"
     if member not in archive.members or archive.members[member].file_size == 0:
         return None
+    content = io.BytesIO(archive.read(member))
     try:
+        with zipfile.ZipFile(content) as inner:
+            if sum(info.file_size for info in inner.infolist()) > archive.limits.max_graph_bytes:
+                return None
+        content.seek(0)
         with quiet():
-            sample = torch.load(io.BytesIO(archive.read(member)), weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AttributeError):
+            sample = torch.load(content, weights_only=True, map_location="cpu")
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        AttributeError,
+    ):
         return None  # examples are drawn instead
     leaves = [leaf for leaf in pytree.tree_leaves(sample) if isinstance(leaf, torch.Tensor)]
     return leaves or None

@@ -40,6 +40,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise CaptureError(f"{SIDECAR} in the .pt2 has another format; save it again with this version of graphopt")
     try:
+        name = _text(value["name"])
         inputs = [_text(entry["name"]) for entry in value["inputs"]]
         outputs = [_text(name) for name in value["outputs"]]
         sizes = {_text(name): _bounds(low, high) for name, (low, high) in value["sizes"].items()}
@@ -52,7 +53,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
         raise CaptureError(f"{SIDECAR} in the .pt2 is damaged; save it again with graphopt") from error
     if len(outputs) != len(known.outputs or outputs):
         raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, which is not what its graph has")
-    return replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
+    return replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains, name=name)
 
 
 def _text(value: Any) -> str:

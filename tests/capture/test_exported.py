@@ -43,7 +43,7 @@ def test_naming_a_fixed_size_is_refused() -> None:
 def test_examples_can_be_given_or_are_drawn() -> None:
     source = exported_mlp()
     assert capture(source, {"x": torch.ones(2, 16)}).examples[0].shape == (2, 16)
-    source.example_inputs = None  # type: ignore[assignment]
+    source.example_inputs = None
     assert capture(source).examples[0].shape[1] == 16
     with pytest.raises(CaptureError, match="do not fit"):
         capture(source, (torch.ones(2, 17),))

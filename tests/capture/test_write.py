@@ -22,6 +22,7 @@ def test_pt2_comes_back_with_everything(name: str, tmp_path: Path) -> None:
     program = models.program(name)
     program.save(str(tmp_path / "m.pt2"))
     back = capture(tmp_path / "m.pt2")
+    assert back.name == program.name
     assert back.inputs == program.inputs
     assert back.outputs == program.outputs
     assert back.sizes == program.sizes
