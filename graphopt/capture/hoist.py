@@ -103,8 +103,8 @@ def _take(branch: GraphModule, values: list[torch.Tensor], mode: Any) -> None:
             node.replace_all_uses_with(place)
             branch.graph.erase_node(node)
     for target in {str(node.target) for node in own}:
-        path, _, last = target.rpartition(".")
-        delattr(get_attribute(branch, path) if path else branch, last)
+        path, _, attribute = target.rpartition(".")
+        delattr(get_attribute(branch, path) if path else branch, attribute)
     branch.recompile()
 
 

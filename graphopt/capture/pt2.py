@@ -31,6 +31,16 @@ from graphopt.errors import CaptureError
 _SAVE_AGAIN = "save it again with torch.export.save of this torch version"
 _PAYLOAD = re.compile(r"(?:weight|tensor)_\d+", re.ASCII)
 _CHUNK = 1 << 22
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    AttributeError,
+)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from graphopt.capture.lift import lift
 from graphopt.capture.quiet import quiet
 from graphopt.capture.sidecar import SIDECAR, describe
-from graphopt.errors import GraphoptError, UsageError
+from graphopt.errors import UsageError, WriteError
 from graphopt.program import Program
 
 _INLINE_BYTES = 3 << 29  # 1.5 GB: a protobuf message must stay under 2 GB
@@ -25,7 +25,7 @@ _INLINE_BYTES = 3 << 29  # 1.5 GB: a protobuf message must stay under 2 GB
 def save_program(program: Program, path: str | os.PathLike[str]) -> None:
     """Write a `.pt2` that `torch.export.load` and `capture` read, with names, sizes, domains, state and provenance.
 
-    Raises UsageError when the path cannot be written.
+    Raises UsageError when the path cannot be used, WriteError when writing fails half way.
     """
     exported = lift(program)
     extra = {SIDECAR: json.dumps(describe(program), indent=1)}
@@ -40,7 +40,8 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
 def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
     """Write an `.onnx` with the program's names; weights over 1.5 GB go to a file beside it.
 
-    Raises UsageError when the path cannot be written, the program has state, or an operator has no ONNX form.
+    Raises UsageError when the path cannot be used, the program has state, or an operator has no ONNX form, and
+    WriteError when writing fails half way.
     """
     try:
         import onnx
@@ -115,6 +116,6 @@ def _write_whole(path: Path, suffix: str, write: Callable[[Path], None]) -> None
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise GraphoptError(f"cannot write {path}: {reason}") from error
+        raise WriteError(f"cannot write {path}: {reason}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graphopt.capture import capture
-from graphopt.errors import GraphoptError, UsageError
+from graphopt.errors import UsageError, WriteError
 from graphopt.program import provenance
 from tests import models
 
@@ -91,7 +91,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     program = models.program("mlp")
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(GraphoptError, match="No space left on device"):
+    with pytest.raises(WriteError, match="No space left on device"):
         program.save(str(path))
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.pt2"]
