@@ -16,7 +16,7 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.pointwise import constant
 from graphopt.backends.sizes import Size, shape_of
-from graphopt.backends.values import Index, Lazy
+from graphopt.backends.values import Index, Lazy, View
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -97,12 +97,15 @@ def _index_select(lowering: Lowering, node: Node) -> Lazy:
 
 
 def _cat(lowering: Lowering, node: Node) -> Lazy:
-    """Each element is read from its own part; positions are kept inside the others, whose values are not chosen."""
     parts = [lowering.view(part) for part in node.args[0]]  # type: ignore[union-attr]
     shape = shape_of(node.meta["val"])
     axis = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
     parts = [part for part in parts if len(part.shape) == len(shape)]
-    dtype = DTYPES[node.meta["val"].dtype]
+    return joined(parts, axis, shape, DTYPES[node.meta["val"].dtype])
+
+
+def joined(parts: list[View], axis: int, shape: tuple[Size, ...], dtype: str) -> Lazy:
+    """Each element is read from its own part; positions are kept inside the others, whose values are not chosen."""
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(shape))]
@@ -116,6 +119,29 @@ def _cat(lowering: Lowering, node: Node) -> Lazy:
         return result
 
     return Lazy(shape, dtype, tuple(parts), element)
+
+
+def _diff(lowering: Lowering, node: Node) -> Any:
+    """diff (x, n, axis, prepend, append): neighbours' differences along an axis, of flags where they differ."""
+    x, count, axis, prepend, append = (*node.args, *(1, -1, None, None)[len(node.args) - 1 :])
+    prepend, append = node.kwargs.get("prepend", prepend), node.kwargs.get("append", append)
+    if node.kwargs.get("n", count) != 1:
+        raise CompileError(f"{node.name} takes differences {count} times; once has a lowering")
+    shape, rank = shape_of(node.meta["val"]), len(shape_of(node.meta["val"]))
+    along = int(node.kwargs.get("dim", axis)) % rank  # type: ignore[arg-type]
+    parts = [lowering.view(part) for part in (prepend, x, append) if part is not None]
+    dtype = parts[0].dtype
+    longer = tuple(size + 1 if number == along else size for number, size in enumerate(shape))
+    source: Any = parts[0] if len(parts) == 1 else joined(parts, along, longer, dtype)
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(rank)]
+        before = _at(kernel, source, axes)
+        axes[along] = axes[along] + 1
+        after = _at(kernel, source, axes)
+        return tirx.NE(after, before) if dtype == "bool" else after - before
+
+    return Lazy(shape, dtype, (source,), element)
 
 
 def _stack(lowering: Lowering, node: Node) -> Lazy:
@@ -210,6 +236,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.index_select.default: _index_select,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
+    aten.diff.default: _diff,
     aten.constant_pad_nd.default: _pad,
     aten.tril.default: _triangle(upper=False),
     aten.triu.default: _triangle(upper=True),

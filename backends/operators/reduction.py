@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.pointwise import convert
 from graphopt.backends.rules import rows
-from graphopt.backends.rules.generic import reduce_generic
+from graphopt.backends.rules.generic import reduce_generic, scan_generic
 from graphopt.backends.sizes import Shape, product, shape_of
 from graphopt.backends.values import Index, Lazy, Value, whole
+from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -77,6 +79,27 @@ def _mean(lowering: Lowering, node: Node) -> Any:
     axes = _axes(node.args[1] if len(node.args) > 1 else None, len(value.shape))
     finish = _mean_of(tuple(value.shape[axis] for axis in axes), DTYPES[node.meta["val"].dtype])
     return reduce(lowering, node, value, axes, "sum", finish)
+
+
+def _norm(lowering: Lowering, node: Node) -> Any:
+    """linalg_vector_norm (x, order, axes): the Euclidean norm, the sum and the largest of absolute values."""
+    order = node.args[1] if len(node.args) > 1 else 2
+    value = lowering.tensor(node.args[0])
+    axes = _axes(node.args[2] if len(node.args) > 2 else None, len(value.shape))
+    forms: dict[Any, tuple[Callable[[Any], Any], str, Callable[[Any], Any]]] = {
+        1: (tirx.abs, "sum", lambda total: total),
+        2: (lambda x: x * x, "sum", tirx.sqrt),
+        math.inf: (tirx.abs, "max", lambda total: total),
+    }
+    if order not in forms:
+        raise CompileError(f"{node.name} takes the norm of order {order}; orders 1, 2 and inf have a lowering")
+    term, combine, last = forms[order]
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        return term(kernel.load(value, index))
+
+    terms = Lazy(value.shape, value.dtype, (value,), element, flat=True)
+    return reduce(lowering, node, terms, axes, combine, lambda kernel, total: last(total))
 
 
 def _variance(root: bool) -> Callable[[Lowering, Node], Any]:
@@ -158,7 +181,14 @@ def _logical(combine: str) -> Callable[[Lowering, Node], Any]:
     return lower
 
 
+def _running_sum(lowering: Lowering, node: Node) -> Any:
+    source = lowering.view(node.args[0])
+    axis = int(node.args[1]) % len(source.shape)  # type: ignore[arg-type]
+    return scan_generic(lowering, "cumsum", source, axis, DTYPES[node.meta["val"].dtype])
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
+    aten.cumsum.default: _running_sum,
     aten.sum.default: _simple("sum"),
     aten.sum.dim_IntList: _simple("sum"),
     aten.mean.default: _mean,
@@ -169,6 +199,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.min.default: _simple("min"),
     aten.prod.default: _simple("product"),
     aten.prod.dim_int: _simple("product"),
+    aten.linalg_vector_norm.default: _norm,
     aten.var.correction: _variance(root=False),
     aten.std.correction: _variance(root=True),
     aten.any.default: _logical("max"),
