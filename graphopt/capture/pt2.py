@@ -189,16 +189,7 @@ def _sample_inputs(archive: _Archive, name: str) -> list[torch.Tensor] | None:
         content.seek(0)
         with quiet():
             sample = torch.load(content, weights_only=True, map_location="cpu")
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        AttributeError,
-    ):
+    except _UNREADABLE:
         return None  # examples are drawn instead
     leaves = [leaf for leaf in pytree.tree_leaves(sample) if isinstance(leaf, torch.Tensor)]
     return leaves or None

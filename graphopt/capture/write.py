@@ -25,7 +25,7 @@ _INLINE_BYTES = 3 << 29  # 1.5 GB: a protobuf message must stay under 2 GB
 def save_program(program: Program, path: str | os.PathLike[str]) -> None:
     """Write a `.pt2` that `torch.export.load` and `capture` read, with names, sizes, domains, state and provenance.
 
-    Raises UsageError when the path cannot be used, WriteError when writing fails half way.
+    Raises UsageError for another suffix, WriteError when the file cannot be written.
     """
     exported = lift(program)
     extra = {SIDECAR: json.dumps(describe(program), indent=1)}
@@ -40,8 +40,8 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
 def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
     """Write an `.onnx` with the program's names; weights over 1.5 GB go to a file beside it.
 
-    Raises UsageError when the path cannot be used, the program has state, or an operator has no ONNX form, and
-    WriteError when writing fails half way.
+    Raises UsageError for another suffix, a program with state, or an operator without an ONNX form; WriteError when the
+    file cannot be written.
     """
     try:
         import onnx
@@ -106,7 +106,7 @@ def _write_whole(path: Path, suffix: str, write: Callable[[Path], None]) -> None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise WriteError(f"cannot write {path}: {error.strerror}") from error
     try:
         write(folder / path.name)
         files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)  # the model itself last

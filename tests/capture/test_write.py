@@ -101,5 +101,5 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     program = models.program("mlp")
     with pytest.raises(UsageError, match=r"must end in \.pt2"):
         program.save(str(tmp_path / "m.bin"))
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         program.save(str(tmp_path / "absent" / "m.pt2"))
