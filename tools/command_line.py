@@ -178,7 +178,11 @@ def command() -> NoReturn:
 
     signal.signal(signal.SIGINT, note)
     code = main()
-    sys.exit(130 if pressed else code)
+    if pressed:
+        # Python ends with the signal itself, not with a code, when KeyboardInterrupt went through an exec() on its way.
+        sys.stdout.flush()
+        os._exit(130)
+    sys.exit(code)
 
 
 def script(path: str) -> NoReturn:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = f"a {ARTIFACT} file, or a folder when it ends in {ARTIFACT}/"
     parser.add_argument("-o", "--output", metavar="MODEL.gopt", required=True, help=help)
     parser.add_argument("--target", default="cpu", help="see `graphopt list-targets` (default cpu)")
-    parser.add_argument("--threads", type=int, help="threads to check with (default: one for each CPU)")
+    parser.add_argument("--threads", type=int, help="threads to cut work for (default: one for each CPU)")
     add_pass_choice(parser)
     add_json_option(parser)
 

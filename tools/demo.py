@@ -97,18 +97,13 @@ def embed_without_torch(artifact: Path) -> tuple[dict[str, Any], Any]:
     from graphopt.tools import demo_embed
     from graphopt.tools.demo_model import model_folder
 
+    tokenizer = str(model_folder() / "tokenizer.json")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "embeddings.npy"
-        command = [
-            sys.executable,
-            demo_embed.__file__,
-            str(artifact),
-            str(model_folder() / "tokenizer.json"),
-            str(output),
-        ]
+        command = [sys.executable, "-m", demo_embed.__name__, str(artifact), tokenizer, str(output)]
         done = subprocess.run(command, input="\n".join(SENTENCES), capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"the torch-free process failed:\n{done.stderr}")
+            raise GraphoptError(f"the torch-free process failed: {done.stderr}")
         return json.loads(done.stdout), np.load(output)
 
 

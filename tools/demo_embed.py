@@ -1,12 +1,12 @@
 """What ships: embeds sentences with an artifact in a process that cannot import torch, onnx or tvm.
 
-Usage: python tools/demo_embed.py model.gopt tokenizer.json embeddings.npy < sentences (one a line); prints JSON.
+Usage: python -m graphopt.tools.demo_embed model.gopt tokenizer.json embeddings.npy < sentences
+One sentence a line; prints JSON.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ def main(artifact: str, tokenizer: str, output: str) -> None:
 
     begin = time.perf_counter()
     import graphopt
+    from graphopt.tools.benchmarking.usage import peak_memory
 
     session = graphopt.InferenceSession(artifact)
     load_seconds = time.perf_counter() - begin
@@ -46,12 +47,8 @@ def main(artifact: str, tokenizer: str, output: str) -> None:
     (embeddings,) = session.run(["sentence_embedding"], feed)
     np.save(output, embeddings)
     assert not set(BLOCKED) & set(sys.modules)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        json.dumps(
-            {"load_seconds": load_seconds, "peak_bytes": peak, "tokens": [sum(e.attention_mask) for e in encoded]}
-        )
-    )
+    tokens = [sum(item.attention_mask) for item in encoded]
+    print(json.dumps({"load_seconds": load_seconds, "peak_bytes": peak_memory(), "tokens": tokens}))
 
 
 if __name__ == "__main__":

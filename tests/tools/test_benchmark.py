@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from graphopt.errors import GraphoptError
-from graphopt.tools.benchmarking.interference import Interference, Usage, interference
 from graphopt.tools.benchmarking.report import AGREE, build_report, largest_error
 from graphopt.tools.benchmarking.turns import Entrant, Measurement, schedule, take_turns
+from graphopt.tools.benchmarking.usage import Interference, Usage, interference
 from tests.tools.conftest import DYNAMIC, TINY, Cli
 
 CORES = sorted(os.sched_getaffinity(0))[:1]

@@ -42,8 +42,8 @@ def test_wrong_options(cli: Cli, tmp_path: Path, words: tuple[str, ...], expecte
     assert not list(tmp_path.iterdir())
 
 
-def command(output: Path) -> list[str]:
-    return [sys.executable, "-m", "graphopt", "compile", TINY, "-o", str(output)]
+def command(output: Path, model: str = TINY) -> list[str]:
+    return [sys.executable, "-m", "graphopt", "compile", model, "-o", str(output)]
 
 
 def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
@@ -51,11 +51,16 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     output.write_text("before")
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # the weights alone have 4 MB
 
     environment = {**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command(output), env=environment, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("graphopt: error: ")
+    words = command(output, "tests.tools.tiny_models:wide")
+    done = subprocess.run(words, env=environment, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("graphopt: error: cannot write")
+        and done.stderr.count("\n") == 1
+    )
     assert output.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["m.gopt"]
 
 

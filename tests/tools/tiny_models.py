@@ -24,6 +24,10 @@ def other_dense() -> tuple[nn.Module, tuple[Tensor]]:
     return Dense(2).eval(), (torch.randn(3, 8),)
 
 
+def wide() -> tuple[nn.Module, tuple[Tensor]]:
+    return nn.Linear(1024, 1024).eval(), (torch.randn(3, 1024),)
+
+
 def no_example() -> nn.Module:
     return nn.Linear(8, 8)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import IO, Any
+
+from graphopt.tools.benchmarking.usage import peak_memory
 
 PR_SET_PDEATHSIG = 1
 WARM_UP = 0.5  # seconds of calls before anything is measured: thread pools, page faults, clock frequency
@@ -55,7 +56,7 @@ def open_side(configuration: dict[str, Any]) -> tuple[Callable[[], Any], dict[st
     load_seconds = time.perf_counter() - begin
     np.savez(configuration["outputs"], *opened.call())
     measure_turn(opened.call, WARM_UP)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     return opened.call, {"about": opened.about, "load_seconds": load_seconds, "peak_bytes": peak}
 
 

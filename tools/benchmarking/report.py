@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.tools.benchmarking.interference import Interference
 from graphopt.tools.benchmarking.turns import DRIFT, TURN, Measurement
+from graphopt.tools.benchmarking.usage import Interference
 from graphopt.tools.table import format_shape, format_table
 
 Array = np.ndarray[Any, Any]

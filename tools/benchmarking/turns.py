@@ -20,7 +20,7 @@ import numpy as np
 
 from graphopt.errors import GraphoptError
 from graphopt.tools.array_file import save_arrays
-from graphopt.tools.benchmarking.interference import Interference, interference, read_usage
+from graphopt.tools.benchmarking.usage import Interference, interference, read_usage
 
 TURN = 0.2  # seconds, the least a turn takes
 ALONE = 0.5  # seconds without a pause; PARTS + 1 such blocks a side, spread over the whole time

@@ -1,4 +1,4 @@
-"""How much of the measured CPUs went to somebody else: the first thing to look at when a row is not valid."""
+"""What a process used, and how much of the measured CPUs went to others: look there when a row is not valid."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def process_ticks(process: int) -> int:
         return 0
     user, system = text.rpartition(")")[2].split()[11:13]
     return int(user) + int(system)
+
+
+def peak_memory() -> int:
+    """Most bytes this process ever had in memory (getrusage would count its parent's, from before the exec)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def interference(before: Usage, after: Usage, cores: Sequence[int]) -> Interference:
