@@ -70,10 +70,8 @@ def evaluate(node: Node, mode: FakeTensorMode, changed: Mapping[Node, Any] | Non
         with mode, torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:  # fake kernels raise anything: the caller turns this one into a refusal
-        first = str(error).strip().splitlines()
-        raise PropagationError(
-            f"{node.name} ({node.target}) cannot take it: {first[0] if first else error!r}"
-        ) from error
+        reason = next(iter(str(error).strip().splitlines()), repr(error)).strip("'")
+        raise PropagationError(f"{node.name} ({node.target}) cannot take it: {reason}") from error
 
 
 def changes_downstream(mode: FakeTensorMode, replaced: Mapping[Node, Any]) -> dict[Node, Any]:

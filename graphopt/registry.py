@@ -14,6 +14,7 @@ from typing import Any
 
 from graphopt.contract import Pass
 from graphopt.errors import UnknownNameError, UsageError
+from graphopt.optional import missing_extra
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,22 @@ def pass_locations() -> dict[str, str]:
 
 
 def find_pass(name: str) -> type[Pass]:
-    """The class of a pass. Raises UnknownNameError with the nearest name, UsageError for an entry that is no pass."""
+    """The class of a pass.
+
+    Raises UnknownNameError with the nearest name, UsageError for an entry that is no pass, MissingExtraError where
+    the pass needs a package that is not installed.
+    """
     locations = pass_locations()
     if name not in locations:
         raise UnknownNameError("pass", name, locations)
     module, _, attribute = locations[name].partition(":")
-    found = getattr(import_module(module), attribute, None)
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        missing = missing_extra(f"pass {name}", error)
+        if missing is None:
+            raise
+        raise missing from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise UsageError(f"pass {name!r} is registered as {locations[name]}, which is no subclass of graphopt.Pass")
     if found.name != name:

@@ -86,16 +86,18 @@ def test_importing_graphopt_is_cheap() -> None:
     assert python(f"import sys, graphopt; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
-def test_a_missing_package_names_the_extra() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("use", "name"), [("graphopt.optimize", "graphopt.optimize"), ("graphopt.list_passes()", "pass batch-norm-folding")]
+)
+def test_a_missing_package_names_the_extra(use: str, name: str) -> None:
+    code = f"""
 import sys
 sys.modules["torch"] = None
 import graphopt
 try:
-    graphopt.optimize
+    {use}
 except graphopt.MissingExtraError as error:
     print(error)
 """
-    assert python(code) == (
-        'graphopt.optimize needs torch, which the base installation leaves out; run pip install "graphopt[compile]"'
-    )
+    advice = 'run pip install "graphopt[compile]"'
+    assert python(code) == f"{name} needs torch, which the base installation leaves out; {advice}"

@@ -32,10 +32,10 @@ def test_fires(biases: tuple[bool, ...]) -> None:
 def test_the_first_type_and_row_length_decide() -> None:
     class Mixed(Heads):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            first, second, third = self.linears
+            first, second = self.linears
             return first(x), second(x), nn.functional.linear(x, x.sum() * torch.ones(6, 8))
 
-    module = Mixed(nn.Linear(8, 4), nn.Linear(8, 5), nn.Linear(8, 6))
+    module = Mixed(nn.Linear(8, 4), nn.Linear(8, 5))
     check_pass(captured(module, torch.randn(2, 8)), MergeLinears(), 1, "the weight is no constant")
 
 
