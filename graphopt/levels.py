@@ -6,7 +6,7 @@ from graphopt.contract import Pass
 from graphopt.errors import UnknownNameError
 from graphopt.spec_string import parse_spec
 
-CLEANUP = ("dead-code", "constant-folding", "no-op-removal", "common-subexpressions")
+CLEANUP = ("dead-code", "constant-folding", "no-op-removal", "decided-conditions", "common-subexpressions")
 FUSIONS = ("batch-norm-folding", "merge-linears")
 
 LEVELS: dict[str, tuple[str, ...]] = {

@@ -10,6 +10,7 @@ PASSES = {
     "common-subexpressions": "graphopt.passes.common_subexpressions:CommonSubexpressions",
     "constant-folding": "graphopt.passes.constant_folding:ConstantFolding",
     "dead-code": "graphopt.passes.dead_code:DeadCode",
+    "decided-conditions": "graphopt.passes.decided_conditions:DecidedConditions",
     "merge-linears": "graphopt.passes.merge_linears:MergeLinears",
     "no-op-removal": "graphopt.passes.no_op_removal:NoOpRemoval",
 }

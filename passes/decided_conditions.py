@@ -1,0 +1,192 @@
+"""Replace conditions that come out the same for every input, and what they decide.
+
+Before: m = and(ge(arange(seq), 0), padding)        After: m = expand(padding)
+
+Exporters write masks as "this position is valid and not padding", with the first part true by construction. Left in,
+it makes a padding mask [B, 1, 1, S] look like one that differs from row to row, [B, 1, S, S]. Integer ranges are
+followed through position counters, sums, products and reshapes; a comparison with a number that the range decides is
+a constant, and so are conjunctions and disjunctions with it. Declines comparisons that the range leaves open.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from graphopt.contract import Pass, PassContext, PassResult
+from graphopt.edit import Builder, Edit, GraphEditor
+from graphopt.program import Program
+from graphopt.propagate import shape_key
+
+aten = torch.ops.aten
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class DecidedConditions(Pass):
+    """Replace conditions that come out the same for every input, and what they decide."""
+
+    name = "decided-conditions"
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edit = Edit(program, context, self.name)
+        for editor in edit.graphs():
+            known = _Known()
+            for node in editor.nodes():
+                if node.target in COMPARISONS:
+                    self._compare(editor, node, known)
+                elif node.target in CONJUNCTIONS or node.target in DISJUNCTIONS:
+                    self._combine(editor, node, known)
+        return edit.finish()
+
+    def _compare(self, editor: GraphEditor, node: Node, known: _Known) -> None:
+        source, number = node.args[:2]
+        found = known.range(source)
+        if found is None or not isinstance(number, (int, float)) or math.isnan(number):
+            return
+        outcome = COMPARISONS[node.target](*found, number)
+        if outcome is None:
+            low, high = (int(end) if math.isfinite(end) else end for end in found)
+            editor.decline(self.name, node, f"values from {low} to {high} do not decide a comparison with {number}")
+            return
+        editor.replace(self.name, [node], lambda builder: [_flag(builder, source, outcome)])
+
+    def _combine(self, editor: GraphEditor, node: Node, known: _Known) -> None:
+        if node.meta["val"].dtype != torch.bool:
+            return
+        for flag, other in (node.args[:2], reversed(node.args[:2])):
+            outcome = known.constant(flag)
+            if outcome is None or not isinstance(other, Node):
+                continue
+            if outcome == (node.target in CONJUNCTIONS):  # true and x, false or x
+                editor.replace(self.name, [node], lambda builder, other=other: [_spread(builder, node, other)])
+            elif shape_key(flag.meta["val"]) == shape_key(node.meta["val"]):
+                editor.replace(self.name, [node], lambda builder, flag=flag: [flag])
+            return
+
+
+def _flag(builder: Builder, like: Any, outcome: bool) -> Node:
+    return builder.call(aten.full_like.default, like, outcome, dtype=torch.bool)
+
+
+def _spread(builder: Builder, node: Node, value: Node) -> Node:
+    """`value` in the shape of `node`; sizes that are not plain are read off the operand that has them."""
+    if shape_key(value.meta["val"]) == shape_key(node.meta["val"]):
+        return value
+    sizes = [_size(builder, node, axis) for axis in range(node.meta["val"].dim())]
+    return builder.call(aten.expand.default, value, sizes)
+
+
+def _size(builder: Builder, node: Node, axis: int) -> Any:
+    size = node.meta["val"].shape[axis]
+    if isinstance(size, int):
+        return size
+    for operand in node.args[:2]:
+        own = operand.meta["val"].shape  # type: ignore[union-attr]
+        position = axis - (node.meta["val"].dim() - len(own))
+        if position >= 0 and not isinstance(own[position], int) and own[position].node.expr == size.node.expr:
+            return builder.call(aten.sym_size.int, operand, position)
+    raise AssertionError("an axis of a broadcast result is an axis of an operand")
+
+
+class _Known:
+    """What is known of values, remembered: integer ranges, and constants among the flags."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[Node, Range | None] = {}
+
+    def constant(self, value: Any) -> bool | None:
+        """True or False where every element of a flag is."""
+        if not isinstance(value, Node) or value.meta["val"].dtype != torch.bool:
+            return None
+        found = self.range(value)
+        return bool(found[0]) if found is not None and found[0] == found[1] else None
+
+    def range(self, value: Any) -> Range | None:
+        """Bounds of all elements of an integer or bool tensor, both included."""
+        if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+            return None
+        if value.meta["val"].is_floating_point() or value.meta["val"].is_complex():
+            return None
+        if value not in self._ranges:
+            rule = RANGES.get(value.target)
+            self._ranges[value] = None if rule is None else rule(self, value)
+        return self._ranges[value]
+
+
+def _filled(position: int) -> Callable[[_Known, Node], Range | None]:
+    def find(known: _Known, node: Node) -> Range | None:
+        number = node.args[position]
+        return (number, number) if isinstance(number, (int, bool)) else None
+
+    return find
+
+
+def _same(known: _Known, node: Node) -> Range | None:
+    return known.range(node.args[0])
+
+
+def _count(known: _Known, node: Node) -> Range | None:
+    """arange from a plain start in plain positive steps; the end may be any size."""
+    start, step = (0, 1) if len(node.args) == 1 else (node.args[0], node.args[2] if len(node.args) > 2 else 1)
+    if not isinstance(start, int) or not isinstance(step, int) or step <= 0:
+        return None
+    end = node.args[0] if len(node.args) == 1 else node.args[1]
+    return start, float(max(start, end - 1)) if isinstance(end, int) else math.inf
+
+
+def _arithmetic(combine: Callable[[Any, Any], Any]) -> Callable[[_Known, Node], Range | None]:
+    """With a plain number; a narrow type could wrap around, so only int64 is followed."""
+
+    def find(known: _Known, node: Node) -> Range | None:
+        found, number = known.range(node.args[0]), node.args[1]
+        plain = isinstance(number, int) and node.kwargs.get("alpha", 1) == 1
+        if found is None or not plain or node.meta["val"].dtype != torch.int64:
+            return None
+        ends = [combine(end, number) for end in found]
+        return None if any(math.isnan(end) for end in ends) else (min(ends), max(ends))
+
+    return find
+
+
+RANGES: dict[Any, Callable[[_Known, Node], Range | None]] = {
+    aten.arange.default: _count,
+    aten.arange.start: _count,
+    aten.arange.start_step: _count,
+    aten.full.default: _filled(1),
+    aten.full_like.default: _filled(1),
+    aten.new_full.default: _filled(2),
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda known, node: (1, 1)),
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), lambda known, node: (0, 0)),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim), _same),
+    **dict.fromkeys((aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default), _same),
+    **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.alias.default), _same),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _arithmetic(operator.add)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _arithmetic(operator.sub)),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _arithmetic(operator.mul)),
+}
+
+
+def _decide(never: Callable[..., bool], always: Callable[..., bool]) -> Callable[[float, float, float], bool | None]:
+    def outcome(low: float, high: float, number: float) -> bool | None:
+        return True if always(low, high, number) else False if never(low, high, number) else None
+
+    return outcome
+
+
+COMPARISONS: dict[Any, Callable[[float, float, float], bool | None]] = {
+    aten.ge.Scalar: _decide(lambda low, high, n: high < n, lambda low, high, n: low >= n),
+    aten.gt.Scalar: _decide(lambda low, high, n: high <= n, lambda low, high, n: low > n),
+    aten.le.Scalar: _decide(lambda low, high, n: low > n, lambda low, high, n: high <= n),
+    aten.lt.Scalar: _decide(lambda low, high, n: low >= n, lambda low, high, n: high < n),
+    aten.eq.Scalar: _decide(lambda low, high, n: n < low or n > high, lambda low, high, n: low == high == n),
+    aten.ne.Scalar: _decide(lambda low, high, n: low == high == n, lambda low, high, n: n < low or n > high),
+}
+CONJUNCTIONS = frozenset({aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default})
+DISJUNCTIONS = frozenset({aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default})

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.contract import PassContext
+from graphopt.passes.decided_conditions import COMPARISONS, DecidedConditions
+from tests.passes.checking import captured, check_pass, targets
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.function(x)
+
+
+FIRES = [
+    lambda x: (torch.arange(6) >= 0) & (x > 0),
+    lambda x: (x > 0) & (torch.arange(6) + 3 > 2),
+    lambda x: (torch.arange(6) * 2 < 0) | (x > 0),
+    lambda x: torch.ones(4, 1, dtype=torch.bool) & (x > 0),
+    lambda x: (torch.arange(1, 6, 2)[:, None, None] != 0) & (x > 0),
+]
+DECLINES = [
+    (lambda x: (torch.arange(6) >= 3) & (x > 0), "values from 0 to 5 do not decide a comparison with 3"),
+    (lambda x: (torch.arange(6) - 2 > -2) & (x > 0), "values from -2 to 3 do not decide a comparison with -2"),
+]
+
+
+@pytest.mark.parametrize("function", FIRES)
+def test_decided_mask_leaves_the_other_condition(function: Callable[..., object]) -> None:
+    program = captured(Function(function), torch.randn(4, 6))
+    count = len(DecidedConditions().run(program, PassContext()).rewrites)
+    result = check_pass(program, DecidedConditions(), rewrites=count)
+    assert count > 0
+    assert not {"aten.__and__", "aten.__or__"} & set(targets(result.program))
+
+
+@pytest.mark.parametrize(("function", "words"), DECLINES)
+def test_open_comparison_is_declined(function: Callable[..., object], words: str) -> None:
+    result = check_pass(captured(Function(function), torch.randn(4, 6)), DecidedConditions(), rewrites=0)
+    assert [item.reason for item in result.declined] == [words]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x >= 0) & (x > 1),
+        lambda x: x.long() & 0,
+        lambda x: (torch.arange(6, dtype=torch.int8) + 120 > 0) & (x > 0),  # int8 wraps around
+    ],
+)
+def test_unknown_values_are_left_alone(function: Callable[..., object]) -> None:
+    check_pass(captured(Function(function), torch.randn(4, 6)), DecidedConditions(), rewrites=0)
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+@pytest.mark.parametrize("number", [-1, 0, 1, 2, 3])
+@pytest.mark.parametrize("ends", [(0, 2), (1, 1), (-1, 0)])
+def test_every_decision_holds_for_every_value(comparison: object, number: int, ends: tuple[int, int]) -> None:
+    outcome = COMPARISONS[comparison](*ends, number)
+    results = {bool(comparison(torch.tensor(value), number)) for value in range(ends[0], ends[1] + 1)}  # type: ignore[operator]
+    assert results == ({True, False} if outcome is None else {outcome})
