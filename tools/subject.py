@@ -101,7 +101,7 @@ def fit(sample: Array, shape: list[int]) -> Array:
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
-    size = "value of a symbolic size, such as seq=128 (default: as in the example)"
+    size = "value of a symbolic size, such as batch=1,seq=128 (default: as in the example)"
     parser.add_argument("--size", metavar="NAME=N", nargs="+", action="extend", default=[], help=size)
     shape = "shape of an input, such as input_ids:1x128; the same as --size for each of its axes"
     parser.add_argument("--shape", metavar="NAME:NxN...", nargs="+", action="extend", default=[], help=shape)
@@ -111,7 +111,7 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
 def chosen_sizes(arguments: argparse.Namespace, inputs: Mapping[str, Shape]) -> dict[str, int]:
     """What --size and --shape say; raises UsageError when they contradict each other or the model."""
     chosen: dict[str, int] = {}
-    for option in arguments.size:
+    for option in (item for text in arguments.size for item in text.split(",")):
         name, _, value = option.partition("=")
         if not value.isdecimal():
             raise UsageError(f"--size {option!r} is not NAME=N; write for example --size seq=128")

@@ -28,7 +28,7 @@ def test_tolerance_is_the_callers(cli: Cli) -> None:
 
 
 def test_model_against_its_artifact(cli: Cli, artifact: str) -> None:
-    outcome = cli("compare", TINY, artifact, "--dynamic", DYNAMIC, "--size", "rows=7")
+    outcome = cli("compare", TINY, artifact, "--dynamic", DYNAMIC, "--size", "rows=7,rows=7")
     assert outcome.code == 0, outcome.out + outcome.err
 
 
