@@ -12,9 +12,7 @@ from graphopt.backends.sizes import Shape, Size, product, shape_of
 _LONGEST = 48  # nodes of one epilogue
 
 
-def epilogue(
-    anchor: Node, order: Mapping[Node, int], element_wise: Callable[[Node], bool]
-) -> list[Node]:
+def epilogue(anchor: Node, order: Mapping[Node, int], element_wise: Callable[[Node], bool]) -> list[Node]:
     """The longest run of element-wise nodes that ends in one result and reads, besides `anchor`, only earlier nodes.
 
     Each has the anchor's rows and columns, so its element at a position needs the anchor's element at the same

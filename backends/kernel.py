@@ -190,6 +190,9 @@ def _view_shapes(values: Sequence[Any]) -> list[Shape]:
         shapes.append(value.shape)
         if isinstance(value, View):
             shapes += [value.strides, (value.offset,)]
-        elif isinstance(value, (Lazy, Product)):
+        elif isinstance(value, Lazy):
+            shapes.append(value.sizes)
+            stack.extend(value.operands)
+        elif isinstance(value, Product):
             stack.extend(value.operands)
     return shapes

@@ -1,8 +1,8 @@
 """From a program's graph to a Relax module of hand-scheduled kernels.
 
-Nodes are visited in order. Each operator's lowering returns a `View` of stored memory or a `Lazy` function of the index;
-lazy values are stored only when something needs them in memory. Weights become arguments of the Relax function, packed
-as the kernel that reads them wants.
+Nodes are visited in order. Each operator's lowering returns a `View` of stored memory or a `Lazy` function of the
+index; lazy values are stored only when something needs them in memory. Weights become arguments of the Relax function,
+packed as the kernel that reads them wants.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tvm
 from torch.fx import Graph, GraphModule, Node
 from tvm import relax
 
@@ -24,10 +23,11 @@ from graphopt.backends.operators import OPERATORS, fits_epilogue
 from graphopt.backends.rules.pointwise import pointwise
 from graphopt.backends.sizes import Shape, Sizes, shape_of, size_of
 from graphopt.backends.target import Target
-from graphopt.backends.values import Lazy, Product, Storage, Value, View, whole
+from graphopt.backends.values import Lazy, Product, Storage, Value, View, fused_name, whole
 from graphopt.errors import CompileError
 from graphopt.program import Program, get_attribute
 from graphopt.runtime.dtypes import name_of
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -99,13 +99,15 @@ class Lowering:
 
     def lower(self, node: Node) -> Any:
         value = node.meta.get("val")
-        if isinstance(value, (torch.SymInt, int, float, torch.SymFloat, torch.SymBool)) and not isinstance(value, torch.Tensor):
+        if isinstance(value, (torch.SymInt, int, float, torch.SymFloat, torch.SymBool)) and not isinstance(
+            value, torch.Tensor
+        ):
             return size_of(value)
         lower = OPERATORS.get(node.target)
         if lower is None:
             raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
         result = lower(self, node)
-        return self._share(node, result) if isinstance(result, Lazy) else result
+        return self._share(node, named(node, result)) if isinstance(result, Lazy) else result
 
     def _share(self, node: Node, value: Lazy) -> Any:
         """A lazy value with several users is computed once: in one kernel with all of them, or stored."""
@@ -123,7 +125,7 @@ class Lowering:
 
     # Values -----------------------------------------------------------------------------------------------------------
     def value(self, argument: Any) -> Any:
-        """What a node argument is here: a value, a number, a size; weights stay torch tensors until a kernel packs them."""
+        """A node argument as a value, a number or a size; weights stay torch tensors until a kernel packs them."""
         return self.env[argument] if isinstance(argument, Node) else argument
 
     def tensor(self, argument: Any) -> Value:
@@ -135,7 +137,9 @@ class Lowering:
         """Sizes of an argument like `[batch, -1, 32]`."""
         return tuple(size_of(self.value(item)) for item in argument)
 
-    def weight(self, tensor: torch.Tensor, key: str = "", pack: Callable[[np.ndarray], np.ndarray] | None = None) -> View:
+    def weight(
+        self, tensor: torch.Tensor, key: str = "", pack: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> View:
         """A weight as an argument of the function; `key` names the packing, equal keys share one copy."""
         name = self.weights.add(tensor, self._labels.get(id(tensor), "constant"), key, pack)
         if name not in self.constants:
@@ -158,8 +162,7 @@ class Lowering:
     def store(self, value: Lazy | View) -> View:
         """Write the value to memory with an element-wise kernel, once."""
         if id(value) not in self._stored:
-            name = "copy" if isinstance(value, View) else "pointwise"
-            (stored,) = self.call(pointwise(value, name, self.target))
+            (stored,) = self.call(pointwise(value, fused_name("", value), self.target))
             self._stored[id(value)] = (value, stored)  # type: ignore[assignment]
         return self._stored[id(value)][1]
 
@@ -176,8 +179,8 @@ class Lowering:
         self.env[node] = end = begin(result)
         for follower in together:
             end = OPERATORS[follower.target](self, follower)
-            if isinstance(end, Lazy) and len(follower.users) > 1 and follower is not together[-1]:
-                end = replace(end, shared=True)
+            if isinstance(end, Lazy):
+                end = replace(named(follower, end), shared=len(follower.users) > 1 and follower is not together[-1])
             self.env[follower] = end
         (stored,) = self.call(build(result, end))
         if together:
@@ -227,10 +230,18 @@ class Lowering:
         return self.bind(relax.op.reshape(view.storage.variable, relax.ShapeExpr(shape)), kind)
 
 
+def named(node: Node, value: Lazy) -> Lazy:
+    """The value with its operator's name, unless it has one: `aten.add.Tensor` is "add"."""
+    return value if value.name else replace(value, name=str(node.target).split(".")[1].strip("_"))
+
+
 def lower_program(
     program: Program, target: Target, name: str, weights: Weights, builder: relax.BlockBuilder
 ) -> Lowered:
-    """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`. Raises CompileError naming the first node that has no lowering."""
+    """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`.
+
+    Raises CompileError naming the first node that has no lowering.
+    """
     module = program.graph_module
     lowering = Lowering(target, module, weights, builder)
     parameters, arguments = [], []
@@ -249,7 +260,9 @@ def lower_program(
     function = relax.Function([*parameters, *constants], body, result.ty)
     function = function.with_attr("global_symbol", name)
     limits = {
-        symbol: program.sizes[user].high for symbol, user in program.symbols.items() if program.sizes[user].high is not None
+        symbol: program.sizes[user].high
+        for symbol, user in program.symbols.items()
+        if program.sizes[user].high is not None
     }
     if limits:
         function = function.with_attr("tir_var_upper_bound", limits)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.utils._sympy import functions as torch_sympy
 from tvm import tirx
 
-Size = int | sympy.Expr
-Shape = tuple[Size, ...]
+Size: TypeAlias = int | sympy.Expr
+Shape: TypeAlias = tuple[Size, ...]
 
 
 def size_of(value: Any) -> Size:
@@ -38,7 +38,11 @@ def contiguous_strides(shape: Sequence[Size]) -> Shape:
 def symbols_in(shapes: Iterable[Iterable[Size]]) -> set[str]:
     """Names of all symbols used in any of the sizes."""
     return {
-        symbol.name for shape in shapes for size in shape if isinstance(size, sympy.Expr) for symbol in size.free_symbols
+        symbol.name
+        for shape in shapes
+        for size in shape
+        if isinstance(size, sympy.Expr)
+        for symbol in size.free_symbols
     }
 
 

@@ -53,7 +53,9 @@ def target_names() -> tuple[str, ...]:
 
 def _host_level() -> str:
     if platform.machine() != "x86_64":
-        raise UsageError(f"this machine is {platform.machine()}; targets for it come later, x86-64 machines only for now")
+        raise UsageError(
+            f"this machine is {platform.machine()}; targets for it come later, x86-64 machines only for now"
+        )
     features = host_features()
     for name in reversed(LEVELS):
         if set(LEVELS[name][1]) <= features:

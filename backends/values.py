@@ -59,6 +59,8 @@ class Lazy:
     element: Callable[[Kernel, Index], Any]
     flat: bool = False  # reads its operands at the same linear position only
     shared: bool = False  # has several users in one kernel: bound to a variable there
+    name: str = ""  # of the operator, for the names of kernels
+    sizes: Shape = ()  # symbolic sizes computed with, besides those of the shapes
 
 
 Value = View | Lazy
@@ -93,6 +95,23 @@ def leaves(values: Sequence[Any]) -> Iterator[Storage]:
                 yield value.storage
         else:
             stack.extend(reversed(value.operands))
+
+
+def fused_name(first: str, value: Any) -> str:
+    """A kernel's name: `first`, then the operators of the tree `value` in order of execution, at most six."""
+    names: list[str] = []
+    seen: set[int] = set()
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Lazy) and id(item) not in seen:
+            seen.add(id(item))
+            for operand in item.operands:
+                visit(operand)
+            names.append(item.name)
+
+    visit(value)
+    words = [first, *dict.fromkeys(name for name in names if name)]
+    return "_".join(word for word in words[:7] if word) or "copy"
 
 
 def reads_flat(value: Any, shape: Shape, seen: set[int] | None = None) -> bool:

@@ -5,33 +5,25 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from graphopt.artifact.write import write_artifact
-from graphopt.capture.inputs import check_sizes, draw_inputs
-from graphopt.errors import UsageError, VerificationError
+from graphopt.errors import UsageError
 from graphopt.optional import missing_extra
+from graphopt.output_check import check_session
 from graphopt.program import Program, TensorSpec
-from graphopt.reference import largest_error, magnitude, run_float64
-from graphopt.runtime.dtypes import name_of
 from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.weights import state_name
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import InferenceSession
 
-# A compiled program may be this much farther from float64 than PyTorch is, plus a share of the largest value: its
-# polynomials and the order of its sums are its own.
-_FACTOR = 16.0
-_SHARE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-_STEPS = 2  # calls that a program with state is followed for
 _TOOLS = ("torch", "apache-tvm", "apache-tvm-ffi", "numpy")
 
 
@@ -96,7 +88,7 @@ def compile(
     report = {"target": chosen.name, "threads": chosen.threads, "kernels": dict(module.kernels), "slow": slow}
     built = {library: cpu.build(module.module, chosen)}
     artifact = Artifact(manifest, built, weights, _samples(entries), report)
-    errors = check_artifact(artifact, entries)
+    errors = check_session(artifact.session(), entries)
     return Artifact(manifest, built, weights, artifact.check, {**report, "errors": errors})
 
 
@@ -145,62 +137,3 @@ def _samples(entries: Mapping[str, Program]) -> dict[str, np.ndarray]:
             for spec, value in zip(specs, values, strict=True):
                 samples[f"{name}.{kind}.{spec.name}"] = value.detach().contiguous().numpy()
     return samples
-
-
-def check_artifact(artifact: Artifact, entries: Mapping[str, Program]) -> dict[str, float]:
-    """Entry -> largest error relative to the largest value. Raises VerificationError naming entry, output and sizes."""
-    session = artifact.session()
-    errors = {}
-    for name, program in entries.items():
-        worst = 0.0
-        for sizes, inputs in _cases(program):
-            session.reset()
-            state = tuple(item.initial for item in program.state)
-            for _ in range(_STEPS if state else 1):
-                feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, inputs, strict=True)}
-                results = [torch.from_numpy(array) for array in session.run(None, feed, entry=name)]
-                outputs, following = program.step(inputs, state)
-                exact = run_float64(_from_state(program, state), inputs)
-                for spec, result, eager, reference in zip(program.outputs, results, outputs, exact, strict=False):
-                    worst = max(worst, _compare(name, spec, sizes, result, eager, reference))
-                state = following
-        errors[name] = worst
-    return errors
-
-
-def _cases(program: Program) -> Iterator[tuple[dict[str, int], tuple[torch.Tensor, ...]]]:
-    yield program.bind(program.examples), program.examples
-    for seed, sizes in enumerate(check_sizes(program)):
-        yield sizes, draw_inputs(program, sizes, seed)
-
-
-def _from_state(program: Program, state: tuple[torch.Tensor, ...]) -> Program:
-    from dataclasses import replace
-
-    items = tuple(replace(item, initial=value) for item, value in zip(program.state, state, strict=True))
-    return replace(program, state=items)
-
-
-def _compare(
-    entry: str,
-    spec: TensorSpec,
-    sizes: Mapping[str, int],
-    result: torch.Tensor,
-    eager: torch.Tensor,
-    reference: torch.Tensor,
-) -> float:
-    where = f"output {spec.name!r} of entry {entry!r} at {', '.join(f'{k}={v}' for k, v in sizes.items()) or 'fixed sizes'}"
-    if result.shape != eager.shape or result.dtype != eager.dtype:
-        raise VerificationError(
-            f"{where} has shape {list(result.shape)} of {name_of(result.numpy().dtype)}, PyTorch gives "
-            f"{list(eager.shape)} of {name_of(eager.numpy().dtype)}; this is a fault of graphopt's lowering, please report it"
-        )
-    reference = reference if eager.is_floating_point() else eager
-    error, scale = largest_error(result, reference), magnitude(reference)
-    allowed = _FACTOR * largest_error(eager, reference) + _SHARE.get(eager.dtype, 0.0) * scale
-    if not error <= allowed:
-        raise VerificationError(
-            f"{where} is off by {error:.3g} where {allowed:.3g} is allowed, so nothing is saved; this is a fault of "
-            "graphopt's lowering, please report it"
-        )
-    return error / scale if scale else error

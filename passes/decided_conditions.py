@@ -60,14 +60,15 @@ class DecidedConditions(Pass):
     def _combine(self, editor: GraphEditor, node: Node, known: _Known) -> None:
         if node.meta["val"].dtype != torch.bool:
             return
-        for flag, other in (node.args[:2], reversed(node.args[:2])):
+        left, right = node.args[:2]
+        for flag, other in ((left, right), (right, left)):
             outcome = known.constant(flag)
-            if outcome is None or not isinstance(other, Node):
+            if outcome is None or not isinstance(flag, Node) or not isinstance(other, Node):
                 continue
             if outcome == (node.target in CONJUNCTIONS):  # true and x, false or x
-                editor.replace(self.name, [node], lambda builder, other=other: [_spread(builder, node, other)])
+                editor.replace(self.name, [node], _Spread(node, other))
             elif shape_key(flag.meta["val"]) == shape_key(node.meta["val"]):
-                editor.replace(self.name, [node], lambda builder, flag=flag: [flag])
+                editor.replace(self.name, [node], _Spread(node, flag))
             return
 
 
@@ -75,24 +76,33 @@ def _flag(builder: Builder, like: Any, outcome: bool) -> Node:
     return builder.call(aten.full_like.default, like, outcome, dtype=torch.bool)
 
 
-def _spread(builder: Builder, node: Node, value: Node) -> Node:
-    """`value` in the shape of `node`; sizes that are not plain are read off the operand that has them."""
-    if shape_key(value.meta["val"]) == shape_key(node.meta["val"]):
-        return value
-    sizes = [_size(builder, node, axis) for axis in range(node.meta["val"].dim())]
-    return builder.call(aten.expand.default, value, sizes)
+@dataclass(frozen=True)
+class _Spread:
+    """Builds `value` in the shape of `node`; sizes that are not plain are read off the operand that has them."""
 
+    node: Node
+    value: Node
 
-def _size(builder: Builder, node: Node, axis: int) -> Any:
-    size = node.meta["val"].shape[axis]
-    if isinstance(size, int):
-        return size
-    for operand in node.args[:2]:
-        own = operand.meta["val"].shape  # type: ignore[union-attr]
-        position = axis - (node.meta["val"].dim() - len(own))
-        if position >= 0 and not isinstance(own[position], int) and own[position].node.expr == size.node.expr:
-            return builder.call(aten.sym_size.int, operand, position)
-    raise AssertionError("an axis of a broadcast result is an axis of an operand")
+    def __call__(self, builder: Builder) -> list[Node]:
+        if shape_key(self.value.meta["val"]) == shape_key(self.node.meta["val"]):
+            return [self.value]
+        sizes = [self.size(builder, axis) for axis in range(self.node.meta["val"].dim())]
+        return [builder.call(aten.expand.default, self.value, sizes)]
+
+    def size(self, builder: Builder, axis: int) -> Any:
+        whole = self.node.meta["val"].shape
+        if isinstance(whole[axis], int):
+            return whole[axis]
+        for operand in self.node.all_input_nodes:
+            own = operand.meta["val"].shape
+            position = axis - (len(whole) - len(own))
+            if (
+                position >= 0
+                and not isinstance(own[position], int)
+                and own[position].node.expr == whole[axis].node.expr
+            ):
+                return builder.call(aten.sym_size.int, operand, position)
+        raise AssertionError("an axis of a broadcast result is an axis of an operand")
 
 
 class _Known:

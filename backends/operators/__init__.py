@@ -11,6 +11,7 @@ from typing import Any
 from torch.fx import Node
 
 from graphopt.backends.operators import (
+    activations,
     attention,
     control_flow,
     convolution,
@@ -23,8 +24,10 @@ from graphopt.backends.operators import (
     views,
 )
 
+ELEMENT_WISE: dict[Any, Callable[..., Any]] = {**pointwise.TABLE, **activations.TABLE}
+
 OPERATORS: dict[Any, Callable[..., Any]] = {
-    **pointwise.TABLE,
+    **ELEMENT_WISE,
     **creation.TABLE,
     **views.TABLE,
     **indexing.TABLE,
@@ -39,4 +42,4 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 
 def fits_epilogue(node: Node) -> bool:
     """True for operators that compute one element from one element at the same rows and columns."""
-    return node.target in pointwise.TABLE or views.keeps_rows(node)
+    return node.target in ELEMENT_WISE or views.keeps_rows(node)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.operators.pointwise import constant, convert
+from graphopt.backends.operators.element_wise import constant, convert
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy
 from graphopt.errors import CompileError

@@ -14,7 +14,7 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.operators.pointwise import constant
+from graphopt.backends.operators.element_wise import constant
 from graphopt.backends.sizes import Size, shape_of
 from graphopt.backends.values import Index, Lazy, View
 from graphopt.errors import CompileError

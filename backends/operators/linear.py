@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.operators.pointwise import convert
+from graphopt.backends.operators.element_wise import convert
 from graphopt.backends.rules.gemm import gemm, pack_weight, tile_for
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, shape_of

@@ -1,12 +1,10 @@
-"""Element-wise operators: each is one expression over the elements of its operands at the same index.
+"""Arithmetic, comparisons, logic, selection and casts.
 
-Operands are converted to the type PyTorch computes in. Comparisons and selections are written so that NaN comes out
-where PyTorch gives NaN.
+Comparisons and selections are written so that NaN comes out where PyTorch gives NaN.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,270 +14,259 @@ from tvm import tirx
 
 from graphopt.backends import approximations
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import (
+    Expression,
+    constant,
+    dtype_of,
+    element_wise,
+    is_float,
+    like,
+)
+from graphopt.backends.values import Lazy
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
-    from graphopt.backends.kernel import Kernel
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
-Expression = Callable[..., Any]
-_NARROW = ("float16", "bfloat16")
+Lower = Callable[..., Any]
 
 
-def element_wise(
-    lowering: Lowering, node: Node, arguments: list[Any], expression: Expression, compute: str | None = None
-) -> Lazy:
-    """`expression` over `arguments` (nodes, numbers) in dtype `compute`, by default the node's own."""
-    meta = node.meta["val"]
-    dtype = DTYPES[meta.dtype]
-    compute = dtype if compute is None else compute
-    compute = "float32" if compute in _NARROW else compute
-    values = [a if isinstance(a, (int, float, bool)) else lowering.tensor(a) for a in arguments]
-    shape = shape_of(meta)
-    operands = tuple(v for v in values if isinstance(v, (View, Lazy, Product)))
-
-    def element(kernel: Kernel, index: Index) -> Any:
-        loaded = [convert(kernel.load(v, index), compute) if not isinstance(v, (int, float)) else constant(v, compute) for v in values]
-        return convert(expression(*loaded), dtype)
-
-    flat = all(o.shape == shape or o.shape == () for o in operands)
-    return Lazy(shape, dtype, operands, element, flat)
-
-
-def convert(value: Any, dtype: str) -> Any:
-    """Cast as PyTorch does: any number that is not zero becomes True."""
-    have = str(value.ty.dtype)
-    if have == dtype:
-        return value
-    if dtype == "bool":
-        return tirx.NE(value, tirx.const(0, have))
-    return value.astype(dtype)
-
-
-def constant(value: float, dtype: str) -> Any:
-    return tirx.const(bool(value), "bool") if dtype == "bool" else tirx.const(value, dtype)
-
-
-def _scalar(lowering: Lowering, argument: Any) -> Any:
-    """Sizes used as numbers must be plain by now."""
-    value = lowering.value(argument)
-    if isinstance(value, (View, Lazy, Product, torch.Tensor, int, float, bool)):
-        return argument if isinstance(argument, Node) and not isinstance(value, (int, float, bool)) else value
-    return value
-
-
-def _is_float(dtype: str) -> bool:
-    return "float" in dtype
-
-
-def _simple(expression: Expression, arity: int) -> Callable[[Lowering, Node], Lazy]:
-    """All operands in the result's dtype."""
+def simple(expression: Expression, arity: int) -> Lower:
+    """The first `arity` arguments, all in the result's dtype."""
 
     def lower(lowering: Lowering, node: Node) -> Lazy:
-        return element_wise(lowering, node, _numbers(lowering, node, arity), expression)
+        return element_wise(lowering, node, list(arguments(node).values())[:arity], expression)
 
     return lower
 
 
-def _numbers(lowering: Lowering, node: Node, arity: int) -> list[Any]:
-    arguments = [_scalar(lowering, argument) for argument in node.args[:arity]]
-    for argument in arguments:
-        if not isinstance(argument, (Node, int, float, bool)):
-            raise CompileError(f"{node.name} computes with the symbolic size {argument}, which has no lowering yet")
-    return arguments
+def in_dtype(compute: str, expression: Expression, arity: int) -> Lower:
+    """The first `arity` arguments converted to `compute`."""
+
+    def lower(lowering: Lowering, node: Node) -> Lazy:
+        return element_wise(lowering, node, list(arguments(node).values())[:arity], expression, compute)
+
+    return lower
 
 
-def _compare(expression: Expression) -> Callable[[Lowering, Node], Lazy]:
+def _compare(expression: Expression) -> Lower:
     """Operands in the type they promote to; the result is bool."""
 
     def lower(lowering: Lowering, node: Node) -> Lazy:
-        arguments = _numbers(lowering, node, 2)
-        dtype = torch.result_type(*(a.meta["val"] if isinstance(a, Node) else a for a in arguments))
-        return element_wise(lowering, node, arguments, expression, DTYPES[dtype])
+        pair = list(arguments(node).values())
+        values = [a.meta["val"] if isinstance(a, Node) else a for a in pair]
+        dtype = torch.result_type(*(v if isinstance(v, torch.Tensor) else _example(v) for v in values))
+        if dtype.is_floating_point:  # a number is rounded to the dtype the comparison is made in
+            pair = [torch.tensor(a, dtype=dtype).item() if isinstance(a, (int, float)) else a for a in pair]
+        return element_wise(lowering, node, pair, expression, DTYPES[dtype])
 
     return lower
 
 
-def _logical(expression: Expression, arity: int) -> Callable[[Lowering, Node], Lazy]:
-    def lower(lowering: Lowering, node: Node) -> Lazy:
-        return element_wise(lowering, node, _numbers(lowering, node, arity), expression, "bool")
+def _example(number: Any) -> Any:
+    """A number of the same kind as a possibly symbolic one: promotion looks at nothing else."""
+    if isinstance(number, torch.SymInt):
+        return 1
+    return 1.0 if isinstance(number, torch.SymFloat) else number
 
-    return lower
 
-
-def _predicate(expression: Expression) -> Callable[[Lowering, Node], Lazy]:
-    """A test of one float operand; integers are converted, which no test here notices."""
+def _predicate(expression: Expression) -> Lower:
+    """A test of one operand in its own dtype; integers are tested as float64, which no test here notices."""
 
     def lower(lowering: Lowering, node: Node) -> Lazy:
         dtype = DTYPES[node.args[0].meta["val"].dtype]  # type: ignore[union-attr]
-        return element_wise(lowering, node, [node.args[0]], expression, dtype if _is_float(dtype) else "float64")
+        return element_wise(lowering, node, [node.args[0]], expression, dtype if is_float(dtype) else "float64")
 
     return lower
 
 
-def _add(sign: int, reverse: bool = False) -> Callable[[Lowering, Node], Lazy]:
+def _by_kind(of_float: Expression, of_integer: Expression, of_bool: Expression | None = None) -> Expression:
+    """One expression for each kind of dtype."""
+
+    def expression(first: Any, *others: Any) -> Any:
+        dtype = dtype_of(first)
+        if dtype == "bool" and of_bool is not None:
+            return of_bool(first, *others)
+        return (of_float if is_float(dtype) else of_integer)(first, *others)
+
+    return expression
+
+
+def add(a: Any, b: Any) -> Any:
+    return tirx.any(a, b) if dtype_of(a) == "bool" else a + b
+
+
+def _add(sign: int, reverse: bool = False) -> Lower:
     def lower(lowering: Lowering, node: Node) -> Lazy:
-        alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
-        left, right = _numbers(lowering, node, 2)
+        left, right, alpha = arguments(node).values()
         left, right = (right, left) if reverse else (left, right)
 
         def expression(a: Any, b: Any) -> Any:
-            b = b if alpha == 1 else b * tirx.const(alpha, str(b.ty.dtype))
-            return a + b if sign > 0 else a - b
+            b = b if alpha == 1 else b * like(b, alpha)
+            return add(a, b) if sign > 0 else a - b
 
         return element_wise(lowering, node, [left, right], expression)
 
     return lower
 
 
+def multiply(a: Any, b: Any) -> Any:
+    return tirx.all(a, b) if dtype_of(a) == "bool" else a * b
+
+
 def _divide(lowering: Lowering, node: Node) -> Lazy:
-    mode = node.kwargs.get("rounding_mode")
+    left, right, *mode = arguments(node).values()
+    forms = {None: lambda a, b: a / b, "floor": _floor_divide, "trunc": _truncating_divide}
+    return element_wise(lowering, node, [left, right], forms[mode[0] if mode else None])
+
+
+def _whole(function: Callable[[Any, Any], Any], of_minus_one: Callable[[Any], Any]) -> Expression:
+    """Integer division that never traps: x / 0 is 0 (PyTorch raises), and the lowest number / -1 wraps around."""
 
     def expression(a: Any, b: Any) -> Any:
-        if not _is_float(str(a.ty.dtype)):
-            return tirx.floordiv(a, b) if mode == "floor" else tirx.truncdiv(a, b)
-        return {"floor": tirx.floor, "trunc": tirx.trunc, None: lambda x: x}[mode](a / b)  # type: ignore[no-untyped-call]
+        if isinstance(b, tirx.IntImm) and int(b) not in (0, -1):
+            return function(a, b)
+        signed = not dtype_of(b).startswith("u")
+        traps = tirx.EQ(b, like(b, 0))
+        traps = tirx.any(traps, tirx.EQ(b, like(b, -1))) if signed else traps
+        result = function(a, tirx.Select(traps, like(b, 1), b))
+        if signed:
+            result = tirx.Select(tirx.EQ(b, like(b, -1)), of_minus_one(a), result)
+        return tirx.Select(tirx.EQ(b, like(b, 0)), like(a, 0), result)
 
-    return element_wise(lowering, node, _numbers(lowering, node, 2), expression)
-
-
-def _remainder(a: Any, b: Any) -> Any:
-    return a - tirx.floor(a / b) * b if _is_float(str(a.ty.dtype)) else tirx.floormod(a, b)
-
-
-def _maximum(a: Any, b: Any) -> Any:
-    return tirx.Select(tirx.any(a > b, approximations.is_nan(a)), a, b) if _is_float(str(a.ty.dtype)) else tirx.max(a, b)
+    return expression
 
 
-def _minimum(a: Any, b: Any) -> Any:
-    return tirx.Select(tirx.any(a < b, approximations.is_nan(a)), a, b) if _is_float(str(a.ty.dtype)) else tirx.min(a, b)
+def _negated(a: Any) -> Any:
+    return like(a, 0) - a
 
 
-def _relu(x: Any) -> Any:
-    return tirx.Select(x < zero(x), zero(x), x)
+def _fmod(a: Any, b: Any) -> Any:
+    return tirx.fmod(a, b)
 
 
-def zero(x: Any) -> Any:
-    return tirx.const(0, str(x.ty.dtype))
+def _remainder_of_floats(a: Any, b: Any) -> Any:
+    """The C remainder moved to the divisor's sign."""
+    rest = tirx.fmod(a, b)
+    zero = like(a, 0)
+    return tirx.Select(tirx.all(tirx.NE(rest, zero), tirx.NE(b < zero, rest < zero)), rest + b, rest)
 
 
-def one(x: Any) -> Any:
-    return tirx.const(1, str(x.ty.dtype))
+def _floor_of_floats(a: Any, b: Any) -> Any:
+    """Through the remainder, since a / b may round up to the next whole number."""
+    zero = like(a, 0)
+    quotient = (a - _remainder_of_floats(a, b)) / b
+    below = tirx.floor(quotient)
+    rounded = tirx.Select(quotient - below > like(a, 0.5), below + like(a, 1), below)
+    return tirx.Select(tirx.EQ(b, zero), a / b, rounded)
+
+
+_floor_divide = _by_kind(_floor_of_floats, _whole(tirx.floordiv, _negated))
+_truncating_divide = _by_kind(lambda a, b: tirx.trunc(a / b), _whole(tirx.truncdiv, _negated))
+_remainder = _by_kind(_remainder_of_floats, _whole(tirx.floormod, lambda a: like(a, 0)))
+_truncating_remainder = _by_kind(_fmod, _whole(tirx.truncmod, lambda a: like(a, 0)))
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger one; NaN where either is NaN."""
+    if dtype_of(a) == "bool":
+        return tirx.any(a, b)
+    return tirx.Select(tirx.any(a > b, approximations.is_nan(a)), a, b) if is_float(dtype_of(a)) else tirx.max(a, b)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller one; NaN where either is NaN."""
+    if dtype_of(a) == "bool":
+        return tirx.all(a, b)
+    return tirx.Select(tirx.any(a < b, approximations.is_nan(a)), a, b) if is_float(dtype_of(a)) else tirx.min(a, b)
 
 
 def _clamp(lowering: Lowering, node: Node) -> Lazy:
-    low, high = (list(node.args[1:3]) + [None, None])[:2]
-    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
+    """clamp with one or two bounds; where they cross, the upper one wins."""
+    given = arguments(node)
+    low, high = given.get("min"), given.get("max")
 
     def expression(x: Any, *bounds: Any) -> Any:
-        given = iter(bounds)
+        pending = iter(bounds)
         if low is not None:
-            bound = next(given)
-            x = tirx.Select(x < bound, bound, x)
-        if high is not None:
-            bound = next(given)
-            x = tirx.Select(x > bound, bound, x)
-        return x
+            x = maximum(x, next(pending))
+        return x if high is None else minimum(x, next(pending))
 
-    bounds = [_scalar(lowering, bound) for bound in (low, high) if bound is not None]
-    return element_wise(lowering, node, [node.args[0], *bounds], expression)
-
-
-def _vector(approximation: Expression, exact: Expression) -> Callable[[Lowering, Node], Lazy]:
-    """A polynomial in float32 and narrower, the C library's function in float64."""
-
-    def expression(x: Any) -> Any:
-        return approximation(x) if str(x.ty.dtype) == "float32" else exact(x)
-
-    return _simple(expression, 1)
-
-
-def _gelu(lowering: Lowering, node: Node) -> Lazy:
-    if node.kwargs.get("approximate", "none") == "tanh":
-        return _vector(approximations.gelu_tanh, _gelu_tanh_exact)(lowering, node)
-    return _vector(approximations.gelu, lambda x: x * (tirx.erf(x / math.sqrt(2)) + one(x)) * tirx.const(0.5, str(x.ty.dtype)))(lowering, node)
-
-
-def _gelu_tanh_exact(x: Any) -> Any:
-    inner = x * math.sqrt(2 / math.pi) * (one(x) + x * x * 0.044715)
-    return x * (tirx.tanh(inner) + one(x)) * 0.5
-
-
-def _silu(x: Any) -> Any:
-    return x * _sigmoid(x)
-
-
-def _sigmoid(x: Any) -> Any:
-    return approximations.sigmoid(x) if str(x.ty.dtype) == "float32" else tirx.sigmoid(x)
-
-
-def _leaky_relu(lowering: Lowering, node: Node) -> Lazy:
-    slope = node.args[1] if len(node.args) > 1 else 0.01
-    return element_wise(
-        lowering, node, [node.args[0]], lambda x: tirx.Select(x > zero(x), x, x * tirx.const(slope, str(x.ty.dtype)))
-    )
-
-
-def _hard_sigmoid(x: Any) -> Any:
-    shifted = x + tirx.const(3, str(x.ty.dtype))
-    six = tirx.const(6, str(x.ty.dtype))
-    clipped = tirx.Select(shifted < zero(x), zero(x), tirx.Select(shifted > six, six, shifted))
-    return clipped / six
-
-
-def _hardtanh(lowering: Lowering, node: Node) -> Lazy:
-    low, high = node.args[1:3] if len(node.args) > 2 else (-1.0, 1.0)
-
-    def expression(x: Any) -> Any:
-        dtype = str(x.ty.dtype)
-        return tirx.Select(x < tirx.const(low, dtype), tirx.const(low, dtype), tirx.Select(x > tirx.const(high, dtype), tirx.const(high, dtype), x))
-
-    return element_wise(lowering, node, [node.args[0]], expression)
+    return element_wise(lowering, node, [given["self"], *(b for b in (low, high) if b is not None)], expression)
 
 
 def _power(lowering: Lowering, node: Node) -> Lazy:
-    """Small whole exponents by multiplication, square roots as such."""
-    exponent = lowering.value(node.args[1]) if isinstance(node.args[1], Node) else node.args[1]
-    if isinstance(exponent, (int, float)) and exponent == int(exponent) and 1 <= exponent <= 4:
+    """Whole exponents by multiplication, square roots as such, the rest by the C library."""
+    base, exponent = arguments(node).values()
+    number = lowering.value(exponent)
+    if isinstance(number, torch.Tensor) and number.dim() == 0:
+        number = number.item()
+    whole = isinstance(number, (int, float)) and number == int(number) and abs(number) <= 64
+    if whole and (number >= 0 or node.meta["val"].dtype.is_floating_point):
+        return element_wise(lowering, node, [base], lambda x: _whole_power(x, int(number)))
+    if not node.meta["val"].dtype.is_floating_point:
+        raise CompileError(f"{node.name} raises integers to a power that varies; convert them to float first")
+    if number in (0.5, -0.5):
+        roots = {0.5: tirx.sqrt, -0.5: lambda x: like(x, 1) / tirx.sqrt(x)}
+        return element_wise(lowering, node, [base], roots[number])
+    return element_wise(lowering, node, [base, exponent], tirx.power)
 
-        def multiply(x: Any) -> Any:
-            result = x
-            for _ in range(int(exponent) - 1):
-                result = result * x
-            return result
 
-        return element_wise(lowering, node, [node.args[0]], multiply)
-    if exponent == 0.5:
-        return element_wise(lowering, node, [node.args[0]], tirx.sqrt)
-    return element_wise(lowering, node, _numbers(lowering, node, 2), tirx.power)
+def _whole_power(x: Any, exponent: int) -> Any:
+    """By repeated squaring."""
+    result, square, left = None, x, abs(exponent)
+    while left:
+        if left % 2:
+            result = square if result is None else result * square
+        square, left = square * square, left // 2
+    result = like(x, 1) if result is None else result
+    return like(x, 1) / result if exponent < 0 else result
 
 
 def _where(lowering: Lowering, node: Node) -> Lazy:
-    """The condition keeps its own dtype; the choices take the result's."""
-    condition, left, right = (_scalar(lowering, argument) for argument in node.args)
-    return select(lowering, node, condition, left, right)
-
-
-def select(lowering: Lowering, node: Node, condition: Any, left: Any, right: Any) -> Lazy:
-    meta = node.meta["val"]
-    dtype, shape = DTYPES[meta.dtype], shape_of(meta)
-    values = [v if isinstance(v, (int, float)) else lowering.tensor(v) for v in (condition, left, right)]
-    operands = tuple(v for v in values if not isinstance(v, (int, float)))
-
-    def element(kernel: Kernel, index: Index) -> Any:
-        test = convert(kernel.load(values[0], index), "bool")
-        chosen = [constant(v, dtype) if isinstance(v, (int, float)) else convert(kernel.load(v, index), dtype) for v in values[1:]]
-        return tirx.Select(test, *chosen)
-
-    return Lazy(shape, dtype, operands, element, all(o.shape == shape or o.shape == () for o in operands))
+    condition, left, right = arguments(node).values()
+    return element_wise(lowering, node, [condition, left, right], tirx.Select, ["bool", None, None])
 
 
 def _masked_fill(lowering: Lowering, node: Node) -> Lazy:
-    x, mask, value = node.args
-    return select(lowering, node, mask, _scalar(lowering, value), x)
+    x, mask, value = arguments(node).values()
+    return element_wise(lowering, node, [mask, value, x], tirx.Select, ["bool", None, None])
+
+
+def _multiply_add(lowering: Lowering, node: Node) -> Lazy:
+    """addcmul: x + value a b."""
+    x, a, b, value = arguments(node).values()
+    return element_wise(lowering, node, [x, a, b], lambda x, a, b: x + like(x, value) * a * b)
+
+
+def _lerp(start: Any, end: Any, weight: Any) -> Any:
+    """From the nearer end, as PyTorch does."""
+    distance = end - start
+    return tirx.Select(
+        tirx.abs(weight) < like(weight, 0.5), start + weight * distance, end - distance * (like(weight, 1) - weight)
+    )
+
+
+def _negate(x: Any) -> Any:
+    """-0.0 from 0.0, hence no subtraction."""
+    return x * like(x, -1) if is_float(dtype_of(x)) else like(x, 0) - x
+
+
+def _absolute(x: Any) -> Any:
+    return x if dtype_of(x).startswith("u") else tirx.abs(x)
+
+
+def _sign(x: Any) -> Any:
+    """1, 0 or -1; 0 for NaN, as in PyTorch."""
+    dtype, zero = dtype_of(x), like(x, 0)
+    return x if dtype == "bool" else (x > zero).astype(dtype) - (x < zero).astype(dtype)
+
+
+def _rounding(function: Expression) -> Lower:
+    """Integers are whole already."""
+    return simple(lambda x: function(x) if is_float(dtype_of(x)) else x, 1)
 
 
 def _cast(lowering: Lowering, node: Node) -> Any:
@@ -294,94 +281,79 @@ def _same(lowering: Lowering, node: Node) -> Any:
     return lowering.tensor(node.args[0])
 
 
-TABLE: dict[Any, Callable[..., Any]] = {
-    aten.add.Tensor: _add(1),
-    aten.add.Scalar: _add(1),
-    aten.sub.Tensor: _add(-1),
-    aten.sub.Scalar: _add(-1),
-    aten.rsub.Scalar: _add(-1, reverse=True),
-    aten.rsub.Tensor: _add(-1, reverse=True),
-    aten.mul.Tensor: _simple(lambda a, b: a * b if str(a.ty.dtype) != "bool" else tirx.all(a, b), 2),
-    aten.mul.Scalar: _simple(lambda a, b: a * b, 2),
-    aten.div.Tensor: _divide,
-    aten.div.Scalar: _divide,
-    aten.div.Tensor_mode: _divide,
-    aten.div.Scalar_mode: _divide,
-    aten.floor_divide.default: _simple(lambda a, b: tirx.floor(a / b) if _is_float(str(a.ty.dtype)) else tirx.floordiv(a, b), 2),
-    aten.remainder.Scalar: _simple(_remainder, 2),
-    aten.remainder.Tensor: _simple(_remainder, 2),
-    aten.maximum.default: _simple(_maximum, 2),
-    aten.minimum.default: _simple(_minimum, 2),
-    aten.pow.Tensor_Scalar: _power,
-    aten.pow.Tensor_Tensor: _power,
-    aten.clamp.default: _clamp,
-    aten.clamp_min.default: _clamp,
-    aten.clamp_max.default: lambda lowering, node: element_wise(lowering, node, _numbers(lowering, node, 2), lambda x, high: tirx.Select(x > high, high, x)),
-    aten.eq.Scalar: _compare(tirx.EQ),
-    aten.eq.Tensor: _compare(tirx.EQ),
-    aten.ne.Scalar: _compare(tirx.NE),
-    aten.ne.Tensor: _compare(tirx.NE),
-    aten.lt.Scalar: _compare(lambda a, b: a < b),
-    aten.lt.Tensor: _compare(lambda a, b: a < b),
-    aten.le.Scalar: _compare(lambda a, b: a <= b),
-    aten.le.Tensor: _compare(lambda a, b: a <= b),
-    aten.gt.Scalar: _compare(lambda a, b: a > b),
-    aten.gt.Tensor: _compare(lambda a, b: a > b),
-    aten.ge.Scalar: _compare(lambda a, b: a >= b),
-    aten.ge.Tensor: _compare(lambda a, b: a >= b),
-    aten.logical_and.default: _logical(lambda a, b: tirx.all(a, b), 2),
-    aten.logical_or.default: _logical(lambda a, b: tirx.any(a, b), 2),
-    aten.logical_xor.default: _logical(tirx.NE, 2),
-    aten.logical_not.default: _logical(lambda a: tirx.Not(a), 1),
+def _dropout(lowering: Lowering, node: Node) -> Any:
+    x, probability, train = arguments(node).values()
+    if train and probability:
+        raise CompileError(f"{node.name} is a dropout in training mode; capture the model in eval mode")
+    return lowering.tensor(x)
+
+
+def _bitwise(on_flags: Expression, on_integers: Expression) -> Lower:
+    return simple(_by_kind(on_integers, on_integers, on_flags), 2)
+
+
+_COMPARISONS: dict[str, Expression] = {
+    "eq": tirx.EQ,
+    "ne": tirx.NE,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
+
+_BITWISE: dict[str, Lower] = {
+    "and": _bitwise(tirx.all, lambda a, b: a & b),
+    "or": _bitwise(tirx.any, lambda a, b: a | b),
+    "xor": _bitwise(tirx.NE, lambda a, b: a ^ b),
+}
+
+
+def _overloads(packets: dict[Any, Lower], *names: str) -> dict[Any, Lower]:
+    """One row for each named overload of each operator."""
+    return {getattr(packet, name): lower for packet, lower in packets.items() for name in names}
+
+
+TABLE: dict[Any, Lower] = {
+    **_overloads({aten.add: _add(1), aten.sub: _add(-1), aten.rsub: _add(-1, reverse=True)}, "Tensor", "Scalar"),
+    **_overloads({aten.mul: simple(multiply, 2)}, "Tensor", "Scalar"),
+    **_overloads({aten.div: _divide}, "Tensor", "Scalar", "Tensor_mode", "Scalar_mode"),
+    **_overloads({aten.floor_divide: simple(_floor_divide, 2)}, "default", "Scalar"),
+    **_overloads({aten.remainder: simple(_remainder, 2)}, "Tensor", "Scalar"),
+    **_overloads({aten.fmod: simple(_truncating_remainder, 2)}, "Tensor", "Scalar"),
+    **_overloads({aten.maximum: simple(maximum, 2), aten.minimum: simple(minimum, 2)}, "default"),
+    **_overloads({aten.max: simple(maximum, 2), aten.min: simple(minimum, 2)}, "other"),
+    **_overloads({aten.pow: _power}, "Tensor_Scalar", "Tensor_Tensor", "Scalar"),
+    **_overloads({aten.clamp: _clamp, aten.clamp_min: _clamp, aten.clamp_max: _clamp}, "default", "Tensor"),
+    **_overloads({getattr(aten, n): _compare(e) for n, e in _COMPARISONS.items()}, "Tensor", "Scalar"),
+    **_overloads({getattr(aten, f"__{n}__"): lower for n, lower in _BITWISE.items()}, "Tensor", "Scalar"),
+    **_overloads({getattr(aten, f"bitwise_{n}"): lower for n, lower in _BITWISE.items()}, "Tensor", "Scalar"),
+    **_overloads({aten.where: _where}, "self", "ScalarOther", "ScalarSelf", "Scalar"),
+    **_overloads({aten.masked_fill: _masked_fill}, "Scalar", "Tensor"),
+    **_overloads({aten.to: _cast}, "dtype", "dtype_layout", "device"),
+    aten.bitwise_not.default: simple(lambda a: tirx.Not(a) if dtype_of(a) == "bool" else ~a, 1),
+    aten.logical_and.default: in_dtype("bool", tirx.all, 2),
+    aten.logical_or.default: in_dtype("bool", tirx.any, 2),
+    aten.logical_xor.default: in_dtype("bool", tirx.NE, 2),
+    aten.logical_not.default: in_dtype("bool", tirx.Not, 1),
     aten.isnan.default: _predicate(approximations.is_nan),
-    aten.isinf.default: _predicate(lambda x: tirx.EQ(tirx.abs(x), tirx.const(math.inf, str(x.ty.dtype)))),
-    aten.neg.default: _simple(lambda x: zero(x) - x if not _is_float(str(x.ty.dtype)) else x * tirx.const(-1, str(x.ty.dtype)), 1),
-    aten.abs.default: _simple(tirx.abs, 1),
-    aten.relu.default: _simple(_relu, 1),
-    aten.leaky_relu.default: _leaky_relu,
-    aten.hardtanh.default: _hardtanh,
-    aten.hardsigmoid.default: _simple(_hard_sigmoid, 1),
-    aten.hardswish.default: _simple(lambda x: x * _hard_sigmoid(x), 1),
-    aten.exp.default: _vector(approximations.exp, tirx.exp),
-    aten.tanh.default: _vector(approximations.tanh, tirx.tanh),
-    aten.erf.default: _vector(approximations.erf, tirx.erf),
-    aten.sigmoid.default: _simple(_sigmoid, 1),
-    aten.silu.default: _simple(_silu, 1),
-    aten.gelu.default: _gelu,
-    aten.log.default: _simple(tirx.log, 1),
-    aten.log2.default: _simple(tirx.log2, 1),
-    aten.log1p.default: _simple(lambda x: tirx.log1p(x), 1),
-    aten.sqrt.default: _simple(tirx.sqrt, 1),
-    aten.rsqrt.default: _simple(lambda x: one(x) / tirx.sqrt(x), 1),
-    aten.reciprocal.default: _simple(lambda x: one(x) / x, 1),
-    aten.sin.default: _simple(tirx.sin, 1),
-    aten.cos.default: _simple(tirx.cos, 1),
-    aten.floor.default: _simple(tirx.floor, 1),
-    aten.ceil.default: _simple(tirx.ceil, 1),
-    aten.round.default: _simple(tirx.nearbyint, 1),
-    aten.trunc.default: _simple(tirx.trunc, 1),
-    aten.sign.default: _simple(lambda x: tirx.Select(x > zero(x), one(x), tirx.Select(x < zero(x), zero(x) - one(x), x * zero(x))), 1),
-    aten.where.self: _where,
-    aten.where.ScalarOther: _where,
-    aten.where.ScalarSelf: _where,
-    aten.where.Scalar: _where,
-    aten.masked_fill.Scalar: _masked_fill,
-    aten.masked_fill.Tensor: _masked_fill,
+    aten.isinf.default: _predicate(lambda x: tirx.EQ(tirx.abs(x), like(x, float("inf")))),
+    aten.signbit.default: _predicate(lambda x: tirx.any(x < like(x, 0), like(x, 1) / x < like(x, 0))),
+    aten.addcmul.default: _multiply_add,
+    aten.lerp.Scalar: simple(_lerp, 3),
+    aten.lerp.Tensor: simple(_lerp, 3),
+    aten.neg.default: simple(_negate, 1),
+    aten.abs.default: simple(_absolute, 1),
+    aten.sign.default: simple(_sign, 1),
+    aten.floor.default: _rounding(tirx.floor),
+    aten.ceil.default: _rounding(tirx.ceil),
+    aten.round.default: _rounding(tirx.nearbyint),
+    aten.trunc.default: _rounding(tirx.trunc),
+    aten.frac.default: simple(lambda x: x - tirx.trunc(x), 1),
     aten._to_copy.default: _cast,
-    aten.to.dtype: _cast,
-    aten.to.dtype_layout: _cast,
-    aten.to.device: _cast,
     aten.clone.default: _same,
     aten.contiguous.default: _same,
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.lift_fresh_copy.default: _same,
-    aten.dropout.default: _same,
+    aten.dropout.default: _dropout,
 }
-
-for _and, _or, _xor in ((aten.__and__, aten.__or__, aten.__xor__), (aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor)):
-    for _overload in ("Tensor", "Scalar"):
-        TABLE[getattr(_and, _overload)] = _simple(lambda a, b: tirx.all(a, b) if str(a.ty.dtype) == "bool" else a & b, 2)
-        TABLE[getattr(_or, _overload)] = _simple(lambda a, b: tirx.any(a, b) if str(a.ty.dtype) == "bool" else a | b, 2)
-        TABLE[getattr(_xor, _overload)] = _simple(lambda a, b: tirx.NE(a, b) if str(a.ty.dtype) == "bool" else a ^ b, 2)
-TABLE[aten.bitwise_not.default] = _simple(lambda a: tirx.Not(a) if str(a.ty.dtype) == "bool" else ~a, 1)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.operators.pointwise import convert
+from graphopt.backends.operators.element_wise import convert
 from graphopt.backends.rules import rows
 from graphopt.backends.rules.generic import reduce_generic, scan_generic
 from graphopt.backends.sizes import Shape, product, shape_of

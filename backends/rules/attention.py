@@ -2,8 +2,8 @@
 
 K is transposed and V copied to contiguous scratch once a task, so both products run on unit strides. A tile of 8 query
 rows x 2 vectors of keys is 16 accumulators: 2 loads, 8 broadcasts and 16 multiply-adds a step. Scores live in an
-[8, keys] buffer that stays in the L1 cache; the exponential is five multiply-adds a vector; rows are normalised after the
-second product, on 8 x depth values in place of 8 x keys. Keys are padded to whole tiles with a score of -inf.
+[8, keys] buffer that stays in the L1 cache; the exponential is five multiply-adds a vector; rows are normalised after
+the second product, on 8 x depth values in place of 8 x keys. Keys are padded to whole tiles with a score of -inf.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ f32 = approximations.f32
 _MASKED = -math.inf
 
 
-def attention(
-    q: View, k: View, v: View, mask: View | None, scale: float, causal: bool, target: Target
-) -> Code:
+def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal: bool, target: Target) -> Code:
     """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E]; mask broadcasts to [B, H, S, T]. Result [B, S, H, E]."""
     batch, heads, rows, _ = q.shape
     shape = (batch, rows, heads, v.shape[3])
@@ -151,9 +149,7 @@ class _Attention:
         value = self.kernel.flat(mask.storage)[position]
         return tirx.Select(value, f32(0), f32(_MASKED)) if mask.dtype == "bool" else value.astype("float32")
 
-    def write_rows(
-        self, keys: Any, values: Any, scores: Any, bias: Any, batch: Any, head: Any, first: Any
-    ) -> None:
+    def write_rows(self, keys: Any, values: Any, scores: Any, bias: Any, batch: Any, head: Any, first: Any) -> None:
         kernel = self.kernel
         tiles = self.column_tiles
         if self.causal:  # columns right of the last row of the tile have weight 0

@@ -3,13 +3,14 @@
 A tile of 8 rows x 48 columns is 24 accumulators of 16 lanes (AVX2: 4 x 24, 12 of 8). One step of k costs 3 weight
 loads, 8 broadcasts and 24 multiply-adds, so the multiply-adds bound it. Weights stream once per group of rows: each
 step of k prefetches its share of the next panel's cache lines, which hides memory latency where weights are cold.
-From 64 rows on each thread keeps the same rows in every kernel, so activations stay in its own L2; below, panels are
-shared out, so weights are read once. Row tails re-read the last row and store nothing; a symbolic row count costs nothing.
+From 64 rows on each thread keeps the same rows in every kernel, so activations stay in its own L2; below, and for
+weights larger than a cache, panels are shared out, so weights are read once. Rows are taken in blocks of 128, which
+stay in the L2 cache while all panels pass. Row tails re-read the last row and store nothing, so a symbolic row count
+costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,14 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.sizes import product
 from graphopt.backends.target import Target
-from graphopt.backends.values import Index, Product, View
+from graphopt.backends.values import Index, Product, View, fused_name
 
 RULE = "packed-gemm"
 _ROWS_KEPT_FROM = 64  # rows from which each thread keeps its own
-_EXPECTED_ROWS = 128  # rows for which the prefetch distance is right where the count is symbolic
+_WEIGHT_STREAMED_FROM = (
+    16 << 20
+)  # bytes from which a weight comes from memory, so that only one thread may read each part
+_BLOCK_ROWS = 128  # rows that all panels pass over before the next rows; also what prefetching expects
 _LINE = 16  # float32 values of a cache line
 
 
@@ -54,18 +58,17 @@ def pack_weight(weight: np.ndarray, columns: int) -> np.ndarray:
     return packed
 
 
-def gemm(
-    a: View, weight: View, result: Product, end: Any, name: str, target: Target, others: Sequence[Any] = ()
-) -> Code | None:
-    """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`; float32."""
-    if a.dtype != "float32" or not a.contiguous:
-        return None
+def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Target) -> Code:
+    """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`.
+
+    float32; `a` [..., K] is contiguous, `weight` is packed as `pack_weight` does.
+    """
     reads = [a, weight, end]
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         _Gemm(kernel, a, weight, result, end, outputs[0], tile_for(target)).write()
 
-    return write_kernel(RULE, name, target, reads, [(end.shape, end.dtype)], body)
+    return write_kernel(RULE, fused_name(name, end), target, reads, [(end.shape, end.dtype)], body)
 
 
 class _Gemm:
@@ -86,16 +89,24 @@ class _Gemm:
         tiles = tirx.floordiv(self.rows + (tile.rows - 1), int64(tile.rows))
         threads = kernel.target.threads
         row_groups = tirx.Select(tiles >= _ROWS_KEPT_FROM // tile.rows, int64(threads), int64(1))
+        if self.panels * self.k * tile.columns * 4 >= _WEIGHT_STREAMED_FROM:
+            row_groups = int64(1)
         tiles_each = tirx.floordiv(tiles + row_groups - 1, row_groups)
         panels_each = -(-self.panels // threads)
         with kernel.parallel(row_groups * threads) as task:
             first_tile = tirx.truncdiv(task, int64(threads)) * tiles_each
             first_panel = tirx.truncmod(task, int64(threads)) * panels_each
-            with kernel.serial(tirx.min(int64(panels_each), self.panels - first_panel)) as panel:
-                with kernel.serial(tirx.min(tiles_each, tiles - first_tile)) as tile_number:
-                    self.write_tile(first_panel + panel, first_tile + tile_number, tile_number)
+            own_tiles = tirx.min(tiles_each, tiles - first_tile)
+            own_panels = tirx.min(int64(panels_each), self.panels - first_panel)
+            block = _BLOCK_ROWS // tile.rows
+            with (
+                kernel.serial(tirx.floordiv(own_tiles + (block - 1), int64(block))) as at,
+                kernel.serial(own_panels) as panel,
+                kernel.serial(tirx.min(int64(block), own_tiles - at * block)) as tile_of_block,
+            ):
+                self.write_tile(first_panel + panel, first_tile + at * block + tile_of_block, tile_of_block)
 
-    def write_tile(self, panel: Any, tile_number: Any, tile_of_group: Any) -> None:
+    def write_tile(self, panel: Any, tile_number: Any, tile_of_block: Any) -> None:
         kernel, tile, lanes = self.kernel, self.tile, self.lanes
         accumulators = kernel.registers(tile.rows, self.vectors, lanes)
         for r in range(tile.rows):
@@ -116,7 +127,7 @@ class _Gemm:
         main = self.k // tile.steps
         if main:
             with kernel.serial(main) as outer:
-                self.prefetch(weights, tile_of_group * main + outer, main)
+                self.prefetch(weights, tile_of_block * main + outer, main)
                 for inner in range(tile.steps):
                     step(outer * tile.steps + inner)
         for k in range(main * tile.steps, self.k):
@@ -126,7 +137,7 @@ class _Gemm:
     def prefetch(self, weights: Any, step: Any, steps: int) -> None:
         """Touch this step's share of the next panel's lines."""
         lines = -(-self.k * self.tile.columns // _LINE)
-        rows = self.row_count if isinstance(self.row_count, int) else _EXPECTED_ROWS
+        rows = min(self.row_count, _BLOCK_ROWS) if isinstance(self.row_count, int) else _BLOCK_ROWS
         tiles = max(1, -(-rows // self.tile.rows) // (self.kernel.target.threads if rows >= _ROWS_KEPT_FROM else 1))
         share = -(-lines // (tiles * steps))
         for line in range(share):
@@ -149,9 +160,8 @@ class _Gemm:
         with T.If(first + self.lanes <= self.n):
             with T.Then():
                 self.store_lanes(accumulators, r, c, row, first)
-            with T.Else():
-                with self.kernel.serial(tirx.max(int64(0), self.n - first)) as lane:
-                    self.store_one(accumulators, r, c, lane, row, first)
+            with T.Else(), self.kernel.serial(tirx.max(int64(0), self.n - first)) as lane:
+                self.store_one(accumulators, r, c, lane, row, first)
 
     def store_lanes(self, accumulators: Any, r: int, c: int, row: Any, first: Any) -> None:
         with self.kernel.vectorized(self.lanes) as lane:

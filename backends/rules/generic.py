@@ -1,7 +1,7 @@
 """The counted slow path: any reduction as plain loops, output columns in vectors, one accumulator.
 
-Correct for every shape and never tuned: `compile` lists its kernels. The reduced axes run innermost in a fixed order, so
-the result does not depend on the number of threads.
+Correct for every shape and never tuned: `compile` lists its kernels. The reduced axes run innermost in a fixed order,
+so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def scan_generic(lowering: Lowering, name: str, source: View, axis: int, dtype: 
     return lowering.call(code)[0]
 
 
-def _nest(kernel: Kernel, extents: list[Size], position: tuple[Any, ...], inner: Callable[[tuple[Any, ...]], None]) -> None:
+def _nest(
+    kernel: Kernel, extents: list[Size], position: tuple[Any, ...], inner: Callable[[tuple[Any, ...]], None]
+) -> None:
     if not extents:
         inner(position)
         return

@@ -48,9 +48,13 @@ def write_rows(kernel: Kernel, value: Any, output: Output) -> None:
     rows, columns = split_rows(value.shape)
     width = kernel.size(columns)
     with kernel.parallel(kernel.size(rows)) as row:
-        for_columns(kernel, width, lambda column: output.store(
-            row * width + column, kernel.load(value, kernel.index(value.shape, row=row, column=column))
-        ))
+        for_columns(
+            kernel,
+            width,
+            lambda column: output.store(
+                row * width + column, kernel.load(value, kernel.index(value.shape, row=row, column=column))
+            ),
+        )
 
 
 def for_columns(kernel: Kernel, width: Any, write: Any) -> None:

@@ -6,7 +6,6 @@ latency of the additions, and are folded as a tree: lane after lane would cost 6
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +110,9 @@ def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target) -> Cod
 
         def write(column: Any) -> None:
             value = rows.at(at, column) * scale[0]
-            output.store(at * rows.width + column, value if weight is None else value * kernel.flat(weight.storage)[column])
+            output.store(
+                at * rows.width + column, value if weight is None else value * kernel.flat(weight.storage)[column]
+            )
 
         for_columns(kernel, rows.width, write)
 
@@ -135,10 +136,9 @@ def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
             rows.width,
             lambda c: output.store(at * rows.width + c, approximations.exp_nonpositive(rows.at(at, c) - top[0])),
         )
-        stored = Rows.__new__(Rows)
-        stored.__dict__.update(rows.__dict__, at=lambda _, c: output.flat[at * rows.width + c])
         inverse = kernel.registers(1)
-        T.buffer_store(inverse, f32(1) / stored.fold(at, "sum", lambda e, _: e), [0])
+        total = rows.fold(at, "sum", lambda _, column: output.flat[at * rows.width + column])
+        T.buffer_store(inverse, f32(1) / total, [0])
         for_columns(
             kernel,
             rows.width,
@@ -173,6 +173,3 @@ def _row_kernel(
             write_row(kernel, Rows(kernel, x), outputs[0], at)
 
     return write_kernel(RULE, name, target, [x, *others], [(x.shape if shape is None else shape, "float32")], body)
-
-
-NAN = math.nan

@@ -1,0 +1,113 @@
+"""The common part of all element-wise operators: one expression over operands that broadcast to the result's index.
+
+An operand is a value in memory, a lazy value, the result of a kernel being written, a number or a symbolic size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch.fx import Node
+from tvm import tirx
+
+from graphopt.backends.dtypes import DTYPES
+from graphopt.backends.sizes import shape_of
+from graphopt.backends.values import Index, Lazy, Product, View
+
+if TYPE_CHECKING:
+    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.lowering import Lowering
+
+Expression = Callable[..., Any]
+_NARROW_FLOATS = ("float16", "bfloat16")
+_NARROW_INTEGERS = {"int8": 8, "uint8": 8, "int16": 16, "int32": 32}
+
+
+def element_wise(
+    lowering: Lowering,
+    node: Node,
+    arguments: Sequence[Any],
+    expression: Expression,
+    compute: str | Sequence[str | None] | None = None,
+) -> Lazy:
+    """`expression` over `arguments` (nodes, numbers, sizes), converted to dtype `compute`, by default the node's own.
+
+    `compute` may give one dtype for each argument, None meaning the default.
+    """
+    meta = node.meta["val"]
+    shape, dtype = shape_of(meta), DTYPES[meta.dtype]
+    each = [compute] * len(arguments) if compute is None or isinstance(compute, str) else list(compute)
+    wanted = [computed_in(kind or dtype) for kind in each]
+    operands = [operand(lowering, argument) for argument in arguments]
+    tensors = tuple(o for o in operands if isinstance(o, (View, Lazy, Product)))
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        loaded = [read(kernel, o, index, kind) for o, kind in zip(operands, wanted, strict=True)]
+        return convert(expression(*loaded), dtype)
+
+    flat = all(tensor.shape == shape or tensor.shape == () for tensor in tensors)
+    sizes = tuple(o for o in operands if isinstance(o, sympy.Expr))
+    return Lazy(shape, dtype, tensors, element, flat, sizes=sizes)
+
+
+def operand(lowering: Lowering, argument: Any) -> Any:
+    """What the argument is here; a constant of rank 0 is its number."""
+    value = lowering.value(argument)
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.dim() == 0 else lowering.weight(value)
+    return value
+
+
+def read(kernel: Kernel, value: Any, index: Index, dtype: str) -> Any:
+    """One element of an operand in `dtype`."""
+    if isinstance(value, sympy.Expr):
+        return convert(kernel.size(value), dtype)
+    if isinstance(value, (bool, int, float)):
+        return constant(value, dtype)
+    return convert(kernel.load(value, index), dtype)
+
+
+def computed_in(dtype: str) -> str:
+    """float16 and bfloat16 are computed in float32 and rounded after every operator, as PyTorch does."""
+    return "float32" if dtype in _NARROW_FLOATS else dtype
+
+
+def convert(value: Any, dtype: str) -> Any:
+    """Cast as PyTorch does: any number that is not zero becomes True, floats wrap around in narrow integers."""
+    have = str(value.ty.dtype)
+    if have == dtype:
+        return value
+    if dtype == "bool":
+        return tirx.NE(value, tirx.const(0, have))
+    if have in _NARROW_FLOATS or dtype in _NARROW_FLOATS:
+        return value.astype("float32").astype(dtype)
+    if is_float(have) and dtype in ("int8", "uint8", "int16"):
+        return value.astype("int32").astype(dtype)
+    return value.astype(dtype)
+
+
+def constant(value: float, dtype: str) -> Any:
+    """The number in `dtype`; it wraps around where it does not fit, as PyTorch's scalars do."""
+    if dtype == "bool":
+        return tirx.const(bool(value), "bool")
+    if is_float(dtype):
+        return tirx.const(float(value), dtype)
+    bits = _NARROW_INTEGERS.get(dtype, 64)
+    whole = int(value) % 2**bits
+    return tirx.const(whole - 2**bits if dtype != "uint8" and whole >= 2 ** (bits - 1) else whole, dtype)
+
+
+def dtype_of(value: Any) -> str:
+    return str(value.ty.dtype)
+
+
+def like(value: Any, number: float) -> Any:
+    """The number as a constant of the value's dtype."""
+    return constant(number, dtype_of(value))
+
+
+def is_float(dtype: str) -> bool:
+    return "float" in dtype

@@ -1,0 +1,81 @@
+"""What is compiled must compute what the program computes: checked before anything is saved.
+
+A session runs beside PyTorch on the examples and on inputs drawn from each input's domain, at the example's sizes, at 1
+and at primes; a program with state is followed for some calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from graphopt.capture.inputs import check_sizes, draw_inputs
+from graphopt.errors import VerificationError
+from graphopt.program import Program, TensorSpec
+from graphopt.reference import largest_error, magnitude, run_float64
+from graphopt.runtime.session import InferenceSession
+
+# A compiled program may be this much farther from float64 than PyTorch is, plus a share of the largest value: its
+# polynomials and the order of its sums are its own.
+_FACTOR = 16.0
+_SHARE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_STEPS = 2  # calls that a program with state is followed for
+_FAULT = "this is a fault of graphopt's lowering, please report it"
+
+
+def check_session(session: InferenceSession, entries: Mapping[str, Program]) -> dict[str, float]:
+    """Entry -> largest error relative to the largest value. Raises VerificationError naming entry, output and sizes."""
+    errors = {}
+    for name, program in entries.items():
+        worst = 0.0
+        for sizes, inputs in _cases(program):
+            session.reset()
+            state = tuple(item.initial for item in program.state)
+            for _ in range(_STEPS if state else 1):
+                feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, inputs, strict=True)}
+                results = [torch.from_numpy(array) for array in session.run(None, feed, entry=name)]
+                outputs, following = program.step(inputs, state)
+                exact = run_float64(_from_state(program, state), inputs)
+                for spec, result, eager, reference in zip(program.outputs, results, outputs, exact, strict=False):
+                    worst = max(worst, _compare(name, spec, sizes, result, eager, reference))
+                state = following
+        errors[name] = worst
+    return errors
+
+
+def _cases(program: Program) -> Iterator[tuple[dict[str, int], tuple[torch.Tensor, ...]]]:
+    yield program.bind(program.examples), program.examples
+    for seed, sizes in enumerate(check_sizes(program)):
+        yield sizes, draw_inputs(program, sizes, seed)
+
+
+def _from_state(program: Program, state: tuple[torch.Tensor, ...]) -> Program:
+    items = tuple(replace(item, initial=value) for item, value in zip(program.state, state, strict=True))
+    return replace(program, state=items)
+
+
+def _compare(
+    entry: str,
+    spec: TensorSpec,
+    sizes: Mapping[str, int],
+    result: torch.Tensor,
+    eager: torch.Tensor,
+    reference: torch.Tensor,
+) -> float:
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed sizes"
+    where = f"output {spec.name!r} of entry {entry!r} at {given}"
+    if result.shape != eager.shape or result.dtype != eager.dtype:
+        raise VerificationError(
+            f"{where} is {result.dtype} {list(result.shape)} where PyTorch gives {eager.dtype} {list(eager.shape)}; "
+            f"{_FAULT}"
+        )
+    reference = reference if eager.is_floating_point() else eager
+    error, scale = largest_error(result, reference), magnitude(reference)
+    allowed = _FACTOR * largest_error(eager, reference) + _SHARE.get(eager.dtype, 0.0) * scale
+    if not error <= allowed:
+        raise VerificationError(
+            f"{where} is off by {error:.3g} where {allowed:.3g} is allowed, so nothing is saved; {_FAULT}"
+        )
+    return error / scale if scale else error
