@@ -1,6 +1,7 @@
 """Time a model or artifact, alone or beside another runtime: each in its own process, in turns, on the same cores.
 
-A row is valid when the side was as fast in turns as alone (within 5 %); only valid rows are worth quoting.
+A row is valid when the side was as fast in turns as alone (within 5 %) and others took under 10 % of the CPUs; only
+valid rows are worth quoting.
 """
 
 from __future__ import annotations

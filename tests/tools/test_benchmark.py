@@ -48,6 +48,12 @@ def test_report_holds_ratio_validity_and_error() -> None:
     assert not report["agree"] and report["rows"][0]["error"] == 0
 
 
+def test_no_row_is_valid_on_a_busy_machine() -> None:
+    steady = measurement("graphopt", [2.0], [2.0])
+    (row,) = build_report([steady], Interference(0.2, 0.0), X, None, CORES, 1)["rows"]
+    assert not row["valid"]
+
+
 def test_interference_is_what_is_left_after_our_own_time() -> None:
     found = interference(Usage(0, 10, 1, 5), Usage(10, 28, 2, 21), [0, 1])
     assert (found.elsewhere, found.stolen) == (0.1, 0.05)
