@@ -1,0 +1,97 @@
+"""`graphopt.compile`: several entries, what it refuses, and that a wrong result is never saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.backends import linker, lowering
+from graphopt.backends.operators import OPERATORS
+from graphopt.errors import CompileError, UnknownNameError, UsageError, VerificationError
+from tests import models
+
+
+def test_entries_share_one_library_and_their_weights(tmp_path: Path) -> None:
+    program = models.program("mlp")
+    artifact = graphopt.compile({"first": program, "second": program.copy()})
+    artifact.save(tmp_path / "two.gopt")
+    session = graphopt.load(tmp_path / "two.gopt")
+    assert session.entries == ("first", "second")
+    feed = {program.inputs[0].name: program.examples[0].numpy()}
+    one, two = (session.run(None, feed, entry=name)[0] for name in session.entries)
+    assert np.array_equal(one, two)
+    assert len(artifact.weights) == len(artifact.manifest.variants[0].weights["first"])
+
+
+def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
+    program = models.program("mlp")
+    for name in ("a.gopt", "b.gopt"):
+        graphopt.compile(program).save(tmp_path / name)
+    assert (tmp_path / "a.gopt").read_bytes() == (tmp_path / "b.gopt").read_bytes()
+
+
+def test_report_names_slow_kernels() -> None:
+    report = graphopt.compile(models.program("conv_net")).report
+    assert report["slow"] and all(report["kernels"][name] == "generic" for name in report["slow"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tune": 10}, "tune=10 has no effect"),
+        ({"database": "x"}, "database='x' has no effect"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_unusable_arguments(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        graphopt.compile(models.program("mlp"), **arguments)  # type: ignore[arg-type]
+
+
+def test_unknown_target_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"did you mean 'cpu:x86-64-v4'"):
+        graphopt.compile(models.program("mlp"), "cpu:x86-64-v5")
+
+
+class Sorting(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.kthvalue(x, 2).values
+
+
+def test_operator_without_lowering_is_named() -> None:
+    with pytest.raises(CompileError, match=r"aten.kthvalue.default at kthvalue has no lowering for cpu"):
+        graphopt.compile(graphopt.capture(Sorting(), (torch.randn(4, 5),)))
+
+
+def test_wrong_lowering_is_found_before_anything_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    aten = torch.ops.aten
+    wrong = {**OPERATORS, aten.relu.default: OPERATORS[aten.abs.default]}
+    monkeypatch.setattr(lowering, "OPERATORS", wrong)
+    program = graphopt.capture(nn.ReLU(), (torch.randn(4, 5),))
+    with pytest.raises(VerificationError, match=r"output 'output' of entry 'main' at fixed sizes is off by"):
+        graphopt.compile(program)
+
+
+def test_missing_linker_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linker, "find_linker", lambda: None)
+    with pytest.raises(CompileError, match="no linker found .* install a C compiler"):
+        graphopt.compile(models.program("mlp"))
+
+
+def test_linker_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linker, "find_linker", lambda: ("/bin/false",))
+    with pytest.raises(CompileError, match="false could not link the library"):
+        graphopt.compile(models.program("mlp"))
+
+
+def test_zig_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(linker.shutil, "which", lambda name: None)
+    monkeypatch.setattr(linker.importlib.util, "find_spec", lambda name: object() if name == "ziglang" else None)
+    command = linker.find_linker()
+    assert command is not None and command[1:] == ("-m", "ziglang", "cc")
