@@ -90,7 +90,8 @@ def exp(x: Any) -> Any:
 
 
 def is_nan(x: Any) -> Any:
-    return tirx.NE(x, x)
+    """TVM simplifies `x != x` to false, but not this intrinsic, which becomes the same comparison."""
+    return tirx.isnan(x)
 
 
 def keep_nan(x: Any, value: Any) -> Any:

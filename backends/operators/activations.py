@@ -15,7 +15,7 @@ from tvm import tirx
 
 from graphopt.backends import approximations
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import Expression, dtype_of, element_wise, like
+from graphopt.backends.operators.element_wise import Expression, dtype_of, element_wise, library, like
 from graphopt.backends.operators.pointwise import simple
 from graphopt.backends.values import Lazy
 
@@ -30,25 +30,20 @@ def _either(approximation: Expression, exact: Expression) -> Expression:
     return lambda x: approximation(x) if dtype_of(x) == "float32" else exact(x)
 
 
-def _library(name: str) -> Expression:
-    """A function of the C library, which TVM has no operator for."""
-    return lambda x: tirx.call_pure_extern(dtype_of(x), name if dtype_of(x) == "float64" else f"{name}f", x)
-
-
 def _gelu_exact(x: Any) -> Any:
-    return x * like(x, 0.5) * (like(x, 1) + _library("erf")(x * like(x, math.sqrt(0.5))))
+    return x * like(x, 0.5) * (like(x, 1) + library("erf")(x * like(x, math.sqrt(0.5))))
 
 
 def _gelu_tanh_exact(x: Any) -> Any:
     inner = like(x, math.sqrt(2 / math.pi)) * (x + like(x, 0.044715) * x * x * x)
-    return x * like(x, 0.5) * (like(x, 1) + _library("tanh")(inner))
+    return x * like(x, 0.5) * (like(x, 1) + library("tanh")(inner))
 
 
 _exp = _either(approximations.exp, tirx.exp)
-_tanh = _either(approximations.tanh, _library("tanh"))
+_tanh = _either(approximations.tanh, library("tanh"))
 _sigmoid = _either(approximations.sigmoid, lambda x: like(x, 1) / (like(x, 1) + tirx.exp(like(x, 0) - x)))
-_erf = _either(approximations.erf, _library("erf"))
-_log1p = _library("log1p")
+_erf = _either(approximations.erf, library("erf"))
+_log1p = library("log1p")
 _GELU = {
     "none": _either(approximations.gelu, _gelu_exact),
     "tanh": _either(approximations.gelu_tanh, _gelu_tanh_exact),
@@ -91,8 +86,13 @@ def _hard_sigmoid(x: Any) -> Any:
     return _bounded(x + like(x, 3), 0, 6) / like(x, 6)
 
 
+def _hard_swish(x: Any) -> Any:
+    """Multiplied first, as PyTorch does: it overflows where PyTorch's does."""
+    return x * _bounded(x + like(x, 3), 0, 6) / like(x, 6)
+
+
 def _elu(x: Any, alpha: float, scale: float, input_scale: float) -> Any:
-    low = like(x, alpha * scale) * _library("expm1")(x * like(x, input_scale))
+    low = like(x, alpha * scale) * library("expm1")(x * like(x, input_scale))
     return tirx.Select(x > like(x, 0), x * like(x, scale), low)
 
 
@@ -142,7 +142,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.threshold.default: _with_options(_threshold),
     aten.hardtanh.default: _with_options(_bounded),
     aten.hardsigmoid.default: _unary(_hard_sigmoid),
-    aten.hardswish.default: _unary(lambda x: x * _hard_sigmoid(x)),
+    aten.hardswish.default: _unary(_hard_swish),
     aten.silu.default: _unary(lambda x: x * _sigmoid(x)),
     aten.mish.default: _unary(lambda x: x * _tanh(_softplus(x, 1, 20))),
     aten.log_sigmoid.default: _unary(_log_sigmoid),
@@ -150,7 +150,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.sigmoid.default: _unary(_sigmoid),
     aten.exp.default: _unary(_exp),
     aten.exp2.default: _unary(tirx.exp2),
-    aten.expm1.default: _unary(_library("expm1")),
+    aten.expm1.default: _unary(library("expm1")),
     aten.tanh.default: _unary(_tanh),
     aten.erf.default: _unary(_erf),
     aten.log.default: _unary(tirx.log),
@@ -163,7 +163,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.reciprocal.default: _unary(lambda x: like(x, 1) / x),
     aten.sin.default: _unary(tirx.sin),
     aten.cos.default: _unary(tirx.cos),
-    aten.tan.default: _unary(_library("tan")),
-    aten.atan.default: _unary(_library("atan")),
+    aten.tan.default: _unary(library("tan")),
+    aten.atan.default: _unary(library("atan")),
     aten.nan_to_num.default: _nan_to_num,
 }

@@ -29,7 +29,9 @@ def _attention(lowering: Lowering, node: Node) -> View:
         raise CompileError(f"{node.name} drops attention weights out; capture the model in eval mode")
     query, key, value = (_rows_of_vectors(lowering, x) for x in (q, k, v))
     if len(query.shape) != 4 or query.dtype != "float32":
-        raise CompileError(f"{node.name} attends over {query.dtype} of rank {len(query.shape)}; float32 of rank 4 has a lowering")
+        raise CompileError(
+            f"{node.name} attends over {query.dtype} of rank {len(query.shape)}; float32 of rank 4 has a lowering"
+        )
     scale = node.kwargs.get("scale")
     scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     bias = None if mask is None else lowering.view(mask)

@@ -22,18 +22,14 @@ def _cond(lowering: Lowering, node: Node) -> tuple[View, ...]:
     test = lowering.contiguous(predicate)
     arguments = [lowering.branch_argument(operand) for operand in operands]  # type: ignore[union-attr]
     results = node.meta["val"]
-    types = [
-        relax.TensorType(lowering.sizes.shape(shape_of(r)), DTYPES[r.dtype]) for r in results
-    ]
+    types = [relax.TensorType(lowering.sizes.shape(shape_of(r)), DTYPES[r.dtype]) for r in results]
     kind = types[0] if len(types) == 1 else relax.TupleType(types)
     branches = [lowering.branch(lowering.value(graph), arguments, kind) for graph in (true_graph, false_graph)]
     chosen = lowering.bind(relax.If(test.storage.variable, *branches), kind)
     variables = [chosen]
     if len(types) > 1:
         variables = [lowering.bind(relax.TupleGetItem(chosen, n), t) for n, t in enumerate(types)]
-    return tuple(
-        whole(Storage(v, shape_of(r), DTYPES[r.dtype])) for v, r in zip(variables, results, strict=True)
-    )
+    return tuple(whole(Storage(v, shape_of(r), DTYPES[r.dtype])) for v, r in zip(variables, results, strict=True))
 
 
 TABLE: dict[Any, Callable[..., Any]] = {torch.ops.higher_order.cond: _cond}

@@ -59,9 +59,7 @@ def _convolution(lowering: Lowering, node: Node) -> Any:
     def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
         channel, *taps = reduced
         batch, output = index.axis(0), index.axis(1)
-        at = [
-            index.axis(2 + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(taps)
-        ]
+        at = [index.axis(2 + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(taps)]
         first = tirx.truncdiv(output, tirx.const(outputs_per_group, "int64")) * channels if groups != 1 else 0
         left = kernel.load(source, Index(source.shape, kernel.sizes, axes=(batch, channel + first, *at)))
         right = kernel.load(kernel_view, Index(kernel_view.shape, kernel.sizes, axes=(output, channel, *taps)))
@@ -119,7 +117,9 @@ def _average_pool(lowering: Lowering, node: Node) -> View:
     x, window, stride, padding, ceil_mode, include, divisor = (*node.args, *defaults[len(node.args) - 1 :])
     size, pads = _list(window, 2), _list(padding, 2)
     if ceil_mode or (any(pads) and not include):
-        raise CompileError(f"{node.name} pools in ceil mode or leaves padding out of the count, which has no lowering yet")
+        raise CompileError(
+            f"{node.name} pools in ceil mode or leaves padding out of the count, which has no lowering yet"
+        )
     source = _padded(lowering, x, pads, 0.0)
     strides = _list(stride, 2) if stride else size
     count = float(divisor or size[0] * size[1])  # type: ignore[arg-type]
@@ -136,8 +136,13 @@ def _adaptive_average_pool(lowering: Lowering, node: Node) -> View:
     shape = shape_of(node.meta["val"])
     spatial: list[Size] = list(source.shape[-2:])
     outputs = list(shape[-2:])
-    if any(not isinstance(o, int) or (o != 1 and (not isinstance(s, int) or s % o)) for s, o in zip(spatial, outputs, strict=True)):
-        raise CompileError(f"{node.name} pools {tuple(spatial)} to {tuple(outputs)}: windows of unequal size have no lowering yet")
+    if any(
+        not isinstance(o, int) or (o != 1 and (not isinstance(s, int) or s % o))
+        for s, o in zip(spatial, outputs, strict=True)
+    ):
+        raise CompileError(
+            f"{node.name} pools {tuple(spatial)} to {tuple(outputs)}: windows of unequal size have no lowering yet"
+        )
     window = [s if o == 1 else s // o for s, o in zip(spatial, outputs, strict=True)]
 
     def finish(kernel: Kernel, total: Any) -> Any:

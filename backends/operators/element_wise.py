@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 from tvm import tirx
 
+from graphopt.backends.approximations import is_nan
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy, Product, View
@@ -81,7 +82,7 @@ def convert(value: Any, dtype: str) -> Any:
     if have == dtype:
         return value
     if dtype == "bool":
-        return tirx.NE(value, tirx.const(0, have))
+        return not_equal(value, tirx.const(0, have))
     if have in _NARROW_FLOATS or dtype in _NARROW_FLOATS:
         return value.astype("float32").astype(dtype)
     if is_float(have) and dtype in ("int8", "uint8", "int16"):
@@ -100,6 +101,19 @@ def constant(value: float, dtype: str) -> Any:
     return tirx.const(whole - 2**bits if dtype != "uint8" and whole >= 2 ** (bits - 1) else whole, dtype)
 
 
+def not_equal(a: Any, b: Any) -> Any:
+    """a != b, also where either is NaN: LLVM's comparison as TVM emits it is false there."""
+    dtype = dtype_of(a)
+    if dtype == "bool":  # LLVM cannot compare flags as such
+        return tirx.NE(a.astype("uint8"), b.astype("uint8"))
+    if dtype in _NARROW_FLOATS:
+        a, b = a.astype("float32"), b.astype("float32")
+    if not is_float(dtype):
+        return tirx.NE(a, b)
+    operands = [x for x in (a, b) if not isinstance(x, tirx.FloatImm)]
+    return tirx.any(tirx.NE(a, b), *(is_nan(x) for x in operands))
+
+
 def dtype_of(value: Any) -> str:
     return str(value.ty.dtype)
 
@@ -111,3 +125,13 @@ def like(value: Any, number: float) -> Any:
 
 def is_float(dtype: str) -> bool:
     return "float" in dtype
+
+
+def library(name: str) -> Expression:
+    """A function of the C library, which LLVM has no intrinsic for."""
+
+    def expression(*values: Any) -> Any:
+        dtype = dtype_of(values[0])
+        return tirx.call_pure_extern(dtype, name if dtype == "float64" else f"{name}f", *values)
+
+    return expression

@@ -61,7 +61,9 @@ def _index(lowering: Lowering, node: Node) -> Lazy:
     first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
 
     def element(kernel: Kernel, index: Index) -> Any:
-        common = Index(shape[first : first + rank], kernel.sizes, axes=tuple(index.axis(first + n) for n in range(rank)))
+        common = Index(
+            shape[first : first + rank], kernel.sizes, axes=tuple(index.axis(first + n) for n in range(rank))
+        )
         others = iter([index.axis(n) for n in range(len(shape)) if not first <= n < first + rank])
         axes = [
             next(others) if i is None else _inside(kernel, kernel.load(i, common), x.shape[number])

@@ -33,14 +33,25 @@ def _flat_parameter(lowering: Lowering, argument: Any) -> View | None:
 
 
 def _layer_norm(lowering: Lowering, node: Node) -> Any:
-    x, normalized, weight, bias, epsilon = (*node.args[:5], None, None, 1e-5)[: 5] if len(node.args) >= 5 else (
-        *node.args,
-        *(None, None, 1e-5)[len(node.args) - 2 :],
+    x, normalized, weight, bias, epsilon = (
+        (*node.args[:5], None, None, 1e-5)[:5]
+        if len(node.args) >= 5
+        else (
+            *node.args,
+            *(None, None, 1e-5)[len(node.args) - 2 :],
+        )
     )
     return _over_last_axes(
-        lowering, node, x, len(normalized),  # type: ignore[arg-type]
+        lowering,
+        node,
+        x,
+        len(normalized),  # type: ignore[arg-type]
         lambda value: layer_norm(
-            value, _flat_parameter(lowering, weight), _flat_parameter(lowering, bias), float(epsilon), lowering.target  # type: ignore[arg-type]
+            value,
+            _flat_parameter(lowering, weight),
+            _flat_parameter(lowering, bias),
+            float(epsilon),
+            lowering.target,  # type: ignore[arg-type]
         ),
     )
 
@@ -49,7 +60,10 @@ def _rms_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, epsilon = (*node.args, *(None, None)[len(node.args) - 2 :])[:4]
     epsilon = torch.finfo(node.meta["val"].dtype).eps if epsilon is None else epsilon
     return _over_last_axes(
-        lowering, node, x, len(normalized),  # type: ignore[arg-type]
+        lowering,
+        node,
+        x,
+        len(normalized),  # type: ignore[arg-type]
         lambda value: rms_norm(value, _flat_parameter(lowering, weight), float(epsilon), lowering.target),  # type: ignore[arg-type]
     )
 
@@ -68,7 +82,9 @@ def _softmax(log: bool) -> Callable[[Lowering, Node], Any]:
         rank = len(node.meta["val"].shape)
         axis = int(node.args[1]) % rank  # type: ignore[arg-type]
         if axis == rank - 1:
-            (stored,) = lowering.call(softmax(_float32(node, lowering.contiguous(node.args[0])), lowering.target, log=log))
+            (stored,) = lowering.call(
+                softmax(_float32(node, lowering.contiguous(node.args[0])), lowering.target, log=log)
+            )
             return stored
         order = [*(a for a in range(rank) if a != axis), axis]
         view = lowering.view(node.args[0])
@@ -90,7 +106,9 @@ def _group_norm(lowering: Lowering, node: Node) -> Any:
     shape = value.shape
     rows = reshape(lowering, value, (shape[0], int(groups), product(shape[1:]) // int(groups)))  # type: ignore[arg-type]
     (stored,) = lowering.call(layer_norm(rows, None, None, float(epsilon), lowering.target))  # type: ignore[arg-type]
-    return _per_channel(reshape(lowering, stored, shape), [None if p is None else lowering.contiguous(p) for p in (weight, bias)])
+    return _per_channel(
+        reshape(lowering, stored, shape), [None if p is None else lowering.contiguous(p) for p in (weight, bias)]
+    )
 
 
 def _per_channel(value: Any, parameters: list[View | None]) -> Any:
@@ -113,7 +131,10 @@ def _batch_norm(lowering: Lowering, node: Node) -> Any:
     if training:
         raise CompileError(f"{node.name} is a batch norm in training mode; capture the model in eval mode")
     value = lowering.tensor(x)
-    parameters = {name: None if p is None else lowering.contiguous(p) for name, p in zip(("weight", "bias", "mean", "variance"), (weight, bias, mean, variance), strict=True)}
+    parameters = {
+        name: None if p is None else lowering.contiguous(p)
+        for name, p in zip(("weight", "bias", "mean", "variance"), (weight, bias, mean, variance), strict=True)
+    }
 
     def element(kernel: Kernel, index: Index) -> Any:
         channel = index.axis(1)
@@ -123,7 +144,9 @@ def _batch_norm(lowering: Lowering, node: Node) -> Any:
         result = result * at["weight"] if "weight" in at else result
         return result + at["bias"] if "bias" in at else result
 
-    return Lazy(shape_of(node.meta["val"]), value.dtype, (value, *(p for p in parameters.values() if p is not None)), element)
+    return Lazy(
+        shape_of(node.meta["val"]), value.dtype, (value, *(p for p in parameters.values() if p is not None)), element
+    )
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

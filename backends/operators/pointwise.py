@@ -17,11 +17,12 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import (
     Expression,
-    constant,
     dtype_of,
     element_wise,
     is_float,
+    library,
     like,
+    not_equal,
 )
 from graphopt.backends.values import Lazy
 from graphopt.errors import CompileError
@@ -38,6 +39,16 @@ def simple(expression: Expression, arity: int) -> Lower:
 
     def lower(lowering: Lowering, node: Node) -> Lazy:
         return element_wise(lowering, node, list(arguments(node).values())[:arity], expression)
+
+    return lower
+
+
+def _alike(expression: Expression) -> Lower:
+    """Two arguments, of which a number is rounded to the result's dtype before anything is computed."""
+
+    def lower(lowering: Lowering, node: Node) -> Lazy:
+        pair = [_rounded(a, node.meta["val"].dtype) for a in arguments(node).values()]
+        return element_wise(lowering, node, pair, expression)
 
     return lower
 
@@ -59,10 +70,14 @@ def _compare(expression: Expression) -> Lower:
         values = [a.meta["val"] if isinstance(a, Node) else a for a in pair]
         dtype = torch.result_type(*(v if isinstance(v, torch.Tensor) else _example(v) for v in values))
         if dtype.is_floating_point:  # a number is rounded to the dtype the comparison is made in
-            pair = [torch.tensor(a, dtype=dtype).item() if isinstance(a, (int, float)) else a for a in pair]
-        return element_wise(lowering, node, pair, expression, DTYPES[dtype])
+            pair = [_rounded(a, dtype) for a in pair]
+        return element_wise(lowering, node, pair, expression, "uint8" if dtype is torch.bool else DTYPES[dtype])
 
     return lower
+
+
+def _rounded(argument: Any, dtype: torch.dtype) -> Any:
+    return torch.tensor(argument, dtype=dtype).item() if isinstance(argument, (int, float)) else argument
 
 
 def _example(number: Any) -> Any:
@@ -143,15 +158,14 @@ def _negated(a: Any) -> Any:
     return like(a, 0) - a
 
 
-def _fmod(a: Any, b: Any) -> Any:
-    return tirx.fmod(a, b)
+_fmod = library("fmod")
 
 
 def _remainder_of_floats(a: Any, b: Any) -> Any:
     """The C remainder moved to the divisor's sign."""
-    rest = tirx.fmod(a, b)
+    rest = _fmod(a, b)
     zero = like(a, 0)
-    return tirx.Select(tirx.all(tirx.NE(rest, zero), tirx.NE(b < zero, rest < zero)), rest + b, rest)
+    return tirx.Select(tirx.all(tirx.NE(rest, zero), not_equal(b < zero, rest < zero)), rest + b, rest)
 
 
 def _floor_of_floats(a: Any, b: Any) -> Any:
@@ -294,7 +308,7 @@ def _bitwise(on_flags: Expression, on_integers: Expression) -> Lower:
 
 _COMPARISONS: dict[str, Expression] = {
     "eq": tirx.EQ,
-    "ne": tirx.NE,
+    "ne": not_equal,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
@@ -304,7 +318,7 @@ _COMPARISONS: dict[str, Expression] = {
 _BITWISE: dict[str, Lower] = {
     "and": _bitwise(tirx.all, lambda a, b: a & b),
     "or": _bitwise(tirx.any, lambda a, b: a | b),
-    "xor": _bitwise(tirx.NE, lambda a, b: a ^ b),
+    "xor": _bitwise(not_equal, lambda a, b: a ^ b),
 }
 
 
@@ -317,9 +331,9 @@ TABLE: dict[Any, Lower] = {
     **_overloads({aten.add: _add(1), aten.sub: _add(-1), aten.rsub: _add(-1, reverse=True)}, "Tensor", "Scalar"),
     **_overloads({aten.mul: simple(multiply, 2)}, "Tensor", "Scalar"),
     **_overloads({aten.div: _divide}, "Tensor", "Scalar", "Tensor_mode", "Scalar_mode"),
-    **_overloads({aten.floor_divide: simple(_floor_divide, 2)}, "default", "Scalar"),
-    **_overloads({aten.remainder: simple(_remainder, 2)}, "Tensor", "Scalar"),
-    **_overloads({aten.fmod: simple(_truncating_remainder, 2)}, "Tensor", "Scalar"),
+    **_overloads({aten.floor_divide: _alike(_floor_divide)}, "default", "Scalar"),
+    **_overloads({aten.remainder: _alike(_remainder)}, "Tensor", "Scalar"),
+    **_overloads({aten.fmod: _alike(_truncating_remainder)}, "Tensor", "Scalar"),
     **_overloads({aten.maximum: simple(maximum, 2), aten.minimum: simple(minimum, 2)}, "default"),
     **_overloads({aten.max: simple(maximum, 2), aten.min: simple(minimum, 2)}, "other"),
     **_overloads({aten.pow: _power}, "Tensor_Scalar", "Tensor_Tensor", "Scalar"),
@@ -333,10 +347,11 @@ TABLE: dict[Any, Lower] = {
     aten.bitwise_not.default: simple(lambda a: tirx.Not(a) if dtype_of(a) == "bool" else ~a, 1),
     aten.logical_and.default: in_dtype("bool", tirx.all, 2),
     aten.logical_or.default: in_dtype("bool", tirx.any, 2),
-    aten.logical_xor.default: in_dtype("bool", tirx.NE, 2),
+    aten.logical_xor.default: in_dtype("bool", not_equal, 2),
     aten.logical_not.default: in_dtype("bool", tirx.Not, 1),
     aten.isnan.default: _predicate(approximations.is_nan),
     aten.isinf.default: _predicate(lambda x: tirx.EQ(tirx.abs(x), like(x, float("inf")))),
+    aten.isfinite.default: _predicate(lambda x: tirx.abs(x) < like(x, float("inf"))),
     aten.signbit.default: _predicate(lambda x: tirx.any(x < like(x, 0), like(x, 1) / x < like(x, 0))),
     aten.addcmul.default: _multiply_add,
     aten.lerp.Scalar: simple(_lerp, 3),

@@ -34,7 +34,12 @@ def _axes(argument: Any, rank: int) -> list[int]:
 
 
 def reduce(
-    lowering: Lowering, node: Node, value: Value, axes: list[int], combine: str, finish: Finish = lambda kernel, total: total
+    lowering: Lowering,
+    node: Node,
+    value: Value,
+    axes: list[int],
+    combine: str,
+    finish: Finish = lambda kernel, total: total,
 ) -> Any:
     """Reduce `axes` of `value`; the result has the node's shape, with or without the reduced axes."""
     shape, rank = shape_of(node.meta["val"]), len(value.shape)
@@ -63,13 +68,17 @@ def reduce(
 
 
 def _mean_of(sizes: Shape, dtype: str) -> Finish:
-    return lambda kernel, total: total / kernel.size(product(sizes)).astype("float32" if dtype in ("float16", "bfloat16") else dtype)
+    return lambda kernel, total: (
+        total / kernel.size(product(sizes)).astype("float32" if dtype in ("float16", "bfloat16") else dtype)
+    )
 
 
 def _simple(combine: str) -> Callable[[Lowering, Node], Any]:
     def lower(lowering: Lowering, node: Node) -> Any:
         value = lowering.tensor(node.args[0])
-        return reduce(lowering, node, value, _axes(node.args[1] if len(node.args) > 1 else None, len(value.shape)), combine)
+        return reduce(
+            lowering, node, value, _axes(node.args[1] if len(node.args) > 1 else None, len(value.shape)), combine
+        )
 
     return lower
 
@@ -145,7 +154,16 @@ def _kept_mean(lowering: Lowering, node: Node, value: Any, axes: list[int]) -> A
 
     shape = tuple(value.shape[axis] for axis in kept)
     stored = reduce_generic(
-        lowering, "mean", shape, value.dtype, sizes, (value,), element, "sum", _mean_of(sizes, value.dtype), COLUMNS_RULE
+        lowering,
+        "mean",
+        shape,
+        value.dtype,
+        sizes,
+        (value,),
+        element,
+        "sum",
+        _mean_of(sizes, value.dtype),
+        COLUMNS_RULE,
     )
     return whole(stored.storage, tuple(1 if axis in axes else size for axis, size in enumerate(value.shape)))
 
@@ -176,7 +194,9 @@ def _logical(combine: str) -> Callable[[Lowering, Node], Any]:
         depth = tuple(value.shape[axis] for axis in axes)
         stored = reduce_generic(lowering, combine, shape, "uint8", depth, (truth,), each, combine)
         flag = whole(stored.storage, shape_of(node.meta["val"]))
-        return Lazy(flag.shape, "bool", (flag,), lambda kernel, index: convert(kernel.load(flag, index), "bool"), flat=True)
+        return Lazy(
+            flag.shape, "bool", (flag,), lambda kernel, index: convert(kernel.load(flag, index), "bool"), flat=True
+        )
 
     return lower
 

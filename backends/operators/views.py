@@ -84,9 +84,11 @@ def _matrix_transpose(lowering: Lowering, node: Node) -> View:
 
 
 def _expand(lowering: Lowering, node: Node) -> Any:
+    return expand(lowering, lowering.tensor(node.args[0]), shape_of(node.meta["val"]))
+
+
+def expand(lowering: Lowering, value: Any, shape: Shape) -> Any:
     """Repeated axes get stride 0; a lazy value is stored small and read often."""
-    value = lowering.tensor(node.args[0])
-    shape = shape_of(node.meta["val"])
     if value.shape == shape:
         return value
     view = lowering.view(value)
@@ -95,6 +97,11 @@ def _expand(lowering: Lowering, node: Node) -> Any:
     for size, old, stride in zip(shape[skip:], view.shape, view.strides, strict=True):
         strides.append(stride if size == old else 0)
     return View(view.storage, shape, tuple(strides), view.offset)
+
+
+def _broadcast(lowering: Lowering, node: Node) -> tuple[Any, ...]:
+    parts = zip(node.args[0], node.meta["val"], strict=True)  # type: ignore[arg-type]
+    return tuple(expand(lowering, lowering.tensor(part), shape_of(meta)) for part, meta in parts)
 
 
 def _clamped(position: Any, size: Size) -> Size:
@@ -188,6 +195,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.t.default: _matrix_transpose,
     aten.numpy_T.default: _matrix_transpose,
     aten.expand.default: _expand,
+    aten.expand_as.default: _expand,
+    aten.broadcast_tensors.default: _broadcast,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.split.Tensor: _split,

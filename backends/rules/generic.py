@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.approximations import is_nan
 from graphopt.backends.kernel import Kernel, Output, int64, write_kernel
 from graphopt.backends.rules.pointwise import split_rows
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product
@@ -40,7 +41,8 @@ def combined(combine: str, a: Any, b: Any) -> Any:
         return a + b
     if combine == "product":
         return a * b
-    return tirx.Select(tirx.any(b > a if combine == "max" else b < a, tirx.NE(b, b)), b, a)
+    better = b > a if combine == "max" else b < a
+    return tirx.Select(tirx.any(better, is_nan(b)) if "float" in str(b.ty.dtype) else better, b, a)
 
 
 def reduce_generic(

@@ -1,0 +1,291 @@
+"""Element-wise operators: every row of the table, dtypes, scalars, broadcasting and special values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Check = Callable[..., None]
+
+UNARY: dict[str, Callable[[Tensor], Any]] = {
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "leaky_relu": F.leaky_relu,
+    "leaky_relu_slope": lambda x: F.leaky_relu(x, 0.3),
+    "elu": F.elu,
+    "elu_alpha": lambda x: F.elu(x, 0.7),
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "hardtanh": F.hardtanh,
+    "relu6": F.relu6,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "sigmoid": torch.sigmoid,
+    "log_sigmoid": F.logsigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "log": lambda x: torch.log(x.abs() + 0.1),
+    "log2": lambda x: torch.log2(x.abs() + 0.1),
+    "log10": lambda x: torch.log10(x.abs() + 0.1),
+    "log1p": lambda x: torch.log1p(x.abs()),
+    "sqrt": lambda x: torch.sqrt(x.abs()),
+    "rsqrt": lambda x: torch.rsqrt(x.abs() + 0.1),
+    "square": torch.square,
+    "reciprocal": lambda x: torch.reciprocal(x.abs() + 0.1),
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tan": lambda x: torch.tan(x * 0.2),
+    "atan": torch.atan,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round": torch.round,
+    "round_half": lambda x: torch.round(torch.round(x * 2) / 2),
+    "trunc": torch.trunc,
+    "frac": torch.frac,
+    "sign": torch.sign,
+    "isnan": torch.isnan,
+    "isinf": torch.isinf,
+    "isfinite": torch.isfinite,
+    "logical_not": torch.logical_not,
+    "signbit": torch.signbit,
+    "clamp": lambda x: x.clamp(-0.5, 0.75),
+    "clamp_min": lambda x: x.clamp(min=0.1),
+    "clamp_max": lambda x: x.clamp(max=0.1),
+    "clamp_min_op": lambda x: torch.clamp_min(x, -0.25),
+    "clamp_max_op": lambda x: torch.clamp_max(x, 1),
+    "clamp_int": lambda x: x.clamp(-1, 1),
+    "clamp_tensor": lambda x: torch.clamp(x, x - 1, x * 0.5),
+    "clamp_crossed": lambda x: x.clamp(1.0, -1.0),
+    "nan_to_num": lambda x: torch.nan_to_num(x, 1.0),
+    "clone": lambda x: x.clone(),
+    "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "threshold": lambda x: F.threshold(x, 0.2, -3.0),
+}
+
+SCALARS: dict[str, Callable[[Tensor], Any]] = {
+    "add_int": lambda x: x + 2,
+    "add_float": lambda x: x + 2.5,
+    "add_true": lambda x: x + True,
+    "add_alpha": lambda x: torch.add(x, 3, alpha=2),
+    "radd": lambda x: 1 + x,
+    "sub": lambda x: x - 0.5,
+    "sub_alpha": lambda x: torch.sub(x, x, alpha=3),
+    "rsub": lambda x: 1 - x,
+    "rsub_alpha": lambda x: torch.rsub(x, 4, alpha=2),
+    "mul_int": lambda x: x * 3,
+    "mul_float": lambda x: x * 0.25,
+    "mul_bool": lambda x: x * True,
+    "div": lambda x: x / 3,
+    "rdiv": lambda x: 2 / (x + 7),
+    "div_floor": lambda x: torch.div(x, 2, rounding_mode="floor"),
+    "div_trunc": lambda x: torch.div(x, 2, rounding_mode="trunc"),
+    "div_floor_negative": lambda x: torch.div(x, -3, rounding_mode="floor"),
+    "div_trunc_negative": lambda x: torch.div(x, -3, rounding_mode="trunc"),
+    "floor_divide": lambda x: x // 2,
+    "floor_divide_float": lambda x: x // 1.5,
+    "remainder": lambda x: x % 3,
+    "remainder_negative": lambda x: x % -3,
+    "remainder_float": lambda x: x % 0.7,
+    "fmod": lambda x: torch.fmod(x, 3),
+    "pow_0": lambda x: x**0,
+    "pow_1": lambda x: x**1,
+    "pow_2": lambda x: x**2,
+    "pow_3": lambda x: x**3,
+    "pow_5": lambda x: x**5,
+    "pow_half": lambda x: x.abs() ** 0.5,
+    "pow_fraction": lambda x: (x.abs() + 0.1) ** 1.7,
+    "pow_negative_fraction": lambda x: (x.abs() + 1) ** -0.5,
+    "rpow": lambda x: 2.0**x,
+    "eq": lambda x: x == 1,
+    "ne": lambda x: x != 1.0,
+    "lt": lambda x: x < 0.5,
+    "le": lambda x: x <= 1,
+    "gt": lambda x: x > 0.5,
+    "ge": lambda x: x >= -1.5,
+    "where_scalars": lambda x: torch.where(x > 0, 1.0, 2.0),
+    "where_ints": lambda x: torch.where(x > 0, 1, 2),
+    "where_scalar_other": lambda x: torch.where(x > 0, x, -1.0),
+    "where_scalar_self": lambda x: torch.where(x > 0, 3.0, x),
+    "masked_fill": lambda x: x.masked_fill(x > 0.5, -2),
+    "masked_fill_infinite": lambda x: x.to(torch.float32).masked_fill(x > 0.5, -math.inf),
+    "maximum_scalar": lambda x: torch.maximum(x, torch.tensor(1, dtype=x.dtype)),
+    "fill": lambda x: torch.full_like(x, 3),
+}
+
+BINARY: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "add": torch.add,
+    "add_alpha": lambda x, y: torch.add(x, y, alpha=3),
+    "sub": torch.sub,
+    "rsub": lambda x, y: torch.rsub(x, y),
+    "mul": torch.mul,
+    "div": torch.div,
+    "div_floor": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "div_trunc": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "floor_divide": lambda x, y: x // y,
+    "remainder": torch.remainder,
+    "fmod": torch.fmod,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "logical_and": torch.logical_and,
+    "logical_or": torch.logical_or,
+    "logical_xor": torch.logical_xor,
+    "where": lambda x, y: torch.where(x > y, x, y),
+    "where_broadcast": lambda x, y: torch.where(y > 0, x, y.to(torch.float64)),
+    "masked_fill_tensor": lambda x, y: x.masked_fill(y > 1, torch.tensor(5, dtype=x.dtype)),
+    "lerp": lambda x, y: torch.lerp(x.float(), y.float(), 0.25),
+    "addcmul": lambda x, y: torch.addcmul(x, x, y, value=2),
+}
+
+BITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "and": lambda x, y: x & y,
+    "or": lambda x, y: x | y,
+    "xor": lambda x, y: x ^ y,
+    "not": lambda x, y: ~x,
+    "and_scalar": lambda x, y: x & 1,
+    "or_scalar": lambda x, y: x | 1,
+    "xor_scalar": lambda x, y: x ^ 1,
+    "eq": lambda x, y: x == y,
+    "add": lambda x, y: x + y,
+    "mul": lambda x, y: x * y,
+    "maximum": lambda x, y: torch.maximum(x, y),
+    "logical_not": lambda x, y: torch.logical_not(x),
+    "to_float": lambda x, y: x.float() + y.double(),
+    "where": lambda x, y: torch.where(x.bool(), y, x),
+    "masked_fill": lambda x, y: x.masked_fill(y.bool(), True),
+}
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_unary(agree: Check, dtype: torch.dtype) -> None:
+    agree(UNARY, [torch.randn(3, 37).to(dtype) * 3])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (17,), (2, 1, 3, 5)])
+def test_ranks(agree: Check, shape: tuple[int, ...]) -> None:
+    names = ("gelu", "clamp", "neg", "isnan", "relu")
+    agree({name: UNARY[name] for name in names} | {"add": SCALARS["add_float"]}, [torch.randn(shape)])
+
+
+def integers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    low = 0 if dtype is torch.uint8 else -9
+    return torch.randint(low, 10, shape).to(dtype)
+
+
+def applicable(cases: dict[str, Callable[..., Any]], *inputs: Tensor) -> dict[str, Callable[..., Any]]:
+    """The cases that PyTorch itself has for these dtypes."""
+    found = {}
+    for name, case in cases.items():
+        try:
+            case(*inputs)
+        except (RuntimeError, TypeError):
+            continue
+        found[name] = case
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scalars(agree: Check, dtype: torch.dtype) -> None:
+    x = integers((3, 21), dtype)
+    agree(applicable(SCALARS, x), [x])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_unary_of_integers(agree: Check, dtype: torch.dtype) -> None:
+    x = integers((3, 21), dtype)
+    agree(applicable(UNARY, x), [x])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_binary(agree: Check, dtype: torch.dtype) -> None:
+    x, y = integers((4, 3, 19), dtype), integers((3, 1), dtype)
+    y = torch.where(y == 0, torch.ones_like(y), y)
+    agree(applicable(BINARY, x, y), [x, y])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8])
+def test_bits(agree: Check, dtype: torch.dtype) -> None:
+    x, y = integers((5, 18), dtype), integers((18,), dtype)
+    x, y = (t if dtype is not torch.bool else torch.rand(t.shape) > 0.5 for t in (x, y))
+    agree(applicable(BITS, x, y), [x, y])
+
+
+def test_promotion(agree: Check) -> None:
+    names = ("add", "sub", "mul", "div", "maximum", "lt", "eq", "where", "remainder", "pow")
+    cases = {name: case for name, case in (BINARY | {"pow": lambda x, y: (x.abs() + 1) ** y}).items() if name in names}
+    flags = {f"flag_{name}": lambda x, y, f=cases[name]: f(x > 0, y) for name in ("add", "mul", "eq", "where")}
+    agree(cases | flags, [integers((3, 17), torch.int64), torch.randn(17).abs() + 0.5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_casts(agree: Check, dtype: torch.dtype) -> None:
+    cases = {str(to): (lambda x, to=to: x.to(to)) for to in [*DTYPES, torch.bool]}
+    agree(cases, [integers((3, 21), dtype)])
+
+
+def test_broadcasting_and_dynamic_sizes(agree: Check) -> None:
+    cases = {
+        "rows": lambda x, y: x + y,
+        "columns": lambda x, y: x * y[:, :1],
+        "scalar": lambda x, y: x - y.sum(),
+        "outer": lambda x, y: x.unsqueeze(0) - y.unsqueeze(1),
+        "size": lambda x, y: x / x.shape[0] + y.shape[1],
+        "chain": lambda x, y: torch.tanh(x * 2) * (y + 1) - x,
+    }
+    sizes = [(1, 1), (2, 16), (7, 31), (1, 33)]
+    agree(
+        cases,
+        [torch.randn(3, 5), torch.randn(3, 5)],
+        [{0: "batch", 1: "seq"}, {0: "batch", 1: "seq"}],
+        [(torch.randn(n, m), torch.randn(n, m)) for n, m in sizes],
+    )
+
+
+SPECIAL = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 3e38, -3e38, 88.8, -88.0, -104.0, 1.0, -1.0])
+
+
+def test_special_values(agree: Check) -> None:
+    """NaN, infinities, zeros and denormals, in vectors and in the scalar tail."""
+    agree({name: case for name, case in UNARY.items() if name not in ("gelu", "gelu_tanh")}, [SPECIAL.repeat(3)])
+
+
+def test_special_values_of_pairs(agree: Check) -> None:
+    names = ("maximum", "minimum", "eq", "ne", "lt", "le", "where", "add", "mul", "logical_and", "logical_xor")
+    cases = {name: BINARY[name] for name in names}
+    agree(cases, [SPECIAL.repeat(3).unsqueeze(1).contiguous(), SPECIAL.repeat(3)])
+
+
+def test_signs_of_zero(agree: Check) -> None:
+    """1 / -0.0 is -inf: the sign survives where PyTorch keeps it."""
+    names = ("neg", "relu", "abs", "clone", "sqrt", "round", "trunc", "floor", "ceil")
+    cases = {name: lambda x, f=UNARY[name]: 1 / f(x) for name in names}
+    agree(cases, [torch.tensor([0.0, -0.0, 2.0, -2.0])])
