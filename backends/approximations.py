@@ -3,7 +3,8 @@
 Coefficients are least-squares fits on Chebyshev nodes, made once at import. Largest errors against float64, tested:
 exp 3e-7 relative, erf 1e-6 and tanh 5e-7 absolute, gelu 3e-6 absolute. Results below the smallest normal number are
 0, since denormals make every later multiply-add a microcode assist. NaN and infinities come out as PyTorch gives them,
-except gelu(-inf), which is 0 (PyTorch: NaN).
+except gelu(-inf), which is 0 (PyTorch: NaN). What a formula reads more than once is bound to a variable: as a tree it
+would be written out each time.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import chebyshev
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 _LOG2_E = 1 / math.log(2)
 # ln 2 in two parts: the first has few enough bits for an exact product with any exponent (Cody and Waite).
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _PHI_BOUND = 5.0
+# float type -> (integer type of its size, mask of all bits but the sign, bits of infinity)
+_BITS = {
+    "float32": ("int32", 0x7FFFFFFF, 0x7F800000),
+    "float64": ("int64", 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+}
 _TANH_BOUND = 0.75
 
 
@@ -55,6 +62,7 @@ def f32(value: float) -> Any:
 
 
 def _polynomial(coefficients: np.ndarray, x: Any) -> Any:
+    x = T.bind(x)
     result = f32(coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         result = result * x + f32(coefficient)
@@ -67,19 +75,22 @@ def _power_of_two(exponent: Any) -> Any:
 
 def _exp_parts(x: Any) -> tuple[Any, Any]:
     """x = whole ln 2 + r: (whole as int32, e^r). floor vectorises; nearbyint would make the loop serial."""
-    whole = tirx.floor(x * f32(_LOG2_E) + f32(0.5))
+    x = T.bind(x)
+    whole = T.bind(tirx.floor(x * f32(_LOG2_E) + f32(0.5)))
     fraction = x - whole * f32(_LN2_HIGH) - whole * f32(_LN2_LOW)
     return whole.astype("int32"), _polynomial(_EXP, fraction)
 
 
 def exp_nonpositive(x: Any) -> Any:
     """e^x for x <= 0, exactly 0 below -64 and at -inf, NaN at NaN: what a softmax needs."""
+    x = T.bind(x)
     whole, rest = _exp_parts(x)
     return tirx.Select(x < f32(-64), f32(0), rest * _power_of_two(whole))
 
 
 def exp(x: Any) -> Any:
     """e^x; the scale is applied in two halves since 2^128 has no float32."""
+    x = T.bind(x)
     clipped = tirx.max(tirx.min(x, f32(89)), f32(-88))
     whole, rest = _exp_parts(clipped)
     half = whole >> tirx.const(1, "int32")
@@ -90,8 +101,12 @@ def exp(x: Any) -> Any:
 
 
 def is_nan(x: Any) -> Any:
-    """TVM simplifies `x != x` to false, but not this intrinsic, which becomes the same comparison."""
-    return tirx.isnan(x)
+    """By the bits: TVM simplifies `x != x` to false, and its intrinsic for this silently makes a loop scalar."""
+    kind = str(x.ty.dtype)
+    if kind not in _BITS:
+        return tirx.isnan(x)
+    bits, magnitude, infinity = _BITS[kind]
+    return (tirx.reinterpret(bits, x) & tirx.const(magnitude, bits)) > tirx.const(infinity, bits)
 
 
 def keep_nan(x: Any, value: Any) -> Any:
@@ -105,7 +120,8 @@ def sigmoid(x: Any) -> Any:
 
 def tanh(x: Any) -> Any:
     """An odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
-    clipped = tirx.max(tirx.min(x, f32(_TANH_BOUND)), f32(-_TANH_BOUND))
+    x = T.bind(x)
+    clipped = T.bind(tirx.max(tirx.min(x, f32(_TANH_BOUND)), f32(-_TANH_BOUND)))
     near = clipped * _polynomial(_TANH, clipped * clipped * f32(2 / _TANH_BOUND**2) - f32(1))
     far = f32(1) - f32(2) / (exp(x + x) + f32(1))
     return keep_nan(x, tirx.Select(tirx.abs(x) < f32(_TANH_BOUND), near, far))
@@ -113,12 +129,13 @@ def tanh(x: Any) -> Any:
 
 def _phi(x: Any) -> Any:
     """Normal distribution function minus one half, for |x| <= 5."""
-    clipped = tirx.max(tirx.min(x, f32(_PHI_BOUND)), f32(-_PHI_BOUND))
+    clipped = T.bind(tirx.max(tirx.min(x, f32(_PHI_BOUND)), f32(-_PHI_BOUND)))
     return clipped * _polynomial(_PHI, clipped * clipped * f32(2 / _PHI_BOUND**2) - f32(1))
 
 
 def erf(x: Any) -> Any:
-    scaled = x * f32(math.sqrt(2))
+    x = T.bind(x)
+    scaled = T.bind(x * f32(math.sqrt(2)))
     value = tirx.Select(
         scaled > f32(_PHI_BOUND), f32(1), tirx.Select(scaled < f32(-_PHI_BOUND), f32(-1), f32(2) * _phi(scaled))
     )
@@ -127,11 +144,13 @@ def erf(x: Any) -> Any:
 
 def gelu(x: Any) -> Any:
     """x Phi(x): twelve multiply-adds, no division and no erf call."""
+    x = T.bind(x)
     inner = x * (f32(0.5) + _phi(x))
     return tirx.Select(x > f32(_PHI_BOUND), x, tirx.Select(x < f32(-_PHI_BOUND), f32(0), inner))
 
 
 def gelu_tanh(x: Any) -> Any:
     """The tanh form, written with one exponential: x sigmoid(2 u)."""
+    x = T.bind(x)
     u = f32(math.sqrt(2 / math.pi)) * (x + f32(0.044715) * x * x * x)
     return tirx.Select(x < f32(-20), f32(0), x * sigmoid(u + u))

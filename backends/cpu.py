@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from graphopt.program import Program
 
 SET_DENORMALS = "graphopt_set_denormals"
 _FLUSH = 0x8040  # MXCSR: flush to zero (bit 15) and denormals are zero (bit 6)
+_SPACE = 64 << 20  # bytes for object files and the library; code is a few MB
 _EVERY_WORKER = 64  # tasks of the function that reaches every worker thread
 
 
@@ -82,6 +84,7 @@ def build(module: tvm.IRModule, target: Target) -> bytes:
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as e:
         raise CompileError(f"code generation for {target.name} failed: {str(e).strip().splitlines()[-1]}") from e
     with tempfile.TemporaryDirectory() as folder:
+        _check_space(folder)
         path = str(Path(folder) / "library.so")
 
         def linker(output: str, objects: list[str], **_: Any) -> None:
@@ -89,6 +92,16 @@ def build(module: tvm.IRModule, target: Target) -> bytes:
 
         executable.export_library(path, fcompile=linker, workspace_dir=folder)
         return Path(path).read_bytes()
+
+
+def _check_space(folder: str) -> None:
+    """LLVM ends the process when it cannot write an object file, so a full disk is found before."""
+    free = shutil.disk_usage(folder).free
+    if free < _SPACE:
+        raise CompileError(
+            f"the temporary folder has {free >> 20} MB free and building needs {_SPACE >> 20} MB; free some space or "
+            "set TMPDIR to another folder"
+        )
 
 
 def native_target(target: Target) -> tvm.target.Target:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +81,7 @@ def test_wrong_lowering_is_found_before_anything_is_saved(monkeypatch: pytest.Mo
 
 def test_missing_linker_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linker, "find_linker", lambda: None)
-    with pytest.raises(CompileError, match="no linker found .* install a C compiler"):
+    with pytest.raises(CompileError, match=r"no linker found .* install a C compiler"):
         graphopt.compile(models.program("mlp"))
 
 
@@ -91,7 +93,7 @@ def test_linker_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_zig_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(linker.shutil, "which", lambda name: None)
-    monkeypatch.setattr(linker.importlib.util, "find_spec", lambda name: object() if name == "ziglang" else None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "ziglang" else None)
     command = linker.find_linker()
     assert command is not None and command[1:] == ("-m", "ziglang", "cc")

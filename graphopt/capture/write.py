@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ def _onnx_model(program: Program) -> Any:
                 dynamo=True,
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
-                output_names=[spec.name for spec in program.outputs],
             )
             assert converted is not None
             model = converted.model_proto
@@ -79,8 +78,45 @@ def _onnx_model(program: Program) -> Any:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[-1].strip()[:200] if lines else type(error).__name__
         raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
+    _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)
     return model
+
+
+def _name_outputs(graph: Any, names: Sequence[str]) -> None:
+    """Give outputs their names; an inner value that has one of them steps aside.
+
+    The exporter's own renaming leaves two values of one name, which ONNX Runtime refuses.
+    """
+    outer = {value.name for value in (*graph.input, *graph.initializer)}
+    inner = {name for node in graph.node for name in node.output}
+    current = [value.name for value in graph.output]
+    direct = [own not in outer and current.count(own) == 1 for own in current]
+    renamed = {name: _free(f"{name}_inner", outer | inner) for name in names if name in inner}
+    renamed |= {own: name for own, name, is_direct in zip(current, names, direct, strict=True) if is_direct}
+    _rename(graph, renamed)
+    for value, own, name, is_direct in zip(graph.output, current, names, direct, strict=True):
+        if not is_direct:  # an input, a weight, or the same value twice
+            graph.node.add(op_type="Identity", input=[renamed.get(own, own)], output=[name])
+        value.name = name
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    """In the nodes of the graph and of its branches, and in what is said of their types."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for branch in (attribute.g, *attribute.graphs):
+                _rename(branch, names)
+    for value in graph.value_info:
+        value.name = names.get(value.name, value.name)
 
 
 def _name_sizes(model: Any, program: Program) -> None:

@@ -68,6 +68,27 @@ def test_onnx_agrees_with_onnxruntime(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
+class Collisions(torch.nn.Module):
+    """Outputs named like inner values, a value twice, an input as it came."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = x * 2
+        z = torch.relu(y)
+        return {"mul": z, "relu": y, "again": z, "same": x.clone(), "add": z + 1}
+
+
+def test_onnx_outputs_may_be_named_like_inner_values(tmp_path: Path) -> None:
+    import onnxruntime
+
+    x = torch.randn(3, 4)
+    program = capture(Collisions(), (x,))
+    program.to_onnx(str(tmp_path / "m.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [item.name for item in session.get_outputs()] == ["mul", "relu", "again", "same", "add"]
+    for result, wanted in zip(session.run(None, {"x": x.numpy()}), program(x), strict=True):
+        np.testing.assert_array_equal(result, wanted.numpy())
+
+
 def test_onnx_has_no_state(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"state \(total\)"):
         models.program("counter").to_onnx(str(tmp_path / "m.onnx"))
