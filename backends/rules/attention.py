@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
-from graphopt.backends.rules.generic import combined
+from graphopt.backends.rules.lanes import fold_lanes, zero_tile
 from graphopt.backends.target import Target
 from graphopt.backends.values import Index, View
 
@@ -169,7 +169,7 @@ class _Attention:
     def write_scores(self, keys: Any, scores: Any, bias: Any, starts: list[Any], first: Any) -> None:
         kernel, lanes = self.kernel, self.lanes
         total = kernel.registers(self.tile_rows, self.tile_vectors, lanes)
-        _zero(kernel, total, self.tile_rows, self.tile_vectors, lanes)
+        zero_tile(kernel, total, self.tile_rows, self.tile_vectors)
         steps = 4 if self.depth % 4 == 0 else 1
         with kernel.serial(self.depth // steps) as outer:
             for inner in range(steps):
@@ -200,7 +200,7 @@ class _Attention:
                 with kernel.vectorized(lanes) as lane:
                     score = scores[r, tile * self.tile_columns + c * lanes + lane]
                     T.buffer_store(top, tirx.max(top[c, lane], score), [c, lane])
-        _fold(kernel, top, vectors, lanes, "max")
+        fold_lanes(kernel, top, vectors, "max")
         shift = kernel.registers(1)
         T.buffer_store(shift, tirx.Select(tirx.EQ(top[0, 0], f32(_MASKED)), f32(0), top[0, 0]), [0])
         with kernel.serial(tiles) as tile:
@@ -211,7 +211,7 @@ class _Attention:
                     T.buffer_store(scores, weight, [r, column + lane])
                 with kernel.vectorized(lanes) as lane:
                     T.buffer_store(total, total[c, lane] + scores[r, column + lane], [c, lane])
-        _fold(kernel, total, vectors, lanes, "sum")
+        fold_lanes(kernel, total, vectors, "sum")
         nothing = tirx.EQ(total[0, 0], f32(0))
         T.buffer_store(inverse, tirx.Select(nothing, f32(0), f32(1) / total[0, 0]), [r])
 
@@ -222,7 +222,7 @@ class _Attention:
         for begin in range(0, self.value_vectors, 2):  # two vectors of depth at a time: 16 accumulators
             width = min(2, self.value_vectors - begin)
             context = kernel.registers(self.tile_rows, width, lanes)
-            _zero(kernel, context, self.tile_rows, width, lanes)
+            zero_tile(kernel, context, self.tile_rows, width)
             with kernel.serial(tiles * (self.tile_columns // 4)) as outer:
                 for inner in range(4):
                     column = outer * 4 + inner
@@ -245,22 +245,3 @@ class _Attention:
             return
         for lane_number in range(self.value_depth - vector * lanes):
             self.output.store(start + vector * lanes + lane_number, context[r, c, lane_number] * inverse[r])
-
-
-def _zero(kernel: Kernel, buffer: Any, rows: int, vectors: int, lanes: int) -> None:
-    for r in range(rows):
-        for c in range(vectors):
-            with kernel.vectorized(lanes) as lane:
-                T.buffer_store(buffer, f32(0), [r, c, lane])
-
-
-def _fold(kernel: Kernel, buffer: Any, vectors: int, lanes: int, combine: str) -> None:
-    """All lanes of all vectors into buffer[0, 0], as a tree."""
-    for c in range(1, vectors):
-        with kernel.vectorized(lanes) as lane:
-            T.buffer_store(buffer, combined(combine, buffer[0, lane], buffer[c, lane]), [0, lane])
-    half = lanes // 2
-    while half:
-        with kernel.vectorized(half) as lane:
-            T.buffer_store(buffer, combined(combine, buffer[0, lane], buffer[0, lane + half]), [0, lane])
-        half //= 2

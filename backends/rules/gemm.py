@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.rules.lanes import zero_tile
 from graphopt.backends.sizes import product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Index, Product, View, fused_name
@@ -109,10 +110,7 @@ class _Gemm:
     def write_tile(self, panel: Any, tile_number: Any, tile_of_block: Any) -> None:
         kernel, tile, lanes = self.kernel, self.tile, self.lanes
         accumulators = kernel.registers(tile.rows, self.vectors, lanes)
-        for r in range(tile.rows):
-            for c in range(self.vectors):
-                with kernel.vectorized(lanes) as lane:
-                    T.buffer_store(accumulators, tirx.const(0, "float32"), [r, c, lane])
+        zero_tile(kernel, accumulators, tile.rows, self.vectors)
         first_row = tile_number * tile.rows
         starts = [tirx.min(first_row + r, self.rows - 1) * self.k for r in range(tile.rows)]
         weights = panel * (self.k * tile.columns)

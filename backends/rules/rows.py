@@ -1,7 +1,7 @@
 """Row rule: softmax, layer norm, RMS norm and reductions along the last axis, one row a task step.
 
 A row is read two or three times and stays in the L1 cache. Sums run in several independent vectors, which hides the
-latency of the additions, and are folded as a tree: lane after lane would cost 60 cycles a row.
+latency of the additions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.rules.generic import combined, start_value
+from graphopt.backends.rules.lanes import fold_lanes
 from graphopt.backends.rules.pointwise import for_columns, split_rows
 from graphopt.backends.sizes import Size
 from graphopt.backends.target import Target
@@ -64,14 +65,7 @@ class Rows:
         if not (isinstance(self.columns, int) and self.columns % lanes == 0):
             with kernel.serial(self.width - done) as at:
                 step(0, done + at, int64(0))
-        for way in range(1, _WAYS):
-            with kernel.vectorized(lanes) as lane:
-                T.buffer_store(partial, combined(combine, partial[0, lane], partial[way, lane]), [0, lane])
-        half = lanes // 2
-        while half:
-            with kernel.vectorized(half) as lane:
-                T.buffer_store(partial, combined(combine, partial[0, lane], partial[0, lane + half]), [0, lane])
-            half //= 2
+        fold_lanes(kernel, partial, _WAYS, combine)
         result = kernel.registers(1)
         T.buffer_store(result, partial[0, 0], [0])
         return result[0]
