@@ -3,8 +3,8 @@
 Coefficients are least-squares fits on Chebyshev nodes, made once at import. Largest errors against float64, tested:
 exp 3e-7 relative, erf 1e-6 and tanh 5e-7 absolute, gelu 3e-6 absolute. Results below the smallest normal number are
 0, since denormals make every later multiply-add a microcode assist. NaN and infinities come out as PyTorch gives them,
-except that gelu has its limits at both infinities (PyTorch: NaN). What a formula reads more than once is bound to a variable: as a tree it
-would be written out each time.
+except that gelu has its limits at both infinities (PyTorch: NaN). What a formula reads more than once is bound to a
+variable: as a tree it would be written out each time.
 """
 
 from __future__ import annotations

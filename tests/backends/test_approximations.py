@@ -55,7 +55,7 @@ def test_edges(session: InferenceSession) -> None:
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 89.0, -120.0, 1e30, -1e30, 1e-40])
     for name, result in results(session, x).items():
         wanted = FUNCTIONS[name](x)
-        if name.startswith("gelu") or name == "silu":
+        if name.startswith("gelu"):
             wanted[1:3] = torch.tensor([torch.inf, 0.0])  # the limits; PyTorch gives NaN for some of them
         close = torch.isclose(result, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
         assert close.all(), (name, result[~close], wanted[~close])
