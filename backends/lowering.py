@@ -232,7 +232,9 @@ class Lowering:
 
 def named(node: Node, value: Lazy) -> Lazy:
     """The value with its operator's name, unless it has one: `aten.add.Tensor` is "add"."""
-    return value if value.name else replace(value, name=str(node.target).split(".")[1].strip("_"))
+    if value.name or not isinstance(node.target, torch._ops.OpOverload):
+        return value
+    return replace(value, name=str(node.target).split(".")[1].strip("_"))
 
 
 def lower_program(

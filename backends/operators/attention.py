@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.rules.attention import attention
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import View
@@ -22,17 +23,14 @@ aten = torch.ops.aten
 
 def _attention(lowering: Lowering, node: Node) -> View:
     """q [B, H, S, D], k and v [B, G, T, D] with H a multiple of G; the result's memory is [B, S, H, D]."""
-    q, k, v, mask, dropout, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
-    mask = node.kwargs.get("attn_mask", mask)
-    causal = node.kwargs.get("is_causal", causal)
-    if node.kwargs.get("dropout_p", dropout):
+    q, k, v, mask, dropout, causal, scale, _ = arguments(node).values()
+    if dropout:
         raise CompileError(f"{node.name} drops attention weights out; capture the model in eval mode")
     query, key, value = (_rows_of_vectors(lowering, x) for x in (q, k, v))
     if len(query.shape) != 4 or query.dtype != "float32":
         raise CompileError(
             f"{node.name} attends over {query.dtype} of rank {len(query.shape)}; float32 of rank 4 has a lowering"
         )
-    scale = node.kwargs.get("scale")
     scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     bias = None if mask is None else lowering.view(mask)
     (stored,) = lowering.call(attention(query, key, value, bias, float(scale), bool(causal), lowering.target))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,12 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of
 from graphopt.backends.operators.indexing import padded
+from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules.generic import reduce_generic
-from graphopt.backends.sizes import Size, product, shape_of
+from graphopt.backends.sizes import Shape, Size, shape_of
 from graphopt.backends.values import Index, Lazy, View
 from graphopt.errors import CompileError
 
@@ -21,64 +25,137 @@ if TYPE_CHECKING:
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
+Lower = Callable[["Lowering", Node], Any]
 
 
-def _list(value: Any, count: int) -> list[int]:
+def _each(value: Any, count: int) -> list[int]:
     """One number for all spatial axes, or one for each."""
     items = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
     return items * count if len(items) == 1 else items
 
 
-def _padded(lowering: Lowering, x: Any, padding: list[int], fill: Any) -> View:
-    """`x` with its spatial axes padded on both sides, in memory; `x` itself where there is nothing to pad."""
-    view = lowering.contiguous(x)
-    if not any(padding):
+def _extended(view: View, before: Sequence[int], after: Sequence[int]) -> Shape:
+    lead = len(view.shape) - len(before)
+    grown = [size + b + a for size, b, a in zip(view.shape[lead:], before, after, strict=True)]
+    return (*view.shape[:lead], *grown)
+
+
+def _surrounded(lowering: Lowering, x: Any, before: Sequence[int], after: Sequence[int], fill: float = 0.0) -> View:
+    """`x` in memory with `fill` around its last axes."""
+    view = lowering.view(x)
+    if not any(before) and not any(after):
         return view
-    rank = len(view.shape)
-    shape = tuple(
-        size + 2 * padding[number - (rank - len(padding))] if number >= rank - len(padding) else size
-        for number, size in enumerate(view.shape)
-    )
-    pairs = [p for amount in reversed(padding) for p in (amount, amount)]
-    return lowering.store(padded(view, pairs, fill, shape))
+    pairs = [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair]
+    return lowering.store(padded(view, pairs, fill, _extended(view, before, after)))
 
 
-def _convolution(lowering: Lowering, node: Node) -> Any:
-    """conv1d, conv2d, conv3d: x [N, C, ...], weight [O, C / groups, ...]."""
-    x, weight, bias, stride, padding, dilation, groups = (*node.args, *(None, 1, 0, 1, 1)[len(node.args) - 2 :])
-    kernel_view = lowering.contiguous(weight)
-    spatial = len(kernel_view.shape) - 2
-    if isinstance(padding, str):
-        raise CompileError(f"{node.name} pads by the word {padding!r}; give numbers")
-    strides, pads, dilations = (_list(v, spatial) for v in (stride, padding, dilation))
-    source = _padded(lowering, x, pads, 0.0)
-    shape, dtype = shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype]
-    outputs_per_group = int(kernel_view.shape[0]) // int(groups)  # type: ignore[arg-type, call-overload]
-    channels = int(kernel_view.shape[1])
+def _padding(node: Node, argument: Any, taps: Sequence[int], dilations: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Elements before and after each spatial axis; "same" puts the odd one after."""
+    if argument == "valid":
+        return [0] * len(taps), [0] * len(taps)
+    if argument == "same":
+        totals = [d * (t - 1) for t, d in zip(taps, dilations, strict=True)]
+        return [t // 2 for t in totals], [t - t // 2 for t in totals]
+    each = _each(argument, len(taps))
+    return each, each
 
-    def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
-        channel, *taps = reduced
-        batch, output = index.axis(0), index.axis(1)
-        at = [index.axis(2 + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(taps)]
-        first = tirx.truncdiv(output, tirx.const(outputs_per_group, "int64")) * channels if groups != 1 else 0
-        left = kernel.load(source, Index(source.shape, kernel.sizes, axes=(batch, channel + first, *at)))
-        right = kernel.load(kernel_view, Index(kernel_view.shape, kernel.sizes, axes=(output, channel, *taps)))
-        return left * right
 
-    depth = kernel_view.shape[1:]
-    stored = reduce_generic(lowering, f"conv{spatial}d", shape, dtype, depth, (source, kernel_view), element, "sum")
+def _convolution(spatial: int) -> Lower:
+    """x [N, C, ...] or [C, ...], weight [O, C / groups, ...], bias [O] or none."""
+
+    def lower(lowering: Lowering, node: Node) -> Any:
+        x, weight, bias, stride, padding, dilation, groups = arguments(node).values()
+        filters = lowering.view(weight)
+        strides, dilations = _each(stride, spatial), _each(dilation, spatial)
+        before, after = _padding(node, padding, [int(s) for s in filters.shape[2:]], dilations)
+        source = _batched(lowering, _surrounded(lowering, x, before, after), spatial)
+        meta = node.meta["val"]
+        result, dtype = shape_of(meta), DTYPES[meta.dtype]
+        shape = result if len(result) == spatial + 2 else (1, *result)
+        outputs_each = int(filters.shape[0]) // int(groups)
+
+        def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
+            channel, *taps = reduced
+            batch, output = index.axis(0), index.axis(1)
+            at = [index.axis(2 + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(taps)]
+            first = _quotient(output, outputs_each) * int(filters.shape[1]) if groups != 1 else 0
+            left = _load(kernel, source, (batch, channel + first, *at))
+            right = _load(kernel, filters, (output, channel, *taps))
+            return convert(left, computed_in(dtype)) * convert(right, computed_in(dtype))
+
+        depth, reads = filters.shape[1:], (source, filters)
+        stored = reduce_generic(lowering, f"conv{spatial}d", shape, dtype, depth, reads, element, "sum")
+        return reshape(lowering, _with_bias(lowering, stored, bias), result)
+
+    return lower
+
+
+def _transposed(spatial: int) -> Lower:
+    """conv_transpose: x [N, C, ...], weight [C, O / groups, ...]; each output gathers the taps that reach it."""
+
+    def lower(lowering: Lowering, node: Node) -> Any:
+        x, weight, bias, stride, padding, _, groups, dilation = arguments(node).values()
+        filters = lowering.view(weight)
+        source = _batched(lowering, lowering.view(x), spatial)
+        strides, pads, dilations = (_each(v, spatial) for v in (stride, padding, dilation))
+        meta = node.meta["val"]
+        result, dtype = shape_of(meta), DTYPES[meta.dtype]
+        shape = result if len(result) == spatial + 2 else (1, *result)
+        inputs_each, outputs_each = int(filters.shape[0]) // int(groups), int(filters.shape[1])
+
+        def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
+            channel, *taps = reduced
+            output, at, reached = index.axis(1), [], []
+            for n, tap in enumerate(taps):
+                distance = index.axis(2 + n) + pads[n] - tap * dilations[n]
+                position, last = (
+                    _quotient(tirx.max(distance, _int64(0)), strides[n]),
+                    kernel.size(source.shape[2 + n]) - 1,
+                )
+                reached += [distance >= 0, tirx.EQ(position * strides[n], distance), position <= last]
+                at.append(tirx.min(position, last))
+            group = _quotient(output, outputs_each)
+            left = _load(kernel, source, (index.axis(0), group * inputs_each + channel, *at))
+            right = _load(kernel, filters, (group * inputs_each + channel, output - group * outputs_each, *taps))
+            product = convert(left, computed_in(dtype)) * convert(right, computed_in(dtype))
+            return tirx.Select(tirx.all(*reached), product, tirx.const(0, dtype_of(product)))
+
+        depth, reads = (inputs_each, *filters.shape[2:]), (source, filters)
+        stored = reduce_generic(lowering, f"conv_transpose{spatial}d", shape, dtype, depth, reads, element, "sum")
+        return reshape(lowering, _with_bias(lowering, stored, bias), result)
+
+    return lower
+
+
+def _with_bias(lowering: Lowering, stored: View, bias: Any) -> View | Lazy:
     if bias is None:
         return stored
     added = lowering.contiguous(bias)
-    return Lazy(
-        shape,
-        dtype,
-        (stored, added),
-        lambda kernel, index: kernel.load(stored, index) + kernel.flat(added.storage)[index.axis(1)],
-    )
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        return kernel.load(stored, index) + kernel.flat(added.storage)[index.axis(1)]
+
+    return Lazy(stored.shape, stored.dtype, (stored, added), element)
 
 
-def _window(
+def _batched(lowering: Lowering, view: View, spatial: int) -> View:
+    """A batch axis of 1 where there is none."""
+    return view if len(view.shape) == spatial + 2 else lowering.view(reshape(lowering, view, (1, *view.shape)))
+
+
+def _load(kernel: Kernel, value: View, axes: tuple[Any, ...]) -> Any:
+    return kernel.load(value, Index(value.shape, kernel.sizes, axes=axes))
+
+
+def _int64(number: int) -> Any:
+    return tirx.const(number, "int64")
+
+
+def _quotient(position: Any, by: int) -> Any:
+    return position if by == 1 else tirx.truncdiv(position, _int64(by))
+
+
+def _pooled(
     lowering: Lowering,
     node: Node,
     source: View,
@@ -86,82 +163,139 @@ def _window(
     strides: list[int],
     dilations: list[int],
     combine: str,
-    finish: Callable[[Kernel, Any], Any],
-    name: str,
 ) -> View:
-    shape, dtype = shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype]
-    leading = len(shape) - len(window)
+    """Combine the elements of every window."""
+    meta = node.meta["val"]
+    shape, dtype = shape_of(meta), DTYPES[meta.dtype]
+    lead = len(shape) - len(window)
 
     def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
-        at = [index.axis(n) for n in range(leading)]
-        at += [index.axis(leading + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(reduced)]
-        return kernel.load(source, Index(source.shape, kernel.sizes, axes=tuple(at)))
+        at = [index.axis(n) for n in range(lead)]
+        at += [index.axis(lead + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(reduced)]
+        return _load(kernel, source, tuple(at))
 
-    return reduce_generic(lowering, name, shape, dtype, tuple(window), (source,), element, combine, finish)
-
-
-def _max_pool(lowering: Lowering, node: Node) -> View:
-    """max_pool2d (x, window, stride, padding, dilation, ceil_mode)."""
-    x, window, stride, padding, dilation, ceil_mode = (*node.args, *(None, [], 0, 1, False)[len(node.args) - 1 :])
-    if ceil_mode:
-        raise CompileError(f"{node.name} pools in ceil mode, which has no lowering yet")
-    size = _list(window, 2)
-    source = _padded(lowering, x, _list(padding, 2), float("-inf"))
-    strides = _list(stride, 2) if stride else size
-    return _window(lowering, node, source, size, strides, _list(dilation, 2), "max", lambda _, t: t, "max_pool")
+    return reduce_generic(lowering, f"{combine}_pool", shape, dtype, tuple(window), (source,), element, combine)
 
 
-def _average_pool(lowering: Lowering, node: Node) -> View:
-    """avg_pool2d (x, window, stride, padding, ceil_mode, count_include_pad, divisor)."""
-    defaults = (None, [], 0, False, True, None)
-    x, window, stride, padding, ceil_mode, include, divisor = (*node.args, *defaults[len(node.args) - 1 :])
-    size, pads = _list(window, 2), _list(padding, 2)
-    if ceil_mode or (any(pads) and not include):
-        raise CompileError(
-            f"{node.name} pools in ceil mode or leaves padding out of the count, which has no lowering yet"
-        )
-    source = _padded(lowering, x, pads, 0.0)
-    strides = _list(stride, 2) if stride else size
-    count = float(divisor or size[0] * size[1])  # type: ignore[arg-type]
-
-    def finish(kernel: Kernel, total: Any) -> Any:
-        return total * tirx.const(1 / count, str(total.ty.dtype))
-
-    return _window(lowering, node, source, size, strides, [1, 1], "sum", finish, "average_pool")
+def _beyond(
+    view: View, shape: Shape, window: list[int], strides: list[int], dilations: list[int], pads: list[int]
+) -> list[int]:
+    """Elements needed after each axis: the padding, and in ceil mode what the last window sticks out further."""
+    lead = len(shape) - len(window)
+    after = []
+    for n, (size, pad, stride) in enumerate(zip(window, pads, strides, strict=True)):
+        reach = (shape[lead + n] - 1) * stride + dilations[n] * (size - 1) + 1 - pad - view.shape[lead + n]
+        after.append(max(pad, int(reach)) if isinstance(reach, int) or reach.is_number else max(pad, stride - 1 + pad))
+    return after
 
 
-def _adaptive_average_pool(lowering: Lowering, node: Node) -> View:
-    """Output sizes that divide the input's: equal windows."""
-    source = lowering.contiguous(node.args[0])
-    shape = shape_of(node.meta["val"])
-    spatial: list[Size] = list(source.shape[-2:])
-    outputs = list(shape[-2:])
-    if any(
-        not isinstance(o, int) or (o != 1 and (not isinstance(s, int) or s % o))
-        for s, o in zip(spatial, outputs, strict=True)
-    ):
-        raise CompileError(
-            f"{node.name} pools {tuple(spatial)} to {tuple(outputs)}: windows of unequal size have no lowering yet"
-        )
-    window = [s if o == 1 else s // o for s, o in zip(spatial, outputs, strict=True)]
+def _max_pool(spatial: int) -> Lower:
+    def lower(lowering: Lowering, node: Node) -> View:
+        x, window, stride, padding, dilation, _ = arguments(node).values()
+        size = _each(window, spatial)
+        strides, dilations, pads = _each(stride or size, spatial), _each(dilation, spatial), _each(padding, spatial)
+        view, shape = lowering.view(x), shape_of(node.meta["val"])
+        if view.dtype not in ("float32", "float64", "float16"):
+            raise CompileError(f"{node.name} pools {view.dtype}; floats have a lowering")
+        source = _surrounded(lowering, view, pads, _beyond(view, shape, size, strides, dilations, pads), -math.inf)
+        return _pooled(lowering, node, source, size, strides, dilations, "max")
 
-    def finish(kernel: Kernel, total: Any) -> Any:
-        return total / kernel.size(product(window)).astype(str(total.ty.dtype))
+    return lower
 
-    def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
-        at = [index.axis(n) for n in range(len(shape) - 2)]
-        at += [index.axis(len(shape) - 2 + n) * kernel.size(window[n]) + tap for n, tap in enumerate(reduced)]
-        return kernel.load(source, Index(source.shape, kernel.sizes, axes=tuple(at)))
 
-    dtype = DTYPES[node.meta["val"].dtype]
-    return reduce_generic(lowering, "adaptive_pool", shape, dtype, tuple(window), (source,), element, "sum", finish)
+def _average_pool(spatial: int) -> Lower:
+    """Windows that stick out divide by what they cover, with the padding or without."""
+
+    def lower(lowering: Lowering, node: Node) -> Lazy:
+        x, window, stride, padding, _, include, *divisor = arguments(node).values()
+        size = _each(window, spatial)
+        strides, pads, ones = _each(stride or size, spatial), _each(padding, spatial), [1] * spatial
+        view, shape = lowering.view(x), shape_of(node.meta["val"])
+        source = _surrounded(lowering, view, pads, _beyond(view, shape, size, strides, ones, pads))
+        total = _pooled(lowering, node, source, size, strides, ones, "sum")
+        lead = len(shape) - spatial
+
+        def covered(kernel: Kernel, index: Index) -> Any:
+            count = _int64(1)
+            for n in range(spatial):
+                extent = kernel.size(view.shape[lead + n])
+                start = index.axis(lead + n) * strides[n] - pads[n]
+                end = tirx.min(start + size[n], extent + pads[n])
+                if not include:
+                    start, end = tirx.max(start, _int64(0)), tirx.min(end, extent)
+                count = count * (end - start)
+            return count
+
+        def element(kernel: Kernel, index: Index) -> Any:
+            count = _int64(int(divisor[0])) if divisor and divisor[0] else covered(kernel, index)
+            value = convert(kernel.load(total, index), computed_in(total.dtype))
+            return convert(value / count.astype(dtype_of(value)), total.dtype)
+
+        return Lazy(shape, total.dtype, (total,), element)
+
+    return lower
+
+
+def _adaptive_average_pool(spatial: int) -> Lower:
+    """Window i covers floor(i S / O) up to ceil((i + 1) S / O)."""
+
+    def lower(lowering: Lowering, node: Node) -> View | Lazy:
+        source = lowering.view(node.args[0])
+        meta = node.meta["val"]
+        shape, dtype = shape_of(meta), DTYPES[meta.dtype]
+        lead = len(shape) - spatial
+        pairs = list(zip(source.shape[lead:], shape[lead:], strict=True))
+        depth = tuple(_longest_window(size, count) for size, count in pairs)
+
+        def bounds(kernel: Kernel, index: Index, n: int) -> tuple[Any, Any]:
+            size, count = (kernel.size(s) for s in pairs[n])
+            at = index.axis(lead + n)
+            return tirx.truncdiv(at * size, count), tirx.truncdiv((at + 1) * size + count - 1, count)
+
+        def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
+            axes, inside = [index.axis(n) for n in range(lead)], []
+            for n, tap in enumerate(reduced):
+                start, end = bounds(kernel, index, n)
+                inside.append(start + tap < end)
+                axes.append(tirx.min(start + tap, end - 1))
+            value = convert(_load(kernel, source, tuple(axes)), computed_in(dtype))
+            return tirx.Select(tirx.all(*inside), value, tirx.const(0, dtype_of(value)))
+
+        total = reduce_generic(lowering, "adaptive_pool", shape, dtype, depth, (source,), element, "sum")
+
+        def mean(kernel: Kernel, index: Index) -> Any:
+            value, count = convert(kernel.load(total, index), computed_in(dtype)), _int64(1)
+            for n in range(spatial):
+                start, end = bounds(kernel, index, n)
+                count = count * (end - start)
+            return convert(value / count.astype(dtype_of(value)), dtype)
+
+        return Lazy(shape, dtype, (total,), mean, sizes=source.shape)
+
+    return lower
+
+
+def _longest_window(size: Size, count: Size) -> Size:
+    if isinstance(size, int) and isinstance(count, int) and size % count == 0:
+        return size // count
+    if count == 1:
+        return size
+    if not isinstance(size, int) or not isinstance(count, int):
+        raise CompileError(f"pooling {size} elements to {count} has no lowering; give fixed sizes or pool to 1")
+    return -(-size // count) + 1
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
-    aten.conv1d.default: _convolution,
-    aten.conv2d.default: _convolution,
-    aten.conv3d.default: _convolution,
-    aten.max_pool2d.default: _max_pool,
-    aten.avg_pool2d.default: _average_pool,
-    aten.adaptive_avg_pool2d.default: _adaptive_average_pool,
+    **{getattr(aten, f"conv{n}d").default: _convolution(n) for n in (1, 2, 3)},
+    **{getattr(aten, f"conv{n}d").padding: _convolution(n) for n in (1, 2, 3)},
+    aten.conv_transpose1d.default: _transposed(1),
+    aten.conv_transpose2d.input: _transposed(2),
+    aten.max_pool1d.default: _max_pool(1),
+    aten.max_pool2d.default: _max_pool(2),
+    aten.max_pool3d.default: _max_pool(3),
+    aten.avg_pool1d.default: _average_pool(1),
+    aten.avg_pool2d.default: _average_pool(2),
+    aten.avg_pool3d.default: _average_pool(3),
+    aten.adaptive_avg_pool1d.default: _adaptive_average_pool(1),
+    aten.adaptive_avg_pool2d.default: _adaptive_average_pool(2),
 }

@@ -1,4 +1,4 @@
-"""Operators that make a tensor from numbers: functions of the index, never stored unless somebody needs them in memory."""
+"""Operators that make a tensor from numbers: functions of the index, stored only where they are needed in memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch.fx import Node
-from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.operators.element_wise import constant, convert
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import convert, element_wise, read
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy
-from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -23,60 +22,48 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _filled(lowering: Lowering, node: Node, value: Any) -> Lazy:
-    meta = node.meta["val"]
-    dtype = DTYPES[meta.dtype]
-
-    def element(kernel: Kernel, index: Index) -> Any:
-        return convert(kernel.size(value), dtype) if isinstance(value, sympy.Expr) else constant(value, dtype)
-
-    return Lazy(shape_of(meta), dtype, (), element, flat=not isinstance(value, sympy.Expr))
-
-
-def _fill(position: int) -> Callable[[Lowering, Node], Lazy]:
-    """The fill value is argument `position`."""
+def _filled(value: Any) -> Callable[[Lowering, Node], Lazy]:
+    """`value` is a number, or the name of the argument that holds a number, a size or a tensor of rank 0."""
 
     def lower(lowering: Lowering, node: Node) -> Lazy:
-        value = lowering.value(node.args[position])
-        if not isinstance(value, (int, float, bool, sympy.Expr)):
-            raise CompileError(f"{node.name} fills with a tensor; only numbers and sizes have a lowering")
-        return _filled(lowering, node, value)
+        fill = arguments(node)[value] if isinstance(value, str) else value
+        return element_wise(lowering, node, [fill], lambda number: number)
 
     return lower
 
 
-def _constant(value: int) -> Callable[[Lowering, Node], Lazy]:
-    return lambda lowering, node: _filled(lowering, node, value)
-
-
 def _arange(lowering: Lowering, node: Node) -> Lazy:
-    """arange(end), arange(start, end) or arange(start, end, step)."""
-    arguments = [lowering.value(argument) for argument in node.args]
-    start, step = (0, 1) if len(arguments) == 1 else (arguments[0], arguments[2] if len(arguments) > 2 else 1)
+    """From `start` by `step`, computed in int64 or float64 and then converted."""
+    given = arguments(node)
+    start, step = (lowering.value(given.get(name, default)) for name, default in (("start", 0), ("step", 1)))
     meta = node.meta["val"]
     dtype = DTYPES[meta.dtype]
+    compute = "float64" if isinstance(start, float) or isinstance(step, float) else "int64"
 
     def element(kernel: Kernel, index: Index) -> Any:
-        if isinstance(start, float) or isinstance(step, float):
-            position = index.axis(0).astype("float64")
-            return (tirx.const(float(start), "float64") + position * tirx.const(float(step), "float64")).astype(dtype)
-        return convert(kernel.size(start) + index.axis(0) * kernel.size(step), dtype)
+        first, distance = (read(kernel, number, index, compute) for number in (start, step))
+        return convert(first + convert(index.axis(0), compute) * distance, dtype)
 
-    return Lazy(shape_of(meta), dtype, (), element)
+    sizes = tuple(number for number in (start, step) if isinstance(number, sympy.Expr))
+    return Lazy(shape_of(meta), dtype, (), element, sizes=sizes)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
-    aten.full.default: _fill(1),
-    aten.full_like.default: _fill(1),
-    aten.new_full.default: _fill(2),
-    aten.scalar_tensor.default: _fill(0),
-    aten.zeros.default: _constant(0),
-    aten.zeros_like.default: _constant(0),
-    aten.new_zeros.default: _constant(0),
-    aten.empty.memory_format: _constant(0),
-    aten.ones.default: _constant(1),
-    aten.ones_like.default: _constant(1),
-    aten.new_ones.default: _constant(1),
+    aten.full.default: _filled("fill_value"),
+    aten.full_like.default: _filled("fill_value"),
+    aten.new_full.default: _filled("fill_value"),
+    aten.fill.Scalar: _filled("value"),
+    aten.fill.Tensor: _filled("value"),
+    aten.scalar_tensor.default: _filled("s"),
+    aten.zeros.default: _filled(0),
+    aten.zeros_like.default: _filled(0),
+    aten.new_zeros.default: _filled(0),
+    aten.empty.memory_format: _filled(0),
+    aten.empty_like.default: _filled(0),
+    aten.new_empty.default: _filled(0),
+    aten.ones.default: _filled(1),
+    aten.ones_like.default: _filled(1),
+    aten.new_ones.default: _filled(1),
     aten.arange.default: _arange,
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,

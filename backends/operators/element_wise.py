@@ -90,6 +90,13 @@ def convert(value: Any, dtype: str) -> Any:
     return value.astype(dtype)
 
 
+def cast(value: Any, dtype: str) -> Any:
+    """The value in another dtype, computed where it is read."""
+    if value.dtype == dtype:
+        return value
+    return Lazy(value.shape, dtype, (value,), lambda kernel, i: convert(kernel.load(value, i), dtype), flat=True)
+
+
 def constant(value: float, dtype: str) -> Any:
     """The number in `dtype`; it wraps around where it does not fit, as PyTorch's scalars do."""
     if dtype == "bool":

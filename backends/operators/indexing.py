@@ -1,7 +1,7 @@
 """Gathers, concatenations and padding: functions that choose which element of which operand an index reads.
 
 Positions read from a tensor are wrapped when negative, as PyTorch does, and then kept inside the table, so that a wrong
-id reads a wrong row but never foreign memory. PyTorch raises there; the session cannot know without looking at every id.
+id reads a wrong row but never foreign memory. PyTorch raises there; a session cannot know without looking at every id.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.operators.element_wise import constant
-from graphopt.backends.sizes import Size, shape_of
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import constant, not_equal
+from graphopt.backends.operators.views import reshape
+from graphopt.backends.sizes import Size, product, shape_of
 from graphopt.backends.values import Index, Lazy, View
 from graphopt.errors import CompileError
 
@@ -49,9 +51,10 @@ def _embedding(lowering: Lowering, node: Node) -> Lazy:
 
 
 def _index(lowering: Lowering, node: Node) -> Lazy:
-    """x[i, j, :, k]: indexed axes are replaced by the broadcast of the index tensors, in place when they are adjacent."""
-    x = lowering.view(node.args[0])
-    indices = [None if i is None else lowering.view(i) for i in node.args[1]]  # type: ignore[union-attr]
+    """x[i, j, :, k]: indexed axes are replaced by the index tensors' broadcast, in place when they are adjacent."""
+    argument, given = arguments(node).values()
+    x = lowering.view(argument)
+    indices = [None if i is None else lowering.view(i) for i in given]
     indices += [None] * (len(x.shape) - len(indices))
     used = [number for number, i in enumerate(indices) if i is not None]
     if any(i is not None and i.dtype == "bool" for i in indices):
@@ -75,8 +78,9 @@ def _index(lowering: Lowering, node: Node) -> Lazy:
 
 
 def _gather(lowering: Lowering, node: Node) -> Lazy:
-    x, ids = lowering.view(node.args[0]), lowering.view(node.args[2])
-    axis = int(node.args[1]) % len(x.shape)  # type: ignore[arg-type]
+    argument, axis, index_argument, *_ = arguments(node).values()
+    x, ids = lowering.view(argument), lowering.view(index_argument)
+    axis = int(axis) % max(len(x.shape), 1)
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(x.shape))]
@@ -86,9 +90,30 @@ def _gather(lowering: Lowering, node: Node) -> Lazy:
     return Lazy(shape_of(node.meta["val"]), x.dtype, (x, ids), element)
 
 
+def _take_along(lowering: Lowering, node: Node) -> Lazy:
+    """take_along_dim: as gather, but axes of size 1 broadcast; without an axis both are flattened."""
+    argument, ids_argument, axis = arguments(node).values()
+    x: Any = lowering.view(argument)
+    ids: Any = lowering.view(ids_argument)
+    if axis is None:
+        x, ids, axis = (*(reshape(lowering, v, (product(v.shape),)) for v in (x, ids)), 0)
+    along = int(axis) % len(x.shape)
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [
+            tirx.const(0, "int64") if size == 1 and number != along else index.axis(number)
+            for number, size in enumerate(x.shape)
+        ]
+        axes[along] = _inside(kernel, kernel.load(ids, index), x.shape[along])
+        return _at(kernel, x, axes)
+
+    return Lazy(shape_of(node.meta["val"]), x.dtype, (x, ids), element)
+
+
 def _index_select(lowering: Lowering, node: Node) -> Lazy:
-    x, ids = lowering.view(node.args[0]), lowering.view(node.args[2])
-    axis = int(node.args[1]) % len(x.shape)  # type: ignore[arg-type]
+    argument, axis, index_argument, *_ = arguments(node).values()
+    x, ids = lowering.view(argument), lowering.view(index_argument)
+    axis = int(axis) % max(len(x.shape), 1)
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(x.shape))]
@@ -99,9 +124,10 @@ def _index_select(lowering: Lowering, node: Node) -> Lazy:
 
 
 def _cat(lowering: Lowering, node: Node) -> Lazy:
-    parts = [lowering.view(part) for part in node.args[0]]  # type: ignore[union-attr]
+    tensors, axis = arguments(node).values()
+    parts = [lowering.view(part) for part in tensors]
     shape = shape_of(node.meta["val"])
-    axis = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+    axis = int(axis) % len(shape)
     parts = [part for part in parts if len(part.shape) == len(shape)]
     return joined(parts, axis, shape, DTYPES[node.meta["val"].dtype])
 
@@ -125,12 +151,11 @@ def joined(parts: list[View], axis: int, shape: tuple[Size, ...], dtype: str) ->
 
 def _diff(lowering: Lowering, node: Node) -> Any:
     """diff (x, n, axis, prepend, append): neighbours' differences along an axis, of flags where they differ."""
-    x, count, axis, prepend, append = (*node.args, *(1, -1, None, None)[len(node.args) - 1 :])
-    prepend, append = node.kwargs.get("prepend", prepend), node.kwargs.get("append", append)
-    if node.kwargs.get("n", count) != 1:
+    x, count, axis, prepend, append = arguments(node).values()
+    if count != 1:
         raise CompileError(f"{node.name} takes differences {count} times; once has a lowering")
     shape, rank = shape_of(node.meta["val"]), len(shape_of(node.meta["val"]))
-    along = int(node.kwargs.get("dim", axis)) % rank  # type: ignore[arg-type]
+    along = int(axis) % rank
     parts = [lowering.view(part) for part in (prepend, x, append) if part is not None]
     dtype = parts[0].dtype
     longer = tuple(size + 1 if number == along else size for number, size in enumerate(shape))
@@ -141,15 +166,16 @@ def _diff(lowering: Lowering, node: Node) -> Any:
         before = _at(kernel, source, axes)
         axes[along] = axes[along] + 1
         after = _at(kernel, source, axes)
-        return tirx.NE(after, before) if dtype == "bool" else after - before
+        return not_equal(after, before) if dtype == "bool" else after - before
 
     return Lazy(shape, dtype, (source,), element)
 
 
 def _stack(lowering: Lowering, node: Node) -> Lazy:
-    parts = [lowering.view(part) for part in node.args[0]]  # type: ignore[union-attr]
+    tensors, axis = arguments(node).values()
+    parts = [lowering.view(part) for part in tensors]
     shape = shape_of(node.meta["val"])
-    axis = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
+    axis = int(axis) % len(shape)
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(shape)) if number != axis]
@@ -162,11 +188,12 @@ def _stack(lowering: Lowering, node: Node) -> Lazy:
 
 
 def _pad(lowering: Lowering, node: Node) -> Lazy:
-    """constant_pad_nd: pairs (before, after) from the last axis on; a negative number cuts."""
-    x = lowering.view(node.args[0])
-    pairs = [int(p) for p in node.args[1]]  # type: ignore[union-attr, arg-type]
-    fill = node.args[2] if len(node.args) > 2 else 0
-    return padded(x, pairs, fill, shape_of(node.meta["val"]))
+    """constant_pad_nd (x, pad, value) and pad (x, pad, mode, value); a negative number cuts."""
+    given = arguments(node)
+    if given.get("mode", "constant") != "constant":
+        raise CompileError(f"{node.name} pads in mode {given['mode']!r}; only 'constant' has a lowering")
+    pairs = [int(p) for p in given["pad"]]
+    return padded(lowering.view(given["self"]), pairs, given["value"] or 0, shape_of(node.meta["val"]))
 
 
 def padded(x: Any, pairs: list[int], fill: Any, shape: tuple[Size, ...]) -> Lazy:
@@ -192,8 +219,8 @@ def padded(x: Any, pairs: list[int], fill: Any, shape: tuple[Size, ...]) -> Lazy
 
 def _triangle(upper: bool) -> Callable[[Lowering, Node], Lazy]:
     def lower(lowering: Lowering, node: Node) -> Lazy:
-        x = lowering.tensor(node.args[0])
-        diagonal = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        argument, diagonal = arguments(node).values()
+        x = lowering.tensor(argument)
         shape = shape_of(node.meta["val"])
 
         def element(kernel: Kernel, index: Index) -> Any:
@@ -218,6 +245,23 @@ def _repeat(lowering: Lowering, node: Node) -> Lazy:
     return Lazy(shape, x.dtype, (x,), element)
 
 
+def _repeat_each(lowering: Lowering, node: Node) -> Lazy:
+    """repeat_interleave by a number; without an axis of the flattened tensor."""
+    argument, repeats, axis, _ = arguments(node).values()
+    x: Any = lowering.view(argument)
+    if axis is None:
+        x, axis = reshape(lowering, x, (product(x.shape),)), 0
+    repeated = int(axis) % len(x.shape)
+    count = lowering.value(repeats)
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(x.shape))]
+        axes[repeated] = tirx.truncdiv(axes[repeated], kernel.size(count))
+        return _at(kernel, x, axes)
+
+    return Lazy(shape_of(node.meta["val"]), x.dtype, (x,), element, sizes=(count,))
+
+
 def _flip(lowering: Lowering, node: Node) -> Lazy:
     x = lowering.view(node.args[0])
     flipped = {int(axis) % len(x.shape) for axis in node.args[1]}  # type: ignore[union-attr, arg-type]
@@ -231,17 +275,44 @@ def _flip(lowering: Lowering, node: Node) -> Lazy:
     return Lazy(x.shape, x.dtype, (x,), element)
 
 
+def _roll(lowering: Lowering, node: Node) -> Lazy:
+    """Shifted along axes, coming back in at the other end; without axes along the flattened tensor."""
+    argument, shifts, dims = arguments(node).values()
+    x: Any = lowering.view(argument)
+    shape = x.shape
+    if not dims:
+        x, dims = reshape(lowering, x, (product(shape),)), [0]
+    moved = {int(axis) % len(x.shape): int(shift) for axis, shift in zip(dims, shifts, strict=True)}
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        index = index.reshaped(x.shape)
+        axes = []
+        for number, size in enumerate(x.shape):
+            position = index.axis(number)
+            if number in moved:
+                position = tirx.floormod(position - moved[number], kernel.size(size))
+            axes.append(position)
+        return _at(kernel, x, axes)
+
+    return Lazy(shape, x.dtype, (x,), element)
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: _embedding,
     aten.index.Tensor: _index,
     aten.gather.default: _gather,
+    aten.take_along_dim.default: _take_along,
     aten.index_select.default: _index_select,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.diff.default: _diff,
     aten.constant_pad_nd.default: _pad,
+    aten.pad.default: _pad,
     aten.tril.default: _triangle(upper=False),
     aten.triu.default: _triangle(upper=True),
     aten.repeat.default: _repeat,
+    aten.tile.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_each,
+    aten.roll.default: _roll,
     aten.flip.default: _flip,
 }

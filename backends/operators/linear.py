@@ -9,11 +9,13 @@ import torch
 from torch.fx import Node
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.operators.element_wise import convert
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import computed_in, convert, like
 from graphopt.backends.rules.gemm import gemm, pack_weight, tile_for
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, shape_of
 from graphopt.backends.values import Index, Lazy, Product
+from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -24,7 +26,7 @@ aten = torch.ops.aten
 
 def _linear(lowering: Lowering, node: Node) -> Any:
     """x [..., K], weight [N, K], bias [N] or none."""
-    x, weight, bias = (*node.args, None)[:3]
+    x, weight, bias = arguments(node).values()
     constant = lowering.value(weight)
     if _packable(lowering, node, constant):
         return _packed(lowering, node, x, constant, bias)
@@ -34,13 +36,12 @@ def _linear(lowering: Lowering, node: Node) -> Any:
 
 def _addmm(lowering: Lowering, node: Node) -> Any:
     """bias + x weight, weight [K, N]."""
-    bias, x, weight = node.args
+    bias, x, weight, beta, alpha = arguments(node).values()
     constant = lowering.value(weight)
-    plain = node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1
-    if plain and _packable(lowering, node, constant):
+    if alpha == beta == 1 and _packable(lowering, node, constant):
         return _packed(lowering, node, x, constant.t(), bias)
     product = _matmul_of(lowering, node, x, weight, transposed=False)
-    return _plus(lowering, product, bias, node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1))
+    return _plus(lowering, product, bias, alpha, beta)
 
 
 def _matmul(lowering: Lowering, node: Node) -> Any:
@@ -79,17 +80,11 @@ def _plus(lowering: Lowering, product: Any, bias: Any, alpha: float = 1, beta: f
     dtype = product.dtype
 
     def element(kernel: Kernel, index: Index) -> Any:
-        left, right = kernel.load(product, index), convert(kernel.load(added, index), dtype)
-        left = left if alpha == 1 else left * convert_number(alpha, dtype)
-        return left + (right if beta == 1 else right * convert_number(beta, dtype))
+        left, right = (convert(kernel.load(value, index), computed_in(dtype)) for value in (product, added))
+        left = left if alpha == 1 else left * like(left, alpha)
+        return convert(left + (right if beta == 1 else right * like(right, beta)), dtype)
 
     return Lazy(product.shape, dtype, (product, added), element)
-
-
-def convert_number(value: float, dtype: str) -> Any:
-    from tvm import tirx
-
-    return tirx.const(value, dtype)
 
 
 def _matmul_of(lowering: Lowering, node: Node, x: Any, y: Any, *, transposed: bool) -> Any:
@@ -106,15 +101,58 @@ def _matmul_of(lowering: Lowering, node: Node, x: Any, y: Any, *, transposed: bo
         column = None if vector_b else axes.pop()
         row = None if vector_a else axes.pop()
         left = _broadcast(a.shape[:-2], axes) + ([k] if vector_a else [row, k])
-        if transposed:
-            right = [column, k]
-        else:
-            right = _broadcast(b.shape[:-2], axes) + ([k] if vector_b else [k, column])
-        return convert(kernel.load(a, Index(a.shape, kernel.sizes, axes=tuple(left))), dtype) * convert(
-            kernel.load(b, Index(b.shape, kernel.sizes, axes=tuple(right))), dtype
-        )
+        last = [k] if vector_b else [column, k] if transposed else [k, column]
+        right = _broadcast(b.shape[:-2], axes) + last
+        factors = [
+            kernel.load(value, Index(value.shape, kernel.sizes, axes=tuple(at)))
+            for value, at in ((a, left), (b, right))
+        ]
+        return convert(factors[0], computed_in(dtype)) * convert(factors[1], computed_in(dtype))
 
     return reduce_generic(lowering, f"matmul_{node.name}", shape, dtype, (depth,), (a, b), element, "sum")
+
+
+def _outer(lowering: Lowering, node: Node) -> Lazy:
+    x, y = (lowering.view(argument) for argument in node.args)
+    shape, dtype = shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype]
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        factors = [kernel.load(v, Index(v.shape, kernel.sizes, axes=(index.axis(n),))) for n, v in enumerate((x, y))]
+        left, right = (convert(factor, computed_in(dtype)) for factor in factors)
+        return convert(left * right, dtype)
+
+    return Lazy(shape, dtype, (x, y), element)
+
+
+def _einsum(lowering: Lowering, node: Node) -> Any:
+    """Sum over the letters that the result lacks of the product of all operands."""
+    equation, tensors, _ = arguments(node).values()
+    terms, _, result = equation.replace(" ", "").partition("->")
+    letters = terms.replace(",", "")
+    if "." in equation:
+        raise CompileError(f"{node.name} is an einsum with '...', which has no lowering; name every axis")
+    if "->" not in equation:
+        result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    views = [lowering.view(tensor) for tensor in tensors]
+    sizes = {
+        c: size
+        for term, view in zip(terms.split(","), views, strict=True)
+        for c, size in zip(term, view.shape, strict=True)
+    }
+    summed = [letter for letter in sizes if letter not in result]
+    shape, dtype = shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype]
+
+    def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
+        at = dict(zip(summed, reduced, strict=True)) | {letter: index.axis(n) for n, letter in enumerate(result)}
+        product = None
+        for term, view in zip(terms.split(","), views, strict=True):
+            position = Index(view.shape, kernel.sizes, axes=tuple(at[letter] for letter in term))
+            factor = convert(kernel.load(view, position), computed_in(dtype))
+            product = factor if product is None else product * factor
+        return product
+
+    depth = tuple(sizes[letter] for letter in summed)
+    return reduce_generic(lowering, f"einsum_{node.name}", shape, dtype, depth, views, element, "sum")
 
 
 def _broadcast(shape: tuple[Size, ...], axes: list[Any]) -> list[Any]:
@@ -128,4 +166,9 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _matmul,
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
+    aten.mv.default: _matmul,
+    aten.dot.default: _matmul,
+    aten.outer.default: _outer,
+    aten.einsum.default: _einsum,
+    aten.baddbmm.default: _addmm,
 }

@@ -1,4 +1,7 @@
-"""Normalisations and softmax: along the last axis by the row rule, batch norm as element-wise arithmetic."""
+"""Normalisations and softmax: along the last axis by the row rule, batch norm as element-wise arithmetic.
+
+Rows are computed in float32; float16 and bfloat16 are widened on the way in and rounded on the way out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import torch
 from torch.fx import Node
 from tvm import tirx
 
-from graphopt.backends.operators.views import reshape
+from graphopt.backends.dtypes import DTYPES
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import cast, computed_in, convert, like
+from graphopt.backends.operators.views import permuted, reshape
 from graphopt.backends.rules.rows import layer_norm, rms_norm, softmax
 from graphopt.backends.sizes import product, shape_of
 from graphopt.backends.values import Index, Lazy, View
@@ -22,138 +28,134 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _float32(node: Node, value: Any) -> Any:
-    if value.dtype != "float32":
-        raise CompileError(f"{node.name} works on {value.dtype}; {node.target} is lowered for float32 only so far")
-    return value
+def _widened(lowering: Lowering, node: Node, argument: Any) -> Any:
+    """The operand as float32, wherever it is."""
+    value = lowering.tensor(argument)
+    if computed_in(value.dtype) != "float32":
+        raise CompileError(
+            f"{node.name} works on {value.dtype}; {node.target} is lowered for float32 and narrower only"
+        )
+    return cast(value, "float32")
 
 
-def _flat_parameter(lowering: Lowering, argument: Any) -> View | None:
-    return None if argument is None else lowering.contiguous(argument)
+def _narrowed(node: Node, value: Any) -> Any:
+    meta = node.meta["val"]
+    return cast(value, DTYPES[(meta[0] if isinstance(meta, (tuple, list)) else meta).dtype])
+
+
+def _parameter(lowering: Lowering, argument: Any) -> View | None:
+    return None if argument is None else lowering.contiguous(cast(lowering.tensor(argument), "float32"))
 
 
 def _layer_norm(lowering: Lowering, node: Node) -> Any:
-    x, normalized, weight, bias, epsilon = (
-        (*node.args[:5], None, None, 1e-5)[:5]
-        if len(node.args) >= 5
-        else (
-            *node.args,
-            *(None, None, 1e-5)[len(node.args) - 2 :],
-        )
-    )
-    return _over_last_axes(
-        lowering,
-        node,
-        x,
-        len(normalized),  # type: ignore[arg-type]
-        lambda value: layer_norm(
-            value,
-            _flat_parameter(lowering, weight),
-            _flat_parameter(lowering, bias),
-            float(epsilon),
-            lowering.target,  # type: ignore[arg-type]
-        ),
-    )
+    x, normalized, weight, bias, epsilon, *_ = arguments(node).values()
+    parameters = _parameter(lowering, weight), _parameter(lowering, bias)
+
+    def build(value: View) -> Any:
+        return layer_norm(value, *parameters, float(epsilon), lowering.target)
+
+    return _over_last_axes(lowering, node, x, len(normalized), build)
 
 
 def _rms_norm(lowering: Lowering, node: Node) -> Any:
-    x, normalized, weight, epsilon = (*node.args, *(None, None)[len(node.args) - 2 :])[:4]
+    x, normalized, weight, epsilon = arguments(node).values()
     epsilon = torch.finfo(node.meta["val"].dtype).eps if epsilon is None else epsilon
-    return _over_last_axes(
-        lowering,
-        node,
-        x,
-        len(normalized),  # type: ignore[arg-type]
-        lambda value: rms_norm(value, _flat_parameter(lowering, weight), float(epsilon), lowering.target),  # type: ignore[arg-type]
-    )
+    scale = _parameter(lowering, weight)
+
+    def build(value: View) -> Any:
+        return rms_norm(value, scale, float(epsilon), lowering.target)
+
+    return _over_last_axes(lowering, node, x, len(normalized), build)
 
 
 def _over_last_axes(lowering: Lowering, node: Node, x: Any, count: int, build: Callable[[View], Any]) -> Any:
     """Several normalised axes are one, since memory is contiguous."""
-    value = _float32(node, lowering.contiguous(x))
+    value = lowering.contiguous(_widened(lowering, node, x))
     shape = value.shape
-    merged = reshape(lowering, value, (*shape[: len(shape) - count], product(shape[len(shape) - count :])))
-    (stored,) = lowering.call(build(merged))  # type: ignore[arg-type]
-    return reshape(lowering, stored, shape)
+    kept = len(shape) - count
+    merged = lowering.contiguous(reshape(lowering, value, (*shape[:kept], product(shape[kept:]))))
+    (stored,) = lowering.call(build(merged))
+    return _narrowed(node, reshape(lowering, stored, shape))
 
 
 def _softmax(log: bool) -> Callable[[Lowering, Node], Any]:
     def lower(lowering: Lowering, node: Node) -> Any:
-        rank = len(node.meta["val"].shape)
-        axis = int(node.args[1]) % rank  # type: ignore[arg-type]
-        if axis == rank - 1:
-            (stored,) = lowering.call(
-                softmax(_float32(node, lowering.contiguous(node.args[0])), lowering.target, log=log)
-            )
-            return stored
-        order = [*(a for a in range(rank) if a != axis), axis]
-        view = lowering.view(node.args[0])
-        moved = lowering.contiguous(permuted(view, order))
-        (stored,) = lowering.call(softmax(_float32(node, moved), lowering.target, log=log))
-        return permuted(stored, [order.index(a) for a in range(rank)])
+        x, axis, *_ = arguments(node).values()
+        value = _widened(lowering, node, x)
+        rank = len(value.shape)
+        if rank == 0:
+            value, rank = reshape(lowering, value, (1,)), 1
+        order = [a for a in range(rank) if a != axis % rank] + [axis % rank]
+        rows = value if order == list(range(rank)) else permuted(lowering.view(value), order)
+        (stored,) = lowering.call(softmax(lowering.contiguous(rows), lowering.target, log=log))
+        result = permuted(stored, [order.index(a) for a in range(rank)])
+        return _narrowed(node, reshape(lowering, result, shape_of(node.meta["val"])))
 
     return lower
 
 
-def permuted(view: View, order: list[int]) -> View:
-    return View(view.storage, tuple(view.shape[a] for a in order), tuple(view.strides[a] for a in order), view.offset)
-
-
 def _group_norm(lowering: Lowering, node: Node) -> Any:
     """x [N, C, ...] in groups of C / groups channels; each group is one row."""
-    x, groups, weight, bias, epsilon = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
-    value = _float32(node, lowering.contiguous(x))
+    x, groups, weight, bias, epsilon, *_ = arguments(node).values()
+    return _in_groups(lowering, node, x, int(groups), weight, bias, float(epsilon))
+
+
+def _instance_norm(lowering: Lowering, node: Node) -> Any:
+    """Every channel of every sample is a row."""
+    x, weight, bias, _, _, own_statistics, _, epsilon, _ = arguments(node).values()
+    if not own_statistics:
+        raise CompileError(f"{node.name} is an instance norm with running statistics, which has no lowering")
+    channels = int(node.meta["val"].shape[1])
+    return _in_groups(lowering, node, x, channels, weight, bias, float(epsilon))
+
+
+def _in_groups(lowering: Lowering, node: Node, x: Any, groups: int, weight: Any, bias: Any, epsilon: float) -> Any:
+    value = lowering.contiguous(_widened(lowering, node, x))
     shape = value.shape
-    rows = reshape(lowering, value, (shape[0], int(groups), product(shape[1:]) // int(groups)))  # type: ignore[arg-type]
-    (stored,) = lowering.call(layer_norm(rows, None, None, float(epsilon), lowering.target))  # type: ignore[arg-type]
-    return _per_channel(
-        reshape(lowering, stored, shape), [None if p is None else lowering.contiguous(p) for p in (weight, bias)]
-    )
-
-
-def _per_channel(value: Any, parameters: list[View | None]) -> Any:
-    weight, bias = parameters
-    if weight is None and bias is None:
-        return value
+    rows = lowering.contiguous(reshape(lowering, value, (shape[0], groups, product(shape[1:]) // groups)))
+    (stored,) = lowering.call(layer_norm(rows, None, None, epsilon, lowering.target))
+    normalized = reshape(lowering, stored, shape)
+    scale, shift = _parameter(lowering, weight), _parameter(lowering, bias)
 
     def element(kernel: Kernel, index: Index) -> Any:
-        result = kernel.load(value, index)
-        channel = index.axis(1)
-        result = result if weight is None else result * kernel.flat(weight.storage)[channel]
-        return result if bias is None else result + kernel.flat(bias.storage)[channel]
+        result, channel = kernel.load(normalized, index), index.axis(1)
+        result = result if scale is None else result * kernel.flat(scale.storage)[channel]
+        return result if shift is None else result + kernel.flat(shift.storage)[channel]
 
-    return Lazy(value.shape, value.dtype, (value, *(p for p in parameters if p is not None)), element)
+    operands = tuple(v for v in (normalized, scale, shift) if v is not None)
+    return _narrowed(node, Lazy(shape, "float32", operands, element))
 
 
 def _batch_norm(lowering: Lowering, node: Node) -> Any:
     """Evaluation form: running statistics; the training form is refused."""
-    x, weight, bias, mean, variance, training, _, epsilon = node.args[:8]
-    if training:
+    given = arguments(node)
+    if given.get("training") or given["running_mean"] is None:
         raise CompileError(f"{node.name} is a batch norm in training mode; capture the model in eval mode")
-    value = lowering.tensor(x)
-    parameters = {
-        name: None if p is None else lowering.contiguous(p)
-        for name, p in zip(("weight", "bias", "mean", "variance"), (weight, bias, mean, variance), strict=True)
-    }
+    value = lowering.tensor(given["input"])
+    names = ("weight", "bias", "running_mean", "running_var")
+    parameters = {name: lowering.contiguous(given[name]) for name in names if given[name] is not None}
+    compute, epsilon = computed_in(value.dtype), given["eps"]
 
     def element(kernel: Kernel, index: Index) -> Any:
         channel = index.axis(1)
-        at = {name: kernel.flat(p.storage)[channel] for name, p in parameters.items() if p is not None}
-        scale = tirx.const(1, value.dtype) / tirx.sqrt(at["variance"] + tirx.const(epsilon, value.dtype))
-        result = (kernel.load(value, index) - at["mean"]) * scale
+        at = {name: convert(kernel.flat(p.storage)[channel], compute) for name, p in parameters.items()}
+        loaded = convert(kernel.load(value, index), compute)
+        result = (loaded - at["running_mean"]) * (
+            like(loaded, 1) / tirx.sqrt(at["running_var"] + like(loaded, epsilon))
+        )
         result = result * at["weight"] if "weight" in at else result
-        return result + at["bias"] if "bias" in at else result
+        return convert(result + at["bias"] if "bias" in at else result, value.dtype)
 
-    return Lazy(
-        shape_of(node.meta["val"]), value.dtype, (value, *(p for p in parameters.values() if p is not None)), element
-    )
+    return Lazy(value.shape, value.dtype, (value, *parameters.values()), element)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
+    aten.instance_norm.default: _instance_norm,
     aten.batch_norm.default: _batch_norm,
+    aten._native_batch_norm_legit_no_training.default: lambda lowering, node: (_batch_norm(lowering, node),),
     aten.softmax.int: _softmax(log=False),
     aten._softmax.default: _softmax(log=False),
     aten.log_softmax.int: _softmax(log=True),

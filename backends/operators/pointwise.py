@@ -17,6 +17,7 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import (
     Expression,
+    cast,
     dtype_of,
     element_wise,
     is_float,
@@ -285,10 +286,7 @@ def _rounding(function: Expression) -> Lower:
 
 def _cast(lowering: Lowering, node: Node) -> Any:
     """A change of dtype; device and memory format mean nothing here."""
-    source = lowering.tensor(node.args[0])
-    if source.dtype == DTYPES[node.meta["val"].dtype]:
-        return source
-    return element_wise(lowering, node, [node.args[0]], lambda x: x, source.dtype)
+    return cast(lowering.tensor(node.args[0]), DTYPES[node.meta["val"].dtype])
 
 
 def _same(lowering: Lowering, node: Node) -> Any:

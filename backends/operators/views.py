@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch.fx import Node
 
+from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of, size_of
 from graphopt.backends.values import Index, Lazy, Product, View
 
@@ -46,7 +48,7 @@ def reshaped_strides(value: View, shape: Shape) -> Shape | None:
     while common < min(len(old), len(new)) and old[common][0] == new[common]:
         common += 1
     rest = old[common:]
-    if any(stride != size * inner for (_, stride), (size, inner) in zip(rest, rest[1:], strict=False)):
+    if any(stride != size * inner for (_, stride), (size, inner) in pairwise(rest)):
         return None
     unit = rest[-1][1] if rest else 1
     strides = [stride for _, stride in old[:common]]
@@ -60,7 +62,11 @@ def _reshape(lowering: Lowering, node: Node) -> View | Lazy:
 
 
 def _permuted(lowering: Lowering, node: Node, order: list[int]) -> View:
-    view = lowering.view(node.args[0])
+    return permuted(lowering.view(node.args[0]), order)
+
+
+def permuted(view: View, order: list[int]) -> View:
+    """Axis n of the result is axis order[n] of the view."""
     return View(view.storage, tuple(view.shape[a] for a in order), tuple(view.strides[a] for a in order), view.offset)
 
 
@@ -85,6 +91,28 @@ def _matrix_transpose(lowering: Lowering, node: Node) -> View:
 
 def _expand(lowering: Lowering, node: Node) -> Any:
     return expand(lowering, lowering.tensor(node.args[0]), shape_of(node.meta["val"]))
+
+
+def _move(lowering: Lowering, node: Node) -> View:
+    """movedim: the named axes go to the named places, the others keep their order."""
+    _, source, destination = arguments(node).values()
+    rank = _rank(node)
+    sources, places = ([int(a) % rank for a in (x if isinstance(x, list) else [x])] for x in (source, destination))
+    order = [axis for axis in range(rank) if axis not in sources]
+    for place, axis in sorted(zip(places, sources, strict=True)):
+        order.insert(place, axis)
+    return _permuted(lowering, node, order)
+
+
+def _pixel_shuffle(lowering: Lowering, node: Node) -> View | Lazy:
+    """[..., C r r, H, W] to [..., C, H r, W r]."""
+    x, factor = arguments(node).values()
+    view = lowering.contiguous(x)
+    *lead, channels, height, width = view.shape
+    blocks = reshape(lowering, view, (*lead, channels // factor**2, factor, factor, height, width))
+    first = len(lead)
+    order = [*range(first), *(first + n for n in (0, 3, 1, 4, 2))]
+    return reshape(lowering, permuted(lowering.view(blocks), order), shape_of(node.meta["val"]))
 
 
 def expand(lowering: Lowering, value: Any, shape: Shape) -> Any:
@@ -116,9 +144,8 @@ def _clamped(position: Any, size: Size) -> Size:
 
 
 def _slice(lowering: Lowering, node: Node) -> View:
-    arguments = [lowering.value(argument) for argument in node.args[1:]]
-    axis, start, _, step = [*arguments, *(0, None, None, 1)[len(arguments) :]]
-    view = lowering.view(node.args[0])
+    x, axis, start, _, step = (lowering.value(argument) for argument in arguments(node).values())
+    view = lowering.view(x)
     axis = int(axis) % len(view.shape)
     first = _clamped(0 if start is None else start, view.shape[axis])
     return _part(view, axis, first, shape_of(node.meta["val"]), int(step or 1))
@@ -142,8 +169,9 @@ def _select(lowering: Lowering, node: Node) -> View:
 
 def _split(lowering: Lowering, node: Node) -> tuple[View, ...]:
     """split, split_with_sizes, chunk: the sizes of the parts are those of the node's own values."""
-    view = lowering.view(node.args[0])
-    axis = int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(view.shape)  # type: ignore[arg-type]
+    given = arguments(node)
+    view = lowering.view(given["self"])
+    axis = int(given["dim"]) % len(view.shape)
     parts, first = [], 0
     for part in node.meta["val"]:
         shape = shape_of(part)
@@ -153,12 +181,22 @@ def _split(lowering: Lowering, node: Node) -> tuple[View, ...]:
 
 
 def _unbind(lowering: Lowering, node: Node) -> tuple[View, ...]:
-    view = lowering.view(node.args[0])
-    axis = int(node.args[1] if len(node.args) > 1 else 0) % len(view.shape)  # type: ignore[arg-type]
+    given = arguments(node)
+    view = lowering.view(given["self"])
+    axis = int(given["dim"]) % len(view.shape)
     keep = [number for number in range(len(view.shape)) if number != axis]
     shape, strides = tuple(view.shape[a] for a in keep), tuple(view.strides[a] for a in keep)
     count = int(size_of(view.shape[axis]))
     return tuple(View(view.storage, shape, strides, view.offset + i * view.strides[axis]) for i in range(count))
+
+
+def _windows(lowering: Lowering, node: Node) -> View:
+    """unfold: windows along an axis become a new last axis; they overlap in memory."""
+    x, axis, _, step = arguments(node).values()
+    view = lowering.view(x)
+    axis = int(axis) % len(view.shape)
+    strides = [stride * step if number == axis else stride for number, stride in enumerate(view.strides)]
+    return View(view.storage, shape_of(node.meta["val"]), (*strides, view.strides[axis]), view.offset)
 
 
 def _item(lowering: Lowering, node: Node) -> Any:
@@ -193,6 +231,9 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.t.default: _matrix_transpose,
+    aten.movedim.intlist: _move,
+    aten.movedim.int: _move,
+    aten.pixel_shuffle.default: _pixel_shuffle,
     aten.numpy_T.default: _matrix_transpose,
     aten.expand.default: _expand,
     aten.expand_as.default: _expand,
@@ -203,5 +244,6 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _split,
     aten.unbind.int: _unbind,
+    aten.unfold.default: _windows,
     operator.getitem: _item,
 }

@@ -122,8 +122,12 @@ def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
         if log:
             total = rows.fold(at, "sum", lambda e, _: approximations.exp(e - top[0]))
             shift = kernel.registers(1)
-            T.buffer_store(shift, top[0] + tirx.log(total), [0])
-            for_columns(kernel, rows.width, lambda c: output.store(at * rows.width + c, rows.at(at, c) - shift[0]))
+            T.buffer_store(shift, tirx.log(total), [0])
+            for_columns(
+                kernel,
+                rows.width,
+                lambda c: output.store(at * rows.width + c, rows.at(at, c) - top[0] - shift[0]),
+            )
             return
         for_columns(
             kernel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capture import capture
+from graphopt.compile import Artifact
+from graphopt.program import Program
 
 Case = Callable[..., Any]
 Check = Callable[..., None]
@@ -28,14 +31,48 @@ class Cases(nn.Module):
         return {name: case(*inputs) for name, case in self.cases.items()}
 
 
-@pytest.fixture
-def agree(monkeypatch: pytest.MonkeyPatch) -> Check:
-    """agree(module or cases, inputs, dynamic=None, more=(), rtol=, atol=): equal values, shapes and dtypes.
+class Compiled:
+    """A compiled program as a function of tensors."""
 
-    `dynamic` is {axis: name} for each input or None; `more` are inputs at other sizes.
+    def __init__(self, program: Program, artifact: Artifact) -> None:
+        self.program, self.artifact = program, artifact
+        self.session = artifact.session()
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        feed = {spec.name: tensor.numpy() for spec, tensor in zip(self.program.inputs, tensors, strict=True)}
+        return [torch.from_numpy(array) for array in self.session.run(None, feed)]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """compiled(module or cases, inputs, dynamic=None) -> a function of tensors that runs the compiled code.
+
+    `dynamic` is {axis: name} for each input or None. The check that `compile` itself makes is left to `agree`, which
+    names every output that is wrong and looks at NaN too.
     """
     compiling = importlib.import_module("graphopt.compile")
     monkeypatch.setattr(compiling, "check_session", lambda *_: {})
+
+    def build(
+        subject: nn.Module | Mapping[str, Case],
+        inputs: Sequence[Tensor],
+        dynamic: Sequence[Mapping[int, str] | None] | None = None,
+    ) -> Compiled:
+        module = subject if isinstance(subject, nn.Module) else Cases(subject)
+        names = list(inspect.signature(module.forward).parameters)
+        shapes = {name: dict(axes) for name, axes in zip(names, dynamic or (), strict=False) if axes}
+        program = capture(module, tuple(inputs), dynamic_shapes=shapes or None)
+        return Compiled(program, compiling.compile(program, threads=2))
+
+    return build
+
+
+@pytest.fixture
+def agree(compiled: Callable[..., Any]) -> Check:
+    """agree(module or cases, inputs, dynamic=None, more=(), rtol=, atol=): equal values, shapes and dtypes.
+
+    `more` are inputs at other sizes. Tolerances are those of float32.
+    """
 
     def check(
         subject: nn.Module | Mapping[str, Case],
@@ -46,21 +83,11 @@ def agree(monkeypatch: pytest.MonkeyPatch) -> Check:
         rtol: float = 2e-5,
         atol: float = 2e-6,
     ) -> None:
-        module = subject if isinstance(subject, nn.Module) else Cases(subject)
-        examples = tuple(inputs)
-        names = [spec.name for spec in capture(module, examples).inputs] if dynamic else []
-        shapes = {n: dict(d) for n, d in zip(names, dynamic or (), strict=True) if d}
-        program = capture(module, examples, dynamic_shapes=shapes or None)
-        session = compiling.compile(program, threads=2).session()
-        for tensors in (examples, *more):
-            feed = {spec.name: tensor.numpy() for spec, tensor in zip(program.inputs, tensors, strict=True)}
-            results = [torch.from_numpy(array) for array in session.run(None, feed)]
-            wanted = program(*tensors)
-            problems = [
-                f"{spec.name}: {problem}"
-                for spec, result, want in zip(program.outputs, results, wanted, strict=True)
-                if (problem := difference(result, want, rtol, atol))
-            ]
+        run = compiled(subject, inputs, dynamic)
+        for tensors in (inputs, *more):
+            outputs = zip(run.program.outputs, run(*tensors), run.program(*tensors), strict=True)
+            found = [(spec.name, difference(result, want, rtol, atol)) for spec, result, want in outputs]
+            problems = [f"{name}: {problem}" for name, problem in found if problem]
             assert not problems, f"at {[tuple(t.shape) for t in tensors]}:\n" + "\n".join(problems)
 
     return check
@@ -70,6 +97,8 @@ def difference(result: Tensor, want: Tensor, rtol: float, atol: float) -> str:
     """What is wrong with `result`, or nothing; NaN equals NaN, and narrow floats may be one rounding apart."""
     if result.shape != want.shape or result.dtype != want.dtype:
         return f"is {result.dtype}{list(result.shape)}, PyTorch gives {want.dtype}{list(want.shape)}"
+    if want.dtype is torch.float64:
+        rtol, atol = rtol * 1e-6, atol * 1e-6
     if want.dtype in (torch.float16, torch.bfloat16):
         rtol, atol = max(rtol, 2 * torch.finfo(want.dtype).eps), max(atol, torch.finfo(want.dtype).eps)
     if not want.is_floating_point():
