@@ -83,6 +83,7 @@ def compile(
         entries={name: describe_entry(program) for name, program in entries.items()},
         variants=(Variant(chosen.name, chosen.features, library, module.arguments, module.kernels),),
         tools={tool: metadata.version(tool) for tool in _TOOLS},
+        passes=tuple({"entry": name, **item} for name, program in entries.items() for item in program.history),
     )
     slow = sorted(name for name, rule in module.kernels.items() if rule == "generic")
     report = {"target": chosen.name, "threads": chosen.threads, "kernels": dict(module.kernels), "slow": slow}

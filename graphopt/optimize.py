@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -122,6 +122,9 @@ class _Run:
             place = f"{item.name}, after {', '.join(after)}" if after else item.name
             reports.append(self._step(item, place))
         report = Report(tuple(reports), self.first.count_operators(), self.program.count_operators())
+        if reports:
+            history = (*self.first.history, *(item.summary() for item in reports))
+            self.program = replace(self.program, history=history)
         return OptimizeResult(self.program, report)
 
     def _step(self, item: Pass, place: str) -> PassReport:

@@ -70,6 +70,7 @@ class Program:
     sizes: Mapping[str, SizeRange] = field(default_factory=dict)
     symbols: Mapping[str, str] = field(default_factory=dict)  # name inside the ShapeEnv ("s43") -> name in `sizes`
     name: str = "model"
+    history: tuple[Mapping[str, Any], ...] = ()  # passes run so far: JSON values, name, options and measured effect
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run from the initial state without gradients; returns the outputs, not the new state.

@@ -22,6 +22,11 @@ class PassReport:
     seconds: float
     error: float | None
 
+    def summary(self) -> dict[str, Any]:
+        """What stays with the program and its artifact; no clock, so that equal runs say the same."""
+        counts = {"rewrites": len(self.rewrites), "nodes_before": self.nodes_before, "nodes_after": self.nodes_after}
+        return {"name": self.name, "options": _plain(self.options), **counts, "error": self.error}
+
 
 @dataclass(frozen=True)
 class Report:

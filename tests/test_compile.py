@@ -37,6 +37,17 @@ def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.gopt").read_bytes() == (tmp_path / "b.gopt").read_bytes()
 
 
+def test_manifest_says_which_passes_ran_and_what_they_did(tmp_path: Path) -> None:
+    program = graphopt.optimize(models.program("conv_net"), "no-op-removal,batch-norm-folding").program
+    program.save(str(tmp_path / "m.pt2"))
+    passes = graphopt.compile(graphopt.capture(tmp_path / "m.pt2")).manifest.passes
+    assert [(item["entry"], item["name"]) for item in passes] == [
+        ("main", "no-op-removal"),
+        ("main", "batch-norm-folding"),
+    ]
+    assert passes[1]["rewrites"] > 0 and passes[1]["error"] < 1e-5 and passes[1]["options"] == {}
+
+
 def test_report_names_slow_kernels() -> None:
     report = graphopt.compile(models.program("conv_net")).report
     assert report["slow"] and all(report["kernels"][name] == "generic" for name in report["slow"])

@@ -39,6 +39,7 @@ class Known:
     domains: Mapping[str, Domain] = field(default_factory=dict)
     examples: Sequence[torch.Tensor] | None = None  # one for each tensor input
     name: str | None = None
+    history: tuple[Mapping[str, Any], ...] = ()
 
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
@@ -70,6 +71,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
         sizes=sizes,
         symbols=symbols,
         name=name,
+        history=known.history,
     )
     return replace(program, examples=_examples(program, exported, known))
 

@@ -32,6 +32,7 @@ def describe(program: Program) -> dict[str, Any]:
         ],
         "outputs": [spec.name for spec in program.outputs],
         "sizes": {name: [bounds.low, bounds.high] for name, bounds in program.sizes.items()},
+        "history": [dict(item) for item in program.history],
     }
 
 
@@ -44,6 +45,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
         inputs = [_text(entry["name"]) for entry in value["inputs"]]
         outputs = [_text(name) for name in value["outputs"]]
         sizes = {_text(name): _bounds(low, high) for name, (low, high) in value["sizes"].items()}
+        history = tuple(_record(item) for item in value.get("history", ()))
         domains = {_text(entry["name"]): _domain(entry["domain"]) for entry in value["inputs"]}
         values = user_values(exported, inputs)
         symbols: dict[str, str] = {}
@@ -53,13 +55,21 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
         raise CaptureError(f"{SIDECAR} in the .pt2 is damaged; save it again with graphopt") from error
     if len(outputs) != len(known.outputs or outputs):
         raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, which is not what its graph has")
-    return replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains, name=name)
+    known = replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
+    return replace(known, name=name, history=history)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
         raise TypeError("not a name")
     return value
+
+
+def _record(value: Any) -> dict[str, Any]:
+    """One pass that was run; whatever JSON it holds is only shown."""
+    if not isinstance(value, dict):
+        raise TypeError("no record")
+    return {**value, "name": _text(value["name"])}
 
 
 def _bounds(low: Any, high: Any) -> SizeRange:
