@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
@@ -173,8 +175,33 @@ def write_kernel(
             ]
             body(kernel, results)
         function = builder.get()
-    function = function.without_attr("global_symbol")
+    function = without_vector_calls(function.without_attr("global_symbol"))
     return Code(name, rule, function, inputs, tuple(outputs), scalars)
+
+
+_SCALAR_ONLY = frozenset({"tirx.call_pure_extern", "tirx.nearbyint"})
+
+
+def without_vector_calls(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Vector loops that call the C library as plain loops: TVM would take them apart and lose their bound variables."""
+
+    def plain(loop: Any) -> Any:
+        if loop.kind != tirx.ForKind.VECTORIZED or not _calls_library(loop.body):
+            return loop
+        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, plain)))
+
+
+def _calls_library(body: Any) -> bool:
+    found: list[str] = []
+
+    def note(call: Any) -> None:
+        if getattr(call.op, "name", "") in _SCALAR_ONLY:
+            found.append(call.op.name)
+
+    tvm_ffi.structural_walk(body, (tvm.ir.Call, note))
+    return bool(found)
 
 
 def _view_shapes(values: Sequence[Any]) -> list[Shape]:

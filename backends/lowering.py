@@ -49,7 +49,8 @@ class Weights:
         place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         identity = (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype, key)
         if identity not in self.names:
-            array = tensor.detach().numpy()
+            exact = tensor.float() if tensor.dtype is torch.bfloat16 else tensor  # numpy has no bfloat16
+            array = exact.detach().numpy()
             array = np.ascontiguousarray(array if pack is None else pack(array))
             name = base = f"{label}.{key}" if key else label
             while name in self.arrays:
@@ -103,6 +104,9 @@ class Lowering:
             value, torch.Tensor
         ):
             return size_of(value)
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
+                raise CompileError(f"{node.name} is {tensor.dtype}, which has no lowering; make it float32")
         lower = OPERATORS.get(node.target)
         if lower is None:
             raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
@@ -249,6 +253,8 @@ def lower_program(
     parameters, arguments = [], []
     for node in module.graph.nodes:
         if node.op == "placeholder":
+            if node.meta["val"].dtype not in DTYPES:
+                raise CompileError(f"{node.name} is {node.meta['val'].dtype}, which has no lowering; make it float32")
             shape, dtype = shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype]
             variable = relax.Var(node.name, relax.TensorType(lowering.sizes.shape(shape), dtype))
             parameters.append(variable)

@@ -11,15 +11,19 @@ import torch
 from torch.utils._sympy import functions as torch_sympy
 from tvm import tirx
 
+from graphopt.errors import CompileError
+
 Size: TypeAlias = int | sympy.Expr
 Shape: TypeAlias = tuple[Size, ...]
 
 
 def size_of(value: Any) -> Size:
-    """A Python int, or the expression behind a `SymInt`."""
-    if isinstance(value, torch.SymInt):
+    """A Python number, or the expression behind a `SymInt` or `SymFloat`."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         value = value.node.expr
-    return int(value) if isinstance(value, int) or value.is_number else value
+    if isinstance(value, sympy.Basic) and value.is_number:
+        return int(value) if value.is_integer else float(value)
+    return value
 
 
 def shape_of(tensor: torch.Tensor) -> Shape:
@@ -47,7 +51,7 @@ def symbols_in(shapes: Iterable[Iterable[Size]]) -> set[str]:
 
 
 class Sizes:
-    """Turns sizes into expressions over one set of variables: one instance a kernel, one for the whole Relax function."""
+    """Turns sizes into expressions over one set of variables: one instance a kernel, one for the Relax function."""
 
     def __init__(self, variables: dict[str, tirx.Var] | None = None) -> None:
         self.variables: dict[str, tirx.Var] = {} if variables is None else variables
@@ -56,14 +60,21 @@ class Sizes:
         return self.variables.setdefault(name, tirx.Var(name, "int64"))
 
     def expr(self, size: Size) -> tirx.PrimExpr:
-        """int64 expression; raises KeyError on a sympy operation that sizes never have."""
+        """int64 expression, float64 where the size was turned into a float. Raises CompileError."""
         if isinstance(size, int):
             return tirx.const(size, "int64")
         if isinstance(size, sympy.Symbol):
             return self.variable(size.name)
         if size.is_Integer:
             return tirx.const(int(size), "int64")
-        return _BUILD[size.func]([self.expr(argument) for argument in size.args], size)
+        if size.is_number:
+            return tirx.const(float(size), "float64")
+        if size.func not in _BUILD:
+            raise CompileError(f"size {size} has no lowering; compute it from sums, products and divisions")
+        arguments = [self.expr(argument) for argument in size.args]
+        if any(str(argument.ty.dtype) == "float64" for argument in arguments):
+            arguments = [argument.astype("float64") for argument in arguments]
+        return _BUILD[size.func](arguments, size)
 
     def shape(self, shape: Shape) -> list[tirx.PrimExpr]:
         return [self.expr(size) for size in shape]
@@ -80,10 +91,17 @@ def _fold(combine: Callable[[Any, Any], Any]) -> Callable[[list[Any], Any], Any]
 
 
 def _power(arguments: list[Any], size: Any) -> Any:
-    result = arguments[0]
-    for _ in range(int(size.args[1]) - 1):
-        result = result * arguments[0]
+    base, exponent = arguments[0], size.args[1]
+    if not exponent.is_Integer or exponent < 1:
+        return tirx.power(base.astype("float64"), tirx.const(float(exponent), "float64"))
+    result = base
+    for _ in range(int(exponent) - 1):
+        result = result * base
     return result
+
+
+def _quotient(arguments: list[Any], _: Any) -> Any:
+    return arguments[0].astype("float64") / arguments[1].astype("float64")
 
 
 # Sizes are never negative, so division that truncates is exact and needs no sign correction.
@@ -99,4 +117,10 @@ _BUILD: dict[Any, Callable[[list[Any], Any], Any]] = {
     torch_sympy.CleanDiv: _fold(tirx.floordiv),
     torch_sympy.Mod: _fold(tirx.floormod),
     torch_sympy.PythonMod: _fold(tirx.floormod),
+    torch_sympy.PowByNatural: _power,
+    torch_sympy.FloatPow: _power,
+    torch_sympy.ToFloat: lambda arguments, _: arguments[0].astype("float64"),
+    torch_sympy.IntTrueDiv: _quotient,
+    torch_sympy.FloatTrueDiv: _quotient,
+    torch_sympy.OpaqueUnaryFn_sqrt: lambda arguments, _: tirx.sqrt(arguments[0].astype("float64")),
 }

@@ -21,6 +21,7 @@ from graphopt.backends.operators import (
     normalization,
     pointwise,
     reduction,
+    resampling,
     views,
 )
 
@@ -36,6 +37,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **normalization.TABLE,
     **reduction.TABLE,
     **convolution.TABLE,
+    **resampling.TABLE,
     **control_flow.TABLE,
 }
 

@@ -363,6 +363,7 @@ TABLE: dict[Any, Lower] = {
     aten.trunc.default: _rounding(tirx.trunc),
     aten.frac.default: simple(lambda x: x - tirx.trunc(x), 1),
     aten._to_copy.default: _cast,
+    aten.type_as.default: _cast,
     aten.clone.default: _same,
     aten.contiguous.default: _same,
     aten.detach.default: _same,

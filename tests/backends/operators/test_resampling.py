@@ -1,0 +1,35 @@
+"""Images at another size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Check = Callable[..., None]
+
+CASES: dict[str, Callable[[Tensor], Any]] = {
+    "nearest": lambda x: F.interpolate(x, scale_factor=2),
+    "nearest_size": lambda x: F.interpolate(x, size=(7, 11)),
+    "nearest_smaller": lambda x: F.interpolate(x, size=(2, 3)),
+    "nearest_factor": lambda x: F.interpolate(x, scale_factor=(1.5, 2.5)),
+    "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "bilinear_corners": lambda x: F.interpolate(x, size=(9, 7), mode="bilinear", align_corners=True),
+    "bilinear_smaller": lambda x: F.interpolate(x, size=(3, 4), mode="bilinear"),
+    "bilinear_factor": lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
+    "linear": lambda x: F.interpolate(x[:, :, 0], size=9, mode="linear"),
+}
+
+
+def test_sizes_and_modes(agree: Check) -> None:
+    agree(CASES, [torch.randn(2, 3, 5, 6)], atol=1e-5)
+
+
+def test_symbolic_image(agree: Check) -> None:
+    names = ("nearest", "bilinear", "bilinear_corners", "nearest_size")
+    more = [(torch.randn(1, 2, h, w),) for h, w in [(4, 9), (8, 4)]]
+    cases = {name: CASES[name] for name in names}
+    agree(cases, [torch.randn(1, 2, 5, 6)], [{2: "height", 3: "width"}], more, atol=1e-5)
