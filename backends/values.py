@@ -55,7 +55,7 @@ class Lazy:
 
     shape: Shape
     dtype: str
-    operands: tuple[Value, ...]
+    operands: tuple[Value | Product, ...]
     element: Callable[[Kernel, Index], Any]
     flat: bool = False  # reads its operands at the same linear position only
     shared: bool = False  # has several users in one kernel: bound to a variable there

@@ -10,9 +10,10 @@ import torch
 from torch.fx import Node
 
 from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules.attention import attention
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import View
+from graphopt.backends.values import Lazy, View
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -21,27 +22,30 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _attention(lowering: Lowering, node: Node) -> View:
+def _attention(lowering: Lowering, node: Node) -> View | Lazy:
     """q [B, H, S, D], k and v [B, G, T, D] with H a multiple of G; the result's memory is [B, S, H, D]."""
     q, k, v, mask, dropout, causal, scale, _ = arguments(node).values()
     if dropout:
         raise CompileError(f"{node.name} drops attention weights out; capture the model in eval mode")
     query, key, value = (_rows_of_vectors(lowering, x) for x in (q, k, v))
-    if len(query.shape) != 4 or query.dtype != "float32":
+    shape = shape_of(node.meta["val"])
+    if len(shape) not in (3, 4) or query.dtype != "float32":
         raise CompileError(
-            f"{node.name} attends over {query.dtype} of rank {len(query.shape)}; float32 of rank 4 has a lowering"
+            f"{node.name} attends over {query.dtype} of rank {len(shape)}; float32 of rank 3 or 4 has a lowering"
         )
     scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     bias = None if mask is None else lowering.view(mask)
     (stored,) = lowering.call(attention(query, key, value, bias, float(scale), bool(causal), lowering.target))
-    batch, heads, rows, depth = shape_of(node.meta["val"])
-    return View(stored.storage, (batch, heads, rows, depth), (rows * heads * depth, depth, heads * depth, 1))
+    batch, rows, heads, depth = stored.shape
+    result = View(stored.storage, (batch, heads, rows, depth), (rows * heads * depth, depth, heads * depth, 1))
+    return reshape(lowering, result, shape)
 
 
 def _rows_of_vectors(lowering: Lowering, argument: Any) -> View:
-    """In memory with the last axis contiguous."""
+    """In memory with the last axis contiguous and four axes: three are heads without a batch."""
     view = lowering.view(argument)
-    return view if view.strides[-1] == 1 else lowering.store(view)
+    view = view if view.strides[-1] == 1 else lowering.store(view)
+    return view if len(view.shape) == 4 else View(view.storage, (1, *view.shape), (0, *view.strides), view.offset)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {aten.scaled_dot_product_attention.default: _attention}

@@ -96,6 +96,8 @@ def test_state_lives_from_call_to_call(compiled: Callable[..., Any]) -> None:
 class Window(nn.Module):
     """A rolling buffer: the new state is a view of a concatenation."""
 
+    recent: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("recent", torch.zeros(4, 3))

@@ -1,0 +1,57 @@
+"""Scaled dot-product attention with every argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphopt.errors import CompileError
+
+Check = Callable[..., None]
+attend = F.scaled_dot_product_attention
+
+
+def mask_of(q: Tensor, k: Tensor) -> Tensor:
+    return torch.arange(k.shape[-2])[None, :] <= torch.arange(q.shape[-2])[:, None] + 1
+
+
+CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "plain": lambda q, k, v: attend(q, k, v),
+    "scale": lambda q, k, v: attend(q, k, v, scale=0.3),
+    "flags": lambda q, k, v: attend(q, k, v, attn_mask=mask_of(q, k)),
+    "bias": lambda q, k, v: attend(q, k, v, attn_mask=mask_of(q, k).float()[None] * 2),
+    "rank_3": lambda q, k, v: attend(q[0], k[0], v[0]),
+    "nothing_to_see": lambda q, k, v: attend(
+        q, k, v, attn_mask=mask_of(q, k) & (torch.arange(q.shape[-2]) > 0)[:, None]
+    ),
+    "infinite_bias": lambda q, k, v: attend(
+        q, k, v, attn_mask=torch.zeros(q.shape[-2], k.shape[-2]).masked_fill(~mask_of(q, k), -math.inf)
+    ),
+    "views": lambda q, k, v: attend(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))),
+}
+
+
+def test_arguments(agree: Check) -> None:
+    agree(CASES, [torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 12)])
+
+
+def test_shared_heads_and_causal(agree: Check) -> None:
+    cases: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "causal": lambda q, k: attend(q, q, q, is_causal=True),
+        "shared": lambda q, k: attend(q, k, k, enable_gqa=True),
+    }
+    more = [(torch.randn(n, 4, s, 8), torch.randn(n, 2, s, 8)) for n, s in [(1, 1), (3, 33)]]
+    axes = {0: "batch", 2: "seq"}
+    agree(cases, [torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)], [axes, axes], more)
+
+
+def test_float64_is_refused(compiled: Callable[..., Any]) -> None:
+    x = torch.randn(1, 1, 2, 4, dtype=torch.float64)
+    with pytest.raises(CompileError, match="attends over float64"):
+        compiled({"attention": lambda q: attend(q, q, q)}, [x])
