@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from graphopt.capture import capture
 from graphopt.compile import compile
 from graphopt.runtime.session import InferenceSession
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "exp": torch.exp,
     "erf": torch.erf,
     "tanh": torch.tanh,
