@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch.fx import Node
+from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
@@ -48,6 +49,23 @@ def _arange(lowering: Lowering, node: Node) -> Lazy:
     return Lazy(shape_of(meta), dtype, (), element, sizes=sizes)
 
 
+def _linspace(lowering: Lowering, node: Node) -> Lazy:
+    """Counted from the nearer end, as PyTorch does, so that both ends are exact."""
+    given = arguments(node)
+    start, end = float(given["start"]), float(given["end"])
+    meta = node.meta["val"]
+    count, dtype = int(meta.shape[0]), DTYPES[meta.dtype]
+    step = (end - start) / max(count - 1, 1)
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        position = index.axis(0)
+        from_start = tirx.const(start, "float64") + position.astype("float64") * tirx.const(step, "float64")
+        from_end = tirx.const(end, "float64") - (count - 1 - position).astype("float64") * tirx.const(step, "float64")
+        return convert(tirx.Select(position < max(count // 2, 1), from_start, from_end), dtype)
+
+    return Lazy(shape_of(meta), dtype, (), element)
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.full.default: _filled("fill_value"),
     aten.full_like.default: _filled("fill_value"),
@@ -64,6 +82,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.ones.default: _filled(1),
     aten.ones_like.default: _filled(1),
     aten.new_ones.default: _filled(1),
+    aten.linspace.default: _linspace,
     aten.arange.default: _arange,
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,

@@ -16,7 +16,7 @@ from graphopt.compile import Artifact
 from graphopt.program import Program
 
 Case = Callable[..., Any]
-Check = Callable[..., None]
+Check = Callable[..., Any]
 
 
 class Cases(nn.Module):
@@ -71,7 +71,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def agree(compiled: Callable[..., Any]) -> Check:
     """agree(module or cases, inputs, dynamic=None, more=(), rtol=, atol=): equal values, shapes and dtypes.
 
-    `more` are inputs at other sizes. Tolerances are those of float32.
+    `more` are inputs at other sizes. Tolerances are those of float32. Returns what `compiled` does.
     """
 
     def check(
@@ -82,13 +82,14 @@ def agree(compiled: Callable[..., Any]) -> Check:
         *,
         rtol: float = 2e-5,
         atol: float = 2e-6,
-    ) -> None:
+    ) -> Compiled:
         run = compiled(subject, inputs, dynamic)
         for tensors in (inputs, *more):
             outputs = zip(run.program.outputs, run(*tensors), run.program(*tensors), strict=True)
             found = [(spec.name, difference(result, want, rtol, atol)) for spec, result, want in outputs]
             problems = [f"{name}: {problem}" for name, problem in found if problem]
             assert not problems, f"at {[tuple(t.shape) for t in tensors]}:\n" + "\n".join(problems)
+        return run
 
     return check
 

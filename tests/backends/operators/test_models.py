@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests import models
 
 Check = Callable[..., None]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "gpt2")]
 TEXT = {"num_hidden_layers": 1, "vocab_size": 100, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -51,7 +52,9 @@ def randomized(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-@pytest.mark.parametrize("make", [llama, t5_encoder], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [llama, pytest.param(t5_encoder, marks=pytest.mark.slow)], ids=lambda make: make.__name__
+)
 def test_text_models(agree: Check, make: Callable[[], nn.Module]) -> None:
     def example(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
         mask = torch.ones(rows, tokens, dtype=torch.int64)
@@ -63,14 +66,14 @@ def test_text_models(agree: Check, make: Callable[[], nn.Module]) -> None:
     agree(randomized(make()), example(2, 6), [axes, axes], more, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("make", [vit, mobilenet], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [vit, pytest.param(mobilenet, marks=pytest.mark.slow)], ids=lambda make: make.__name__)
 def test_image_models(agree: Check, make: Callable[[], nn.Module]) -> None:
     images = [torch.randn(n, 3, 32, 32) for n in (2, 1, 3)]
     more = [(image,) for image in images[1:]]
     agree(randomized(make()), images[:1], [{0: "batch"}], more, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet", "tied", "dict_output", "conv_net"])
+@pytest.mark.parametrize("name", ["resnet", "tied", "dict_output", "conv_net", *SLOW])
 def test_shared_models(agree: Check, name: str) -> None:
     module, examples, dynamic = getattr(models, name)()
     agree(module, examples, list(dynamic.values()), rtol=1e-4, atol=2e-5)
