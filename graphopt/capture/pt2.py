@@ -6,6 +6,7 @@ objects, checks the graph (see `pt2_graph`), and gives torch a cleaned copy that
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
@@ -31,6 +32,7 @@ from graphopt.errors import CaptureError
 _SAVE_AGAIN = "save it again with torch.export.save of this torch version"
 _PAYLOAD = re.compile(r"(?:weight|tensor)_\d+", re.ASCII)
 _CHUNK = 1 << 22
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _UNREADABLE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -157,16 +159,15 @@ def _check_payloads(config: Any, kind: str, archive: _Archive) -> set[str]:
 def _load_clean(archive: _Archive, kept: Mapping[str, bytes], payloads: set[str]) -> ExportedProgram:
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         path = Path(folder) / "clean.pt2"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as clean:
-            for member, content in kept.items():
-                clean.writestr(f"clean/{member}", content)
-            for member in sorted(payloads):
-                with (
-                    archive.file.open(archive.members[member]) as source,
-                    clean.open(f"clean/{member}", "w", force_zip64=True) as sink,
-                ):
-                    while chunk := source.read(_CHUNK):
-                        sink.write(chunk)
+        try:
+            _write_clean(path, archive, kept, payloads)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise CaptureError(
+                f"the temporary folder {tempfile.gettempdir()} has no room for a copy of it ({error.strerror}); "
+                "free space there, or set TMPDIR to another folder"
+            ) from error
         try:
             with quiet():
                 return torch.export.load(path)
@@ -174,6 +175,19 @@ def _load_clean(archive: _Archive, kept: Mapping[str, bytes], payloads: set[str]
             lines = str(error).strip().splitlines()
             reason = lines[0][:200] if lines else type(error).__name__
             raise CaptureError(f"torch cannot load it ({reason}); {_SAVE_AGAIN}") from error
+
+
+def _write_clean(path: Path, archive: _Archive, kept: Mapping[str, bytes], payloads: set[str]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as clean:
+        for member, content in kept.items():
+            clean.writestr(f"clean/{member}", content)
+        for member in sorted(payloads):
+            with (
+                archive.file.open(archive.members[member]) as source,
+                clean.open(f"clean/{member}", "w", force_zip64=True) as sink,
+            ):
+                while chunk := source.read(_CHUNK):
+                    sink.write(chunk)
 
 
 def _sample_inputs(archive: _Archive, name: str) -> list[torch.Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -31,10 +32,39 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
     extra = {SIDECAR: json.dumps(describe(program), indent=1)}
 
     def write(target: Path) -> None:
-        with quiet():
-            torch.export.save(exported, target, extra_files=extra)
+        with target.open("wb") as file:
+            sink = _Sink(file)
+            with quiet():
+                torch.export.save(exported, sink, extra_files=extra)
+            if sink.error is not None:
+                raise sink.error
 
     _write_whole(Path(path), ".pt2", write)
+
+
+class _Sink(io.RawIOBase):
+    """Passes bytes on and keeps the first error: torch's C++ zip writer ends the process when a write fails."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True  # torch asks, and rewinds once everything is written
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
 def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
@@ -148,10 +178,7 @@ def _write_whole(path: Path, suffix: str, write: Callable[[Path], None]) -> None
         files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)  # the model itself last
         for file in files:
             os.replace(file, path.parent / file.name)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise WriteError(f"cannot write {path}: {reason}") from error
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,30 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
         program.save(str(tmp_path / "m.bin"))
     with pytest.raises(WriteError, match="cannot write"):
         program.save(str(tmp_path / "absent" / "m.pt2"))
+
+
+FULL = """
+import resource, sys
+from graphopt.capture import capture
+from graphopt.errors import GraphoptError
+program = capture(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+for step in (lambda: program.save(sys.argv[2]), lambda: capture(sys.argv[1])):
+    try:
+        step()
+    except GraphoptError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    source, target = tmp_path / "m.pt2", tmp_path / "n.pt2"
+    models.program("mlp").save(str(source))
+    child = subprocess.run(
+        [sys.executable, "-c", FULL, str(source), str(target)], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    written, read = child.stdout.splitlines()
+    assert written == f"WriteError cannot write {target}: File too large"
+    assert read.startswith(f"CaptureError {source}: the temporary folder") and "cannot be read" not in read
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.pt2"]
