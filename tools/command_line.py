@@ -5,23 +5,25 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import errno
-import importlib
-import itertools
-import os
-import re
-import signal
-import sys
-import traceback
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from types import FrameType
-from typing import NoReturn, Protocol, cast
+from graphopt.tools import interrupt
 
-from graphopt.errors import GraphoptError, UsageError
-from graphopt.optional import missing_extra
+with interrupt.leaving():
+    import argparse
+    import difflib
+    import errno
+    import importlib
+    import itertools
+    import os
+    import re
+    import sys
+    import traceback
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+    from typing import NoReturn, Protocol, cast
+
+    from graphopt.errors import GraphoptError, UsageError
+    from graphopt.optional import missing_extra
+    from graphopt.tools.output_file import check_outputs
 
 VERBS = {
     "inspect": "inspect_model",
@@ -36,7 +38,10 @@ VERBS = {
     "benchmark": "benchmark",
     "profile": "profile_artifact",
 }
+INTERRUPTED = 130
 UNUSABLE_INPUT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS)
+
+OUT_OF_MEMORY = ("failed to map segment", "cannot allocate memory", "can't allocate memory", "std::bad_alloc")
 
 
 class Script(Protocol):
@@ -104,16 +109,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as e:  # argparse after --help
         return e.code if isinstance(e.code, int) else 0
     except KeyboardInterrupt:
-        print("graphopt: interrupted", file=sys.stderr)
-        return 130
+        return say_interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing is left to flush to
         return 1
     except Exception as e:
+        if interrupt.pressed():  # native code made another error of it
+            return say_interrupted()
         if "--debug" in words:
             traceback.print_exc()
         print(f"graphopt: error: {one_line(e)}", file=sys.stderr)
         return exit_code(e)
+
+
+def say_interrupted() -> int:
+    print("graphopt: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def dispatch(words: Sequence[str]) -> int:
@@ -131,7 +142,9 @@ def dispatch(words: Sequence[str]) -> int:
     verb = words[0]
     parser = build_parser(verb)
     refuse_unknown_options(parser, words[1:])
-    return load_script(verb).run(parser.parse_args(words[1:]))
+    arguments = parser.parse_args(words[1:])
+    check_outputs(arguments)
+    return load_script(verb).run(arguments)
 
 
 def refuse_unknown_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -149,18 +162,27 @@ def kebab(word: str) -> str:
 
 def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return "out of memory: close other programs, raise the limit (ulimit -v), or give it a smaller model"
     if isinstance(error, ImportError) and (missing := missing_extra("this command", error)):
         return str(missing)
     if isinstance(error, GraphoptError):
         return text
-    if isinstance(error, MemoryError):
-        return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {text}; run again with --debug for the traceback"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """The dynamic linker, C++ and torch each have their own words for it."""
+    if isinstance(error, GraphoptError):
+        return False
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 def exit_code(error: Exception) -> int:
+    if is_out_of_memory(error):
+        return 1
     if isinstance(error, GraphoptError):
         return error.exit_code
     if isinstance(error, ImportError) and missing_extra("this command", error):
@@ -169,20 +191,37 @@ def exit_code(error: Exception) -> int:
 
 
 def command() -> NoReturn:
-    """Entry point of the process: a Ctrl-C that native code or a callback turned into another error is still one."""
-    pressed: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
+    """Entry point of the process."""
+    interrupt.install()
+    prepare_streams()
     code = main()
-    if pressed:
-        # Python ends with the signal itself, not with a code, when KeyboardInterrupt went through an exec() on its way.
+    if interrupt.pressed() and code != INTERRUPTED:  # lost on its way, and nothing was written since
+        code = say_interrupted()
+    interrupt.ignore()
+    # Not sys.exit: what runs after it, in Python and in native libraries, answers Ctrl-C with a traceback or a crash.
+    os._exit(code if flush() else code or 1)
+
+
+def prepare_streams() -> None:
+    """Streams that were closed take everything, and characters that a stream cannot encode become escapes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the process
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def flush() -> bool:
+    """Whether all that was printed has arrived."""
+    try:
         sys.stdout.flush()
-        os._exit(130)
-    sys.exit(code)
+    except BrokenPipeError:
+        return False
+    except OSError as e:
+        print(f"graphopt: error: cannot write to stdout: {e.strerror}", file=sys.stderr)
+        return False
+    finally:
+        sys.stderr.flush()
+    return True
 
 
 def script(path: str) -> NoReturn:

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from graphopt.tools import interrupt
 from graphopt.tools.model_argument import ARTIFACT, add_model_argument, load_model
 from graphopt.tools.optimize import print_passes
-from graphopt.tools.output_file import check_folder, check_suffix
+from graphopt.tools.output_file import check_suffix
 from graphopt.tools.pass_options import add_pass_choice, chosen_passes
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, wants_text, write_json
@@ -29,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_suffix(arguments.output, (ARTIFACT, ARTIFACT + "/"))
-    check_folder(arguments.output)
     import graphopt
 
     begin = time.monotonic()
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = graphopt.optimize(program, chosen_passes(arguments), target=arguments.target)
     with progress(f"compiling for {arguments.target}"):
         artifact = graphopt.compile(result.program, arguments.target, threads=arguments.threads)
+        interrupt.check()
         artifact.save(arguments.output)
     report = {**result.report.to_json(), "artifact": summarize(artifact, arguments.output)}
     report["seconds"] = round(time.monotonic() - begin, 2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from graphopt.tools import interrupt
 from graphopt.tools.model_argument import add_model_argument, load_model
-from graphopt.tools.output_file import check_folder, check_suffix
+from graphopt.tools.output_file import check_suffix
 from graphopt.tools.pass_options import add_checking_options, add_pass_choice, checking_options, chosen_passes
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
@@ -36,7 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def optimize_and_write(arguments: argparse.Namespace, passes: str, options: dict[str, Any]) -> int:
     check_suffix(arguments.output, (".pt2", ".onnx"))
-    check_folder(arguments.output)
     from graphopt import optimize
 
     with progress(f"capturing {arguments.model}"):
@@ -54,6 +54,7 @@ def optimize_and_write(arguments: argparse.Namespace, passes: str, options: dict
 
 
 def write_program(program: Program, path: str) -> None:
+    interrupt.check()
     if path.endswith(".onnx"):
         program.to_onnx(path)
     else:

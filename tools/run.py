@@ -7,7 +7,7 @@ import argparse
 from graphopt.errors import UsageError
 from graphopt.tools.array_file import read_arrays, write_arrays
 from graphopt.tools.compare import compare_outputs
-from graphopt.tools.output_file import check_folder, check_suffix
+from graphopt.tools.output_file import check_suffix
 from graphopt.tools.table import add_json_option, format_shape, format_table, wants_text, write_json
 
 SUMMARY = "run an artifact on inputs from a file, or check it"
@@ -57,7 +57,6 @@ def run_file(arguments: argparse.Namespace) -> int:
     from graphopt.runtime.session import InferenceSession
 
     check_suffix(arguments.output, (".npz",))
-    check_folder(arguments.output)
     feed = read_arrays(arguments.input)
     session = InferenceSession(arguments.artifact, threads=arguments.threads)
     names = [item.name for item in session.get_outputs(arguments.entry)]

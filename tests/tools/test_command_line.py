@@ -108,6 +108,75 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
         assert process.stderr.read() == b"graphopt: interrupted\n"
 
 
+LOST = """
+import os, signal, time, weakref
+from tests.tools.tiny_models import dense
+
+class Thing:
+    pass
+
+def press(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+
+def in_a_callback():
+    thing = Thing()
+    reference = weakref.ref(thing, press)
+    del thing
+    time.sleep(60)
+
+def swallowed():
+    try:
+        press()
+    except KeyboardInterrupt:
+        pass
+    return dense()
+
+def another_error():
+    try:
+        press()
+    except KeyboardInterrupt:
+        raise RuntimeError("native code failed")
+"""
+
+
+@pytest.mark.parametrize("function", ["in_a_callback", "swallowed", "another_error"])
+def test_a_ctrl_c_that_gets_lost_on_its_way(tmp_path: Path, function: str) -> None:
+    (tmp_path / "lost.py").write_text(LOST)
+    command = [sys.executable, "-m", "graphopt", "inspect", f"lost:{function}", "--json", "out.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "graphopt: interrupted\n")
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(streams: str) -> None:
+    command = f"exec {sys.executable} -m graphopt list-targets --json {streams}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_full_stdout_is_a_failure() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "graphopt", "list-targets"]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+        ImportError("libtorch.so: failed to map segment from shared object", name="torch._C"),
+    ],
+)
+def test_out_of_memory_in_any_words(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(list_targets, "run", fail(error))
+    cli("list-targets").refused("out of memory", code=1)
+
+
 @pytest.mark.parametrize("command", [["-m", "graphopt", "list-targets"], [str(ROOT / "tools" / "list_targets.py")]])
 def test_module_and_script_are_the_same_code(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
