@@ -15,11 +15,14 @@ from typing import Any
 from graphopt.capture.names import join, output_names
 from graphopt.errors import CaptureError
 
+_MOST_POWER = 8
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_DUNDER = re.compile(r"__\w*__", re.ASCII)
 _DOTTED = re.compile(r"[A-Za-z_0-9]\w*(\.\w+)*", re.ASCII)
 _NAMESPACES = "aten|prim|prims|graphopt|quantized_decomposed|torchvision"
+_PART = r"(?!__)\w+(?<!__)"  # Python's own attributes are no operators; ATen has only those spelled out below
 _TARGET = re.compile(
-    rf"torch\.ops\.(?:{_NAMESPACES})\.(?!from_file\b)[A-Za-z_]\w*(?:\.\w+)?"
+    rf"torch\.ops\.(?:{_NAMESPACES})\.(?!from_file\b)(?:{_PART}|__i?(?:and|or|xor|lshift|rshift)__)(?:\.{_PART})?"
     r"|torch\.ops\.higher_order\.(?:cond|while_loop|scan|map_impl|wrap_with_set_grad_enabled|wrap_with_autocast)"
     r"|_operator\.(?:add|sub|mul|floordiv|truediv|mod|neg|pos|abs|pow|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
     r"|math\.(?:ceil|floor|trunc|sqrt|log|log2|exp)"
@@ -27,16 +30,17 @@ _TARGET = re.compile(
     re.ASCII,
 )
 _FUNCTIONS = {
-    "Symbol", "Integer", "Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Rational", "Not",
+    "Symbol", "Integer", "Add", "Mul", "Max", "Min", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Rational", "Not",
     "And", "Or", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt",
-    "CeilDiv",     "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt",
+    "CeilDiv", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt",
     "RoundDecimal", "ToFloat", "Identity", "Float", "IsNonOverlappingAndDenseIndicator", "StrictLessThan",
     "LessThan", "Equality", "StrictGreaterThan", "GreaterThan", "Unequality",
 }  # fmt: skip
+_POWERS = {"Pow", "PowByNatural"}
 _SYMBOL = re.compile(r"z?[suz]\w*\d+", re.ASCII)
 _EXPRESSION_NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.keyword, ast.Name, ast.Constant, ast.Load,
-    ast.operator, ast.unaryop, ast.cmpop,
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.unaryop, ast.cmpop,
 )  # fmt: skip
 _KEPT_METADATA = ("stack_trace", "custom")
 _MAX_DEPTH = 200
@@ -104,7 +108,7 @@ def _check_name(name: Any) -> None:
 
 
 def _check_dotted(name: Any) -> None:
-    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or "__" in name.split(".")[0][:2]:
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or any(map(_DUNDER.fullmatch, name.split("."))):
         raise CaptureError(f"the .pt2 holds the attribute name {str(name)[:40]!r}, which cannot be used")
 
 
@@ -129,17 +133,36 @@ def _check_expression(text: Any) -> None:
 
 def _harmless(node: ast.AST) -> bool:
     match node:
+        case ast.Call(func=ast.Name(id=name), args=[base, exponent], keywords=[]) if name in _POWERS:
+            return _small_power(base, exponent)
+        case ast.Call(func=ast.Name(id="Float"), args=arguments, keywords=keywords):
+            return len(arguments) == 1 and not keywords  # a second one sets how many digits are computed
         case ast.Call(func=function):
             return isinstance(function, ast.Name) and function.id in _FUNCTIONS
         case ast.Name(id=name):
-            return name in _FUNCTIONS or name in ("oo", "int_oo") or _SYMBOL.fullmatch(name) is not None
+            return name in (*_FUNCTIONS, *_POWERS, "oo", "int_oo") or _SYMBOL.fullmatch(name) is not None
         case ast.Constant(value=str(value)):
             return _SYMBOL.fullmatch(value) is not None
         case ast.Constant(value=value):
             return isinstance(value, (bool, int, float)) and abs(value) < 2**64
-        case ast.BinOp(op=ast.Pow(), right=right):
-            return isinstance(right, ast.Constant) and isinstance(right.value, int) and right.value <= 8
+        case ast.BinOp(op=ast.Pow(), left=base, right=exponent):
+            return _small_power(base, exponent)
     return isinstance(node, _EXPRESSION_NODES)
+
+
+def _small_power(base: ast.expr, exponent: ast.expr) -> bool:
+    """A power of a power could have more digits than fit in memory; torch itself writes only n**2 and the like."""
+    match exponent:
+        case (
+            ast.Call(func=ast.Name(id="Integer"), args=[ast.Constant(value=int(value))])
+            | ast.Constant(value=int(value))
+        ):
+            return 0 <= value <= _MOST_POWER and not any(_is_power(part) for part in ast.walk(base))
+    return False
+
+
+def _is_power(node: ast.AST) -> bool:
+    return isinstance(node, ast.Pow) or (isinstance(node, ast.Name) and node.id in _POWERS)
 
 
 _CHECKS: dict[str, Callable[[Any], None]] = {

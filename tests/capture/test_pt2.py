@@ -14,6 +14,7 @@ import torch
 from torch.export import Dim
 
 from graphopt.capture import Limits, capture
+from graphopt.capture.pt2_graph import _TARGET, _check_expression
 from graphopt.errors import CaptureError
 from tests import models
 
@@ -215,3 +216,35 @@ def test_flipped_bytes_never_crash(saved: Path, tmp_path: Path) -> None:
             capture(tmp_path / "flipped.pt2")
         except CaptureError:
             continue
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Pow(9, 99999999999)",
+        "PowByNatural(9, Integer(99999999999))",
+        "1 << 99999999999",
+        "((9**8)**8)**8",
+        "Pow(Mul(Pow(9, 8), 2), 8)",
+        "Float(1.5, 99999999999)",
+        "s0 | 1",
+    ],
+)
+def test_sizes_that_would_never_be_computed_are_refused(text: str) -> None:
+    with pytest.raises(CaptureError, match="no arithmetic on sizes"):
+        _check_expression(text)
+
+
+@pytest.mark.parametrize("text", ["Pow(Symbol('s0', integer=True), Integer(2))", "2*s0**2 + 1", "Max(1, s0 // 2)"])
+def test_sizes_as_torch_writes_them_pass(text: str) -> None:
+    _check_expression(text)
+
+
+@pytest.mark.parametrize("name", ["__class__", "add.__call__", "__init__.default", "__dict__.add"])
+def test_python_attributes_are_no_operators(name: str) -> None:
+    assert not _TARGET.fullmatch(f"torch.ops.aten.{name}")
+
+
+@pytest.mark.parametrize("name", ["add.Tensor", "__and__.Tensor", "__rshift__.Scalar", "_to_copy.default"])
+def test_operators_of_aten_are_operators(name: str) -> None:
+    assert _TARGET.fullmatch(f"torch.ops.aten.{name}")
