@@ -16,7 +16,7 @@ from graphopt.errors import UsageError
 from graphopt.tools.benchmarking.peers import check_peers, export_for_peers
 from graphopt.tools.benchmarking.report import build_report, format_notes, format_rows
 from graphopt.tools.benchmarking.turns import Entrant, take_turns
-from graphopt.tools.model_argument import HELP, add_dynamic_option, capture_model, is_artifact
+from graphopt.tools.model_argument import HELP_ARTIFACT, add_dynamic_option, capture_model, is_artifact
 from graphopt.tools.progress import progress
 from graphopt.tools.subject import Subject, add_size_options, chosen_sizes, open_artifact, program_subject
 from graphopt.tools.table import add_json_option, wants_text, write_json
@@ -25,7 +25,7 @@ SUMMARY = "time a model or artifact, alone or against another runtime"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL|ARTIFACT", help=f"a .gopt artifact, or {HELP} (compiled at O2)")
+    parser.add_argument("model", metavar="MODEL|ARTIFACT", help=f"{HELP_ARTIFACT} (compiled at O2)")
     parser.add_argument("--against", metavar="NAME,...", default="", help="runtimes to compare with: onnxruntime")
     parser.add_argument("--model", dest="source", metavar="MODEL", help="what the others run when timing an ARTIFACT")
     parser.add_argument("--rounds", type=int, default=15, help="turns of 0.2 s for each side (default 15)")

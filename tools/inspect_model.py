@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from graphopt.tools.model_argument import add_model_argument, is_artifact, load_model
+from graphopt.tools.model_argument import HELP_ARTIFACT, add_model_argument, is_artifact, load_model
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, format_shape, format_table, wants_text, write_json
 
@@ -17,7 +17,7 @@ SUMMARY = "show what a model or artifact takes, gives and is made of"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_argument(parser)
+    add_model_argument(parser, HELP_ARTIFACT)
     add_json_option(parser)
 
 

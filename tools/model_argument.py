@@ -1,8 +1,9 @@
-"""MODEL on the command line: a .pt2, an .onnx, or package.module:function returning (module, example inputs)."""
+"""MODEL on the command line: a .pt2 file, or package.module:function returning (module, example inputs)."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import os
 import re
@@ -14,19 +15,21 @@ from graphopt.errors import CaptureError, UsageError
 if TYPE_CHECKING:
     from graphopt.program import Program
 
-HELP = "a .pt2 or .onnx file, or package.module:function returning (module, example_inputs)"
+HELP = "a .pt2 file, or package.module:function returning (module, example_inputs)"
+HELP_ARTIFACT = f"a .gopt artifact, {HELP}"
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-AXIS = re.compile(r"(\d+)=([A-Za-z_]\w*)(?::(\d+)\.\.(\d+)?)?")
+FUNCTION_OF_FILE = re.compile(r"(?:\./)?(\w+(?:/\w+)*)\.py:(\w+)")
+AXIS = re.compile(r"(-?\d+)=([^:=]+)(?::(\d+)\.\.(\d+)?)?")
 ARTIFACT = ".gopt"
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=HELP)
+def add_model_argument(parser: argparse.ArgumentParser, help: str = HELP) -> None:
+    parser.add_argument("model", metavar="MODEL", help=help)
     add_dynamic_option(parser)
 
 
 def add_dynamic_option(parser: argparse.ArgumentParser) -> None:
-    help = "sizes that may change, such as ids:0=batch,1=seq or, with bounds, ids:1=seq:1..512; one for each input"
+    help = "sizes that may change: ids:0=batch,1=seq, with bounds ids:1=seq:1..512, or computed mask:1=past+1"
     parser.add_argument("--dynamic", metavar="NAME:AXIS=SIZE,...", nargs="+", action="extend", default=[], help=help)
 
 
@@ -39,14 +42,24 @@ def capture_model(model: str, dynamic: list[str]) -> Program:
     if is_artifact(model):
         raise UsageError(f"{model} is compiled already; give the model it was made from ({HELP})")
     is_file = model.endswith((".pt2", ".onnx"))
-    if not is_file and not FUNCTION.fullmatch(model):
-        raise UsageError(f"{model!r} is not a model; give {HELP}")
-    if is_file and not os.path.isfile(model):
+    if is_file and not os.path.isfile(model) and not os.path.isdir(model):
         raise UsageError(f"{model} does not exist; give {HELP}")
+    if os.path.isdir(model) or (not is_file and not FUNCTION.fullmatch(model)):
+        raise UsageError(why_no_model(model))
     from graphopt import capture
 
     source, examples = (model, None) if is_file else call_function(model)
     return capture(source, examples, dynamic_shapes=parse_dynamic(dynamic) or None)
+
+
+def why_no_model(model: str) -> str:
+    if os.path.isdir(model):
+        return f"{model} is a folder, and neither a model nor an artifact; give {HELP}"
+    if found := FUNCTION_OF_FILE.fullmatch(model):
+        return f"{model} names a file; write {found[1].replace('/', '.')}:{found[2]}"
+    if "/" in model and not os.path.exists(model):
+        return f"{model} does not exist; give {HELP}"
+    return f"{model!r} is not a model; give {HELP}"
 
 
 def is_artifact(path: str) -> bool:
@@ -60,13 +73,17 @@ def call_function(model: str) -> tuple[Any, Any]:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except Exception as e:
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as e:
         raise UsageError(f"cannot import {module_name} for {model!r}: {type(e).__name__}: {e}") from e
     if not callable(function := getattr(module, name, None)):
         raise UsageError(f"{module_name} has no function {name!r}; name one that returns (module, example_inputs)")
     try:
         result = function()
-    except Exception as e:
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as e:
         raise CaptureError(f"{model} failed: {type(e).__name__}: {e}; run it alone to see where") from e
     if not isinstance(result, tuple) or len(result) != 2:
         raise CaptureError(f"{model} returned {type(result).__name__}; it must return (module, example_inputs)")
@@ -77,19 +94,33 @@ def parse_dynamic(options: list[str]) -> dict[str, dict[int, Any]]:
     """["ids:0=batch,1=seq:1..512"] -> {"ids": {0: "batch", 1: Dim("seq", min=1, max=512)}}"""
     shapes: dict[str, dict[int, Any]] = {}
     for option in options:
-        found = re.fullmatch(r"(.+?):(\d+=.*)", option)
-        axes = [AXIS.fullmatch(item) for item in found[2].split(",")] if found else []
-        if not found or not all(axes):
+        found = re.fullmatch(r"(.+?):(-?\d+=.*)", option)
+        axes = [AXIS.fullmatch(item) for item in re.split(r",(?=-?\d+=)", found[2])] if found else []
+        if not found or not all(axis and is_size(axis[2]) for axis in axes):
             raise UsageError(
                 f"--dynamic {option!r} is not NAME:AXIS=SIZE,...; write for example ids:0=batch,1=seq:1..512"
             )
-        shapes[found[1]] = {int(axis[1]): size(axis[2], axis[3], axis[4]) for axis in axes if axis}
+        shape = shapes.setdefault(found[1], {})
+        shape |= {int(axis[1]): size(option, axis[2], axis[3], axis[4]) for axis in axes if axis}
     return shapes
 
 
-def size(name: str, low: str | None, high: str | None) -> Any:
+def is_size(text: str) -> bool:
+    """Whether it looks like a name or an expression; `capture` says which expressions it takes."""
+    try:
+        return isinstance(ast.parse(text.strip(), mode="eval").body, ast.Name | ast.BinOp | ast.Call)
+    except SyntaxError:
+        return False
+
+
+def size(option: str, name: str, low: str | None, high: str | None) -> Any:
+    name = name.strip()
     if low is None:
         return name
+    if not name.isidentifier():
+        raise UsageError(f"--dynamic {option!r} bounds {name!r}, which is computed; bound the names in it instead")
+    if high is not None and int(high) < int(low):
+        raise UsageError(f"--dynamic {option!r} bounds {name} by {low}..{high}; write the smaller one first")
     from torch.export import Dim
 
     return Dim(name, min=int(low), max=int(high) if high else None)

@@ -27,6 +27,30 @@ def test_dynamic_bounds() -> None:
     assert (shapes["a:b"][1].min, shapes["a:b"][1].max, shapes["c"][1].min) == (2, 9, 1)
 
 
+def test_dynamic_expressions() -> None:
+    shapes = parse_dynamic(["m:0=batch,1=past+1", "m:2=max(past, 2),-1=seq:1..9"])
+    assert (shapes["m"][0], shapes["m"][1], shapes["m"][2]) == ("batch", "past+1", "max(past, 2)")
+    assert shapes["m"][-1].max == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("x:0=n:9..2", "smaller one first"), ("x:0=n+1:2..9", "which is computed")]
+)
+def test_dynamic_bounds_that_cannot_be(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_dynamic([text])
+
+
+def test_a_module_that_leaves_when_imported(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "leaving.py").write_text("raise SystemExit(7)\n")
+    cli("inspect", "leaving:f").refused("cannot import leaving", "SystemExit: 7")
+
+
+def test_help_offers_what_is_accepted(cli: Cli) -> None:
+    for verb in ("inspect", "compare", "benchmark"):
+        assert ".gopt" in (text := cli(verb, "--help").out) and ".onnx" not in text
+
+
 @pytest.mark.parametrize("text", ["x", "x:", "x:a=b", "x:0=", "x:0=rows:1-64", "x:0=rows,"])
 def test_dynamic_misspelt(text: str) -> None:
     with pytest.raises(UsageError, match="ids:0=batch"):
@@ -46,6 +70,10 @@ def test_unknown_input_in_dynamic(cli: Cli) -> None:
         ("tests.tools.tiny_models:dens", "no function 'dens'"),
         ("tests.tools.tiny_models:no_example", "must return (module, example_inputs)"),
         ("tests.tools.tiny_models:broken", "no such checkpoint"),
+        ("tests.tools.tiny_models:leaves", "leaves failed: SystemExit: 7"),
+        (".", "is a folder"),
+        ("no/such", "no/such does not exist"),
+        ("models/mm.py:make", "write models.mm:make"),
     ],
 )
 def test_not_a_model(cli: Cli, model: str, words: str) -> None:

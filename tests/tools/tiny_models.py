@@ -34,3 +34,7 @@ def no_example() -> nn.Module:
 
 def broken() -> None:
     raise RuntimeError("no such checkpoint")
+
+
+def leaves() -> None:
+    raise SystemExit(7)
