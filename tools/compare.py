@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import numpy as np
 
 from graphopt.errors import UsageError
 from graphopt.tools.array_file import read_arrays
-from graphopt.tools.model_argument import add_dynamic_option
+from graphopt.tools.model_argument import HELP_ARTIFACT, add_dynamic_option
 from graphopt.tools.progress import progress
 from graphopt.tools.subject import Array, Arrays, add_size_options, chosen_sizes, open_subject
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
@@ -18,9 +19,8 @@ SUMMARY = "compare the outputs of two models or artifacts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    help = "an artifact, a .pt2 or .onnx file, or package.module:function"
-    parser.add_argument("a", metavar="A", help=help)
-    parser.add_argument("b", metavar="B", help=help)
+    parser.add_argument("a", metavar="A", help=HELP_ARTIFACT)
+    parser.add_argument("b", metavar="B", help="the same")
     parser.add_argument("--input", metavar="X.npz", help="inputs by name (default: drawn from A)")
     parser.add_argument("--atol", type=float, default=1e-4, help="absolute tolerance (default 1e-4)")
     parser.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance (default 1e-3)")
@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for option, value in (("--atol", arguments.atol), ("--rtol", arguments.rtol)):
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{option} {value:g} is no tolerance; give a number of at least 0")
     with progress("opening both"):
         a, b = (open_subject(path, arguments.dynamic) for path in (arguments.a, arguments.b))
     if arguments.input:

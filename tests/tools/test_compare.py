@@ -27,6 +27,11 @@ def test_tolerance_is_the_callers(cli: Cli) -> None:
     assert cli("compare", TINY, OTHER, "--atol", "100").code == 0
 
 
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_what_is_no_tolerance(cli: Cli, tolerance: str) -> None:
+    cli("compare", TINY, TINY, f"--atol={tolerance}").refused("--atol", "no tolerance")
+
+
 def test_model_against_its_artifact(cli: Cli, artifact: str) -> None:
     outcome = cli("compare", TINY, artifact, "--dynamic", DYNAMIC, "--size", "rows=7,rows=7")
     assert outcome.code == 0, outcome.out + outcome.err
