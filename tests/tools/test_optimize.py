@@ -56,3 +56,21 @@ def test_unknown_level(cli: Cli) -> None:
 )
 def test_output_is_checked_first(cli: Cli, name: str, words: str) -> None:
     cli("optimize", "no_such:model", "-o", name).refused(words)
+
+
+def test_the_example_in_the_help_exists(cli: Cli) -> None:
+    from graphopt.spec_string import parse_spec
+    from graphopt.tools.pass_options import EXAMPLE
+
+    assert len(parse_spec(EXAMPLE)) == 2
+    assert EXAMPLE in "".join(cli("optimize", "--help").out.split())
+
+
+def test_no_passes_is_spelled_as_a_level(cli: Cli) -> None:
+    cli("optimize", TINY, "-o", "o.pt2", "--passes", "").refused("--passes is empty", "-O0")
+
+
+@pytest.mark.parametrize("option", ["--recipe", "--data=x.npz", "--metric", "--tune"])
+@pytest.mark.parametrize("verb", [("optimize",), ("run-pass", "dead-code"), ("compile",)])
+def test_options_of_later_versions(cli: Cli, verb: tuple[str, ...], option: str) -> None:
+    cli(*verb, TINY, option, "-o", "o.pt2").refused("comes with a later version")
