@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,29 @@ HINT = "install a C compiler (gcc or clang), set CC to one, or run: pip install 
 
 
 def find_linker() -> tuple[str, ...] | None:
-    """The command that links: $CC, cc, gcc, clang, else zig's driver from the package `ziglang`; None where none is."""
-    chosen = os.environ.get("CC")
-    for name in (chosen,) if chosen else _DRIVERS:
+    """The command that links: $CC with its flags, else cc, gcc, clang or zig's driver from the package `ziglang`.
+
+    None where none is installed; raises CompileError when CC is set to something that cannot be run.
+    """
+    if chosen := os.environ.get("CC", "").strip():
+        return _split(chosen)
+    for name in _DRIVERS:
         if path := shutil.which(name):
             return (path,)
     if importlib.util.find_spec("ziglang") is not None:
         return (sys.executable, "-m", "ziglang", "cc")
     return None
+
+
+def _split(chosen: str) -> tuple[str, ...]:
+    """CC as make and the shell take it: a driver, maybe behind a launcher such as ccache, and flags."""
+    try:
+        name, *flags = shlex.split(chosen)
+    except ValueError as e:
+        raise CompileError(f"CC is {chosen!r}, which is no command ({e}); set it to a C compiler or unset it") from e
+    if (path := shutil.which(name)) is None:
+        raise CompileError(f"CC is {chosen!r}, and {name!r} cannot be found; set it to a C compiler or unset it")
+    return (path, *flags)
 
 
 def link(objects: list[str], library: str) -> None:

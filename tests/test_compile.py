@@ -102,6 +102,19 @@ def test_linker_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
         graphopt.compile(models.program("mlp"))
 
 
+def test_cc_may_hold_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "env 'cc' -Wall")
+    assert linker.find_linker() == (shutil.which("env"), "cc", "-Wall")
+
+
+@pytest.mark.parametrize("chosen", ["no-such-cc -Wall", "'cc"])
+def test_a_cc_that_is_no_command_is_named_and_not_replaced(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    monkeypatch.setenv("CC", chosen)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(CompileError, match=f"CC is .{chosen}"):
+        linker.find_linker()
+
+
 def test_zig_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)

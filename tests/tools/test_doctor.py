@@ -34,6 +34,12 @@ def test_no_linker(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     assert outcome.code == 1 and "pip install ziglang" in outcome.out
 
 
+def test_a_cc_that_is_not_there(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    monkeypatch.setenv("CC", "no-such-cc -Wall")
+    outcome = cli("doctor")
+    assert outcome.code == 1 and "CC is 'no-such-cc -Wall'" in outcome.out
+
+
 def test_a_finding_tells_what_is_wrong() -> None:
     def broken() -> str:
         raise UsageError("that is wrong")
