@@ -12,7 +12,7 @@ from graphopt.errors import UsageError
 from graphopt.tools.array_file import read_arrays
 from graphopt.tools.model_argument import HELP_ARTIFACT, add_dynamic_option
 from graphopt.tools.progress import progress
-from graphopt.tools.subject import Array, Arrays, add_size_options, chosen_sizes, open_subject
+from graphopt.tools.subject import Array, Arrays, add_entry_option, add_size_options, chosen_sizes, open_subject
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
 
 SUMMARY = "compare the outputs of two models or artifacts"
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="X.npz", help="inputs by name (default: drawn from A)")
     parser.add_argument("--atol", type=float, default=1e-4, help="absolute tolerance (default 1e-4)")
     parser.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance (default 1e-3)")
+    add_entry_option(parser)
     add_dynamic_option(parser)
     add_size_options(parser)
     add_json_option(parser)
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not 0 <= value < math.inf:
             raise UsageError(f"{option} {value:g} is no tolerance; give a number of at least 0")
     with progress("opening both"):
-        a, b = (open_subject(path, arguments.dynamic) for path in (arguments.a, arguments.b))
+        a, b = (open_subject(path, arguments.dynamic, arguments.entry) for path in (arguments.a, arguments.b))
     if arguments.input:
         feed = read_arrays(arguments.input)
     else:

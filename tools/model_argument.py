@@ -66,6 +66,12 @@ def is_artifact(path: str) -> bool:
     return path.endswith((ARTIFACT, ARTIFACT + "/")) or os.path.isfile(os.path.join(path, "manifest.json"))
 
 
+def check_artifact(path: str) -> None:
+    """Raises UsageError for what is a model by its name; whether the file is an artifact is seen on opening."""
+    if not is_artifact(path) and (path.endswith((".pt2", ".onnx")) or FUNCTION.fullmatch(path)):
+        raise UsageError(f"{path} is a model, not an artifact; compile it first: graphopt compile {path} -o model.gopt")
+
+
 def call_function(model: str) -> tuple[Any, Any]:
     """(module, example inputs) of "package.module:function", looked up from the current folder first."""
     module_name, _, name = model.partition(":")

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from graphopt.tools.model_argument import is_artifact
+from graphopt.tools.model_argument import check_artifact, is_artifact
 from graphopt.tools.progress import progress
-from graphopt.tools.subject import add_size_options, chosen_sizes, open_artifact
+from graphopt.tools.subject import add_entry_option, add_size_options, choose_entry, chosen_sizes, open_artifact
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
 
 SUMMARY = "show each kernel's time and schedule rule"
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT", help="a .gopt file or folder")
     parser.add_argument("--threads", type=int, help="(default: one for each CPU)")
     parser.add_argument("--rounds", type=int, default=20, help="runs to take the median of (default 20)")
+    add_entry_option(parser)
     add_size_options(parser)
     add_json_option(parser)
 
@@ -30,14 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds} measures nothing; give at least 1")
+    check_artifact(arguments.artifact)
     if not is_artifact(arguments.artifact):
         raise UsageError(f"{arguments.artifact} is not an artifact; make one with graphopt compile MODEL -o model.gopt")
-    subject = open_artifact(arguments.artifact)
+    subject = open_artifact(arguments.artifact, arguments.entry)
     feed = subject.draw(chosen_sizes(arguments, subject.inputs), arguments.seed)
     session = InferenceSession(arguments.artifact, threads=arguments.threads)
     with progress("measuring"):
-        times = session.profile(feed, rounds=arguments.rounds)
-    rows = kernel_rows(times, session.manifest.variants[0].kernels)
+        times = session.profile(feed, choose_entry(session, arguments.entry), arguments.rounds)
+    rows = kernel_rows(times, session.variant.kernels)
     write_json(arguments, {"seconds": sum(row["seconds"] for row in rows), "kernels": rows})
     if wants_text(arguments):
         print_rows(rows)

@@ -7,7 +7,9 @@ import argparse
 from graphopt.errors import UsageError
 from graphopt.tools.array_file import read_arrays, write_arrays
 from graphopt.tools.compare import compare_outputs
+from graphopt.tools.model_argument import check_artifact
 from graphopt.tools.output_file import check_suffix
+from graphopt.tools.subject import add_entry_option, choose_entry
 from graphopt.tools.table import add_json_option, format_shape, format_table, wants_text, write_json
 
 SUMMARY = "run an artifact on inputs from a file, or check it"
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="X.npz", help="arrays by input name")
     parser.add_argument("-o", "--output", metavar="Y.npz", help="where the outputs go, by name")
     parser.add_argument("--check", action="store_true", help="run the sample inside the artifact; exit 1 if it is off")
-    parser.add_argument("--entry", default="main", help="which entry of the artifact (default main)")
+    add_entry_option(parser)
     parser.add_argument("--threads", type=int, help="(default: one for each CPU)")
     add_json_option(parser)
 
@@ -31,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--check writes nothing; leave -o out or give --input")
     if arguments.input and not arguments.output:
         raise UsageError("say where the outputs go with -o y.npz")
+    check_artifact(arguments.artifact)
     return check(arguments) if arguments.check else run_file(arguments)
 
 
@@ -38,8 +41,9 @@ def check(arguments: argparse.Namespace) -> int:
     from graphopt.runtime.session import InferenceSession
 
     session = InferenceSession(arguments.artifact, threads=arguments.threads)
-    feed, expected = session.samples(arguments.entry)
-    outputs = session.run(list(expected), feed, entry=arguments.entry)
+    entry = choose_entry(session, arguments.entry)
+    feed, expected = session.samples(entry)
+    outputs = session.run(list(expected), feed, entry=entry)
     rows = compare_outputs(expected, dict(zip(expected, outputs, strict=True)), ATOL, RTOL)
     good = all(row["within"] for row in rows)
     write_json(arguments, {"good": good, "outputs": rows})
@@ -59,8 +63,9 @@ def run_file(arguments: argparse.Namespace) -> int:
     check_suffix(arguments.output, (".npz",))
     feed = read_arrays(arguments.input)
     session = InferenceSession(arguments.artifact, threads=arguments.threads)
-    names = [item.name for item in session.get_outputs(arguments.entry)]
-    outputs = dict(zip(names, session.run(names, feed, entry=arguments.entry), strict=True))
+    entry = choose_entry(session, arguments.entry)
+    names = [item.name for item in session.get_outputs(entry)]
+    outputs = dict(zip(names, session.run(names, feed, entry=entry), strict=True))
     write_arrays(arguments.output, outputs)
     rows = [{"output": name, "dtype": str(v.dtype), "shape": format_shape(v.shape)} for name, v in outputs.items()]
     write_json(arguments, rows)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt.errors import FeedError, UnknownNameError, UsageError
+from graphopt.runtime.sizes import parse_size
 from graphopt.tools.model_argument import capture_model, is_artifact
 
 if TYPE_CHECKING:
     from graphopt.program import Program
+    from graphopt.runtime.session import InferenceSession
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
@@ -29,8 +31,8 @@ class Subject:
     run: Callable[[Mapping[str, Array]], Arrays]
 
 
-def open_subject(path: str, dynamic: list[str]) -> Subject:
-    return open_artifact(path) if is_artifact(path) else program_subject(capture_model(path, dynamic))
+def open_subject(path: str, dynamic: list[str], entry: str | None = None) -> Subject:
+    return open_artifact(path, entry) if is_artifact(path) else program_subject(capture_model(path, dynamic))
 
 
 def program_subject(program: Program) -> Subject:
@@ -59,32 +61,64 @@ def program_subject(program: Program) -> Subject:
     return Subject({spec.name: spec.shape for spec in program.inputs}, draw, run)
 
 
-def open_artifact(path: str) -> Subject:
+def open_artifact(path: str, entry: str | None = None) -> Subject:
     from graphopt.runtime.session import InferenceSession
 
     session = InferenceSession(path)
-    shapes: dict[str, Shape] = {item.name: tuple(item.shape) for item in session.get_inputs()}
-    outputs = [item.name for item in session.get_outputs()]
+    name = choose_entry(session, entry)
+    shapes: dict[str, Shape] = {item.name: tuple(item.shape) for item in session.get_inputs(name)}
+    outputs = [item.name for item in session.get_outputs(name)]
 
     def draw(sizes: Mapping[str, int], seed: int) -> Arrays:
-        example = session.samples()[0]
-        known = {name: size for key, shape in shapes.items() for name, size in symbols(shape, example[key].shape)}
+        example = session.samples(name)[0]
+        known = {key: size for input, shape in shapes.items() for key, size in symbols(shape, example[input].shape)}
         check_sizes(sizes, known)
         known |= sizes
-        return {name: fit(example[name], [resolve(size, known) for size in shape]) for name, shape in shapes.items()}
+        return {key: fit(example[key], [resolve(size, known) for size in shape]) for key, shape in shapes.items()}
 
     def run(feed: Mapping[str, Array]) -> Arrays:
-        return dict(zip(outputs, session.run(None, feed), strict=True))
+        return dict(zip(outputs, session.run(None, feed, entry=name), strict=True))
 
     return Subject(shapes, draw, run)
 
 
+def add_entry_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--entry", help="which entry of the artifact (default main, or the only one)")
+
+
+def choose_entry(session: InferenceSession, entry: str | None) -> str:
+    """`entry`, else "main", else the only one there is. Raises UsageError or UnknownNameError."""
+    entries = session.entries
+    if entry is not None:
+        if entry not in entries:
+            raise UnknownNameError("entry", entry, entries)
+        return entry
+    if "main" in entries:
+        return "main"
+    if len(entries) != 1:
+        raise UsageError(f"the artifact has the entries {', '.join(entries)}; choose one with --entry")
+    return entries[0]
+
+
 def symbols(shape: Shape, sizes: tuple[int, ...]) -> list[tuple[str, int]]:
-    return [(name, size) for name, size in zip(shape, sizes, strict=True) if isinstance(name, str)]
+    """The names in a shape with their sizes; expressions over names such as "past + 1" are left out."""
+    return [(name, size) for name, size in zip(shape, sizes, strict=True) if isinstance(name, str) and is_name(name)]
+
+
+def is_name(size: str) -> bool:
+    return parse_size(size).names == {size}
 
 
 def resolve(size: int | str, sizes: Mapping[str, int]) -> int:
-    return size if isinstance(size, int) else sizes[size]
+    if isinstance(size, int):
+        return size
+    expression = parse_size(size)
+    if missing := sorted(expression.names - set(sizes)):
+        raise UsageError(f"size {size} needs {missing[0]}, which no input has by itself; give --size {missing[0]}=N")
+    value = expression.value(sizes)
+    if value is None or value < 0:
+        raise UsageError(f"size {size} cannot be computed from the sizes given; give others with --size")
+    return value
 
 
 def check_sizes(sizes: Mapping[str, int], known: Mapping[str, Any]) -> None:
@@ -129,8 +163,21 @@ def chosen_sizes(arguments: argparse.Namespace, inputs: Mapping[str, Shape]) -> 
             if isinstance(wanted, int) and wanted != size:
                 raise UsageError(f"axis {axis} of {name} is fixed at {wanted}, not {size}; capture it with --dynamic")
             if isinstance(wanted, str):
-                add_size(chosen, wanted, size)
+                add_size(chosen, *solve(wanted, size, chosen))
     return chosen
+
+
+def solve(wanted: str, size: int, known: Mapping[str, int]) -> tuple[str, int]:
+    """The one unknown name in the size `wanted`, and its value where that is `size`."""
+    if is_name(wanted):
+        return wanted, size
+    expression = parse_size(wanted)
+    name = min(expression.names - set(known), default=min(expression.names))
+    others = {key: value for key, value in known.items() if key != name}
+    value = expression.solve(name, others, size) if expression.names <= {name, *others} else None
+    if value is None or value < 0:
+        raise UsageError(f"axis {wanted} cannot be made {size}; give its names with --size")
+    return name, value
 
 
 def add_size(chosen: dict[str, int], name: str, size: int) -> None:

@@ -17,7 +17,7 @@ from graphopt.runtime.dtypes import DTYPES
 from graphopt.runtime.feed import FeedCheck
 from graphopt.runtime.library import ffi
 from graphopt.runtime.loading import Model, Verify, load
-from graphopt.runtime.manifest import Entry, Manifest, TensorInfo
+from graphopt.runtime.manifest import Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.profiling import profile_calls
 from graphopt.runtime.tensors import copy_tensor, from_device
 from graphopt.runtime.threads import Runner, resolve
@@ -95,6 +95,11 @@ class InferenceSession:
     def manifest(self) -> Manifest:
         """What the artifact says about itself."""
         return self._model.manifest
+
+    @property
+    def variant(self) -> Variant:
+        """The one of the manifest's variants whose code runs here."""
+        return self._model.variant
 
     @property
     def threads(self) -> int:

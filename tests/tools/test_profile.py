@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from graphopt.runtime.session import InferenceSession
 from graphopt.tools.profile_artifact import kernel_rows
 from tests.tools.conftest import TINY, Cli
 
@@ -15,5 +16,11 @@ def test_slow_kernels_are_generic_and_take_over_2_percent() -> None:
     assert [(row["kernel"], row["slow"]) for row in rows] == [("big", False), ("loops", True), ("small", False)]
 
 
+def test_rules_are_those_of_the_variant_that_was_opened(artifact: str) -> None:
+    session = InferenceSession(artifact)
+    assert session.variant in session.manifest.variants
+
+
 def test_not_an_artifact(cli: Cli) -> None:
-    cli("profile", TINY).refused("is not an artifact")
+    cli("profile", TINY).refused("a model, not an artifact")
+    cli("profile", "nothing").refused("is not an artifact")

@@ -97,6 +97,13 @@ def test_options_that_do_not_go_together(cli: Cli, artifact: str, words: tuple[s
     cli("run", artifact, *words).refused()
 
 
+@pytest.mark.parametrize("model", ["m.pt2", "package.module:function"])
+@pytest.mark.parametrize("words", [("run", "--check"), ("profile",)])
+def test_a_model_is_no_artifact(cli: Cli, tmp_path: Path, model: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "m.pt2").write_bytes(b"PK")
+    cli(*words, model).refused(f"{model} is a model, not an artifact; compile it first")
+
+
 def test_missing_artifact(cli: Cli) -> None:
     cli("run", "no.gopt", "--check").refused("no.gopt")
 

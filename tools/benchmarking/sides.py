@@ -24,10 +24,12 @@ class Opened:
 
 def open_graphopt(path: str, feed: Feed, threads: int) -> Opened:
     from graphopt.runtime.session import InferenceSession
+    from graphopt.tools.subject import choose_entry
 
     session = InferenceSession(path, threads=threads)
-    about = {"tools": dict(session.manifest.tools), "target": session.manifest.variants[0].target, "threads": threads}
-    return Opened(lambda: session.run(None, feed), about)
+    about = {"tools": dict(session.manifest.tools), "target": session.variant.target, "threads": threads}
+    entry = choose_entry(session, None)
+    return Opened(lambda: session.run(None, feed, entry=entry), about)
 
 
 def open_onnxruntime(path: str, feed: Feed, threads: int) -> Opened:
