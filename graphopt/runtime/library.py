@@ -100,6 +100,10 @@ def _load() -> ModuleType:
             ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
         except OSError as e:
             raise UsageError(f"{path} cannot be loaded ({e}); set {RUNTIME_VARIABLE} to a {RUNTIME_LIBRARY}") from e
+        if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
+            raise UsageError(
+                f"{path} is another library than TVM's runtime; set {RUNTIME_VARIABLE} to {RUNTIME_LIBRARY}"
+            )
     module: ModuleType = tvm_ffi
     return module
 
@@ -108,6 +112,8 @@ def find_runtime() -> str:
     """The path of `libtvm_runtime.so`: what the environment says, else the one in the installed tvm package."""
     given = os.environ.get(RUNTIME_VARIABLE)
     if given:
+        if os.path.isdir(given):
+            raise UsageError(f"{RUNTIME_VARIABLE} is the folder {given}; name the file {RUNTIME_LIBRARY} in it")
         if not os.path.isfile(given):
             raise UsageError(f"{RUNTIME_VARIABLE} is {given}, and there is no such file")
         return given

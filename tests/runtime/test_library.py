@@ -119,6 +119,18 @@ def test_a_runtime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         library.find_runtime()
 
 
+def test_a_runtime_that_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_TVM_RUNTIME", "/tmp")
+    with pytest.raises(UsageError, match=r"is the folder /tmp; name the file libtvm_runtime\.so"):
+        library.find_runtime()
+
+
+def test_a_runtime_that_is_another_library() -> None:
+    other = str(np._core._multiarray_umath.__file__)
+    code = "from graphopt.runtime import library\ntry:\n    library.ffi()\nexcept Exception as e:\n    print(e)"
+    assert fresh(code, GRAPHOPT_TVM_RUNTIME=other).startswith(f"{other} is another library than TVM's runtime")
+
+
 def test_another_version_of_the_pair_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.15")
     with pytest.raises(UsageError, match=r"apache-tvm-ffi 0\.1\.15 is installed, .*; pip install apache-tvm-ffi==0\.1"):
