@@ -16,6 +16,7 @@ LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu:x86-64-v3": ("x86-64-v3", _V3),
     "cpu:x86-64-v4": ("x86-64-v4", _V4),
 }
+MOST_THREADS = 1024  # more CPUs than one machine has; shares of kernels beyond that are only overhead
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ def resolve_target(name: str, threads: int | None = None) -> Target:
     available = len(os.sched_getaffinity(0))
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; give a number of at least 1")
+    if threads is not None and threads > MOST_THREADS:
+        raise UsageError(f"threads is {threads}; give a number of at most {MOST_THREADS}")
     if name == "cpu":
         name = _host_level()
     if name not in LEVELS:
         raise UnknownNameError("target", name, target_names())
     architecture, features = LEVELS[name]
-    return Target(name, architecture, features, threads or available)
+    return Target(name, architecture, features, min(threads or available, MOST_THREADS))
 
 
 def target_names() -> tuple[str, ...]:
