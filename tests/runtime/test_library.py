@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from graphopt.errors import FeedError, MissingExtraError, UsageError
