@@ -23,12 +23,15 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 _FUNCTIONS: dict[str, Callable[..., int]] = {
     "Max": max,
     "Min": min,
+    "max": max,  # as capture writes them
+    "min": min,
     "FloorDiv": operator.floordiv,
     "CeilDiv": lambda a, b: -(-a // b),
     "Mod": operator.mod,
     "PythonMod": operator.mod,
 }
 _LONGEST = 1000
+_MOST_POWER = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Expression:
 
 @lru_cache(maxsize=1024)
 def parse_size(text: str) -> Expression:
-    """Read one expression: names, integers, + - * // %, Max, Min, FloorDiv, CeilDiv, Mod; anything else is refused."""
+    """Read one expression: names, integers, + - * // % **, Max, Min, FloorDiv, CeilDiv, Mod; anything else is refused."""
     try:
         if len(text) > _LONGEST:
             raise ValueError("too long")
@@ -81,6 +84,11 @@ def _build(node: ast.expr, names: set[str]) -> Evaluator:
             return lambda sizes: -inner(sizes)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _call(_OPERATORS[type(op)], [_build(left, names), _build(right, names)])
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if 0 <= power <= _MOST_POWER:
+            if any(isinstance(part, ast.Pow) for part in ast.walk(left)):
+                raise ValueError("a power of a power is not part of a size")
+            base = _build(left, names)
+            return lambda sizes: base(sizes) ** power
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS and len(args) > 1:
             return _call(_FUNCTIONS[name], [_build(item, names) for item in args])
     raise ValueError(f"{type(node).__name__} is not part of a size")

@@ -26,6 +26,9 @@ from graphopt.runtime.sizes import fits, parse_size
         ("FloorDiv(seq, 2)", 2),
         ("CeilDiv(seq, 2)", 3),
         ("batch*seq", 15),
+        ("max(1, seq - 9)", 1),
+        ("min(batch, seq)", 3),
+        ("seq**2", 25),
     ],
 )
 def test_expressions(text: str, expected: int) -> None:
