@@ -89,8 +89,10 @@ def compile(
     report = {"target": chosen.name, "threads": chosen.threads, "kernels": dict(module.kernels), "slow": slow}
     built = {library: cpu.build(module.module, chosen)}
     artifact = Artifact(manifest, built, weights, _samples(entries), report)
-    errors = check_session(artifact.session(), entries)
-    return Artifact(manifest, built, weights, artifact.check, {**report, "errors": errors})
+    checks = check_session(artifact.session(), entries)
+    report["errors"] = {name: check.error for name, check in checks.items()}
+    report["unchecked"] = {name: list(check.unchecked) for name, check in checks.items() if check.unchecked}
+    return Artifact(manifest, built, weights, artifact.check, report)
 
 
 def _entries(programs: Program | Mapping[str, Program]) -> dict[str, Program]:
@@ -102,7 +104,7 @@ def _entries(programs: Program | Mapping[str, Program]) -> dict[str, Program]:
             raise UsageError(f"entry {name!r} is a {type(program).__name__}; make a Program with graphopt.capture")
         if not name.isidentifier():
             raise UsageError(f"entry name {name!r} is no identifier; use letters, digits and underscores")
-        if not program.examples:
+        if len(program.examples) != len(program.inputs):
             raise UsageError(f"entry {name!r} has no example inputs to check on; capture it with some")
     return entries
 

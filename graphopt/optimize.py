@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from graphopt.branches import conditions
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.errors import (
     GraphoptError,
@@ -22,10 +24,12 @@ from graphopt.levels import LEVELS, level_passes
 from graphopt.program import Program
 from graphopt.registry import check_target
 from graphopt.report import PassReport, Report
+from graphopt.samples import CANNOT_RUN
 from graphopt.spec_string import parse_spec, pass_options
 from graphopt.verify import Sample, check_exact, find_defect, make_samples, results_of
 
 Verify = Literal["off", "structure", "numeric"]
+_LEVEL_LIKE = re.compile(r"-?[Oo]?-?\d+|-?[Oo]\w?", re.ASCII)
 VERIFY = ("off", "structure", "numeric")
 
 
@@ -80,6 +84,8 @@ def choose_passes(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
         return tuple(passes)
     if passes in LEVELS:
         return level_passes(passes)
+    if _LEVEL_LIKE.fullmatch(passes):
+        raise UsageError(f"unknown level {passes!r}; the levels are {', '.join(LEVELS)}")
     if passes.endswith((".yaml", ".yml")):
         raise UsageError(f"recipes such as {passes} come with a later version; write the passes as 'a{{x=1}},b'")
     return parse_spec(passes)
@@ -96,7 +102,7 @@ def _check_arguments(program: Program, passes: tuple[Pass, ...], verify: str, da
     for name, value in (("data", data), ("metric", metric)):
         if value is not None and not learning:
             raise UsageError(f"{name} has no effect: none of these passes is approximate; leave it out")
-    if verify == "numeric" and passes and not program.examples:
+    if verify == "numeric" and passes and len(program.examples) != len(program.inputs):
         raise UsageError(
             f"{program.name} has no example inputs to check on; capture it with some or use verify='structure'"
         )
@@ -136,10 +142,11 @@ class _Run:
         seconds = time.perf_counter() - start
         self._check_structure(item, place, result.program)
         error = self._check_numbers(item, place, result.program)
+        notes = result.notes if error is None else (*result.notes, *self.skipped)
         self.program = result.program
         counts = before.count_operators(), result.program.count_operators()
         options = pass_options(item)
-        return PassReport(item.name, options, result.rewrites, result.declined, result.notes, *counts, seconds, error)
+        return PassReport(item.name, options, result.rewrites, result.declined, notes, *counts, seconds, error)
 
     def _call(self, item: Pass, place: str) -> PassResult:
         try:
@@ -169,15 +176,18 @@ class _Run:
             self.samples, self.results = (), ()
             return None
         if not self.samples:
-            self.samples = make_samples(self.program, self.context.seed)
+            self.samples, self.skipped = make_samples(self.program, self.context.seed)
             self.results = results_of(self.program, self.samples)
+        if conditions(after) != conditions(self.program):  # what would be forced is no longer the same in both
+            kept = [pair for pair in zip(self.samples, self.results, strict=True) if not pair[0].sides]
+            self.samples, self.results = tuple(s for s, _ in kept), tuple(r for _, r in kept)
         names = (*(spec.name for spec in after.outputs), *(state.spec.name for state in after.state))
         try:
             results = results_of(after, self.samples)
             error = check_exact(self.results, results, self.samples, names)
         except VerificationError as error:
             raise VerificationError(f"pass {place}: {error}") from error
-        except RuntimeError as error:
+        except CANNOT_RUN as error:
             raise VerificationError(f"pass {place}: the result does not run: {error}") from error
         self.results = results
         return error

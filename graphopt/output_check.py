@@ -6,16 +6,17 @@ and at primes; a program with state is followed for some calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
-from graphopt.capture.inputs import check_sizes, draw_inputs
+from graphopt.branches import search_branches
 from graphopt.errors import VerificationError
 from graphopt.program import Program, TensorSpec
 from graphopt.reference import largest_error, magnitude, run_float64
 from graphopt.runtime.session import InferenceSession
+from graphopt.samples import Drawn, draw_samples
 
 # A compiled program may be this much farther from float64 than PyTorch is, plus a share of the largest value: its
 # polynomials and the order of its sums are its own.
@@ -25,30 +26,41 @@ _STEPS = 2  # calls that a program with state is followed for
 _FAULT = "this is a fault of graphopt's lowering, please report it"
 
 
-def check_session(session: InferenceSession, entries: Mapping[str, Program]) -> dict[str, float]:
-    """Entry -> largest error relative to the largest value. Raises VerificationError naming entry, output and sizes."""
-    errors = {}
+@dataclass(frozen=True)
+class Check:
+    """What came of one entry: the largest error relative to the largest value, and what could not be checked."""
+
+    error: float
+    unchecked: tuple[str, ...] = ()
+
+
+def check_session(session: InferenceSession, entries: Mapping[str, Program]) -> dict[str, Check]:
+    """What came of every entry. Raises VerificationError naming entry, output and sizes."""
+    checks = {}
     for name, program in entries.items():
         worst = 0.0
-        for sizes, inputs in _cases(program):
+        cases, unchecked = check_cases(program)
+        for case in cases:
             session.reset()
             state = tuple(item.initial for item in program.state)
             for _ in range(_STEPS if state else 1):
-                feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, inputs, strict=True)}
+                feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, case.inputs, strict=True)}
                 results = [torch.from_numpy(array) for array in session.run(None, feed, entry=name)]
-                outputs, following = program.step(inputs, state)
-                exact = run_float64(_from_state(program, state), inputs)
+                outputs, following = program.step(case.inputs, state)
+                exact = run_float64(_from_state(program, state), case.inputs)
                 for spec, result, eager, reference in zip(program.outputs, results, outputs, exact, strict=False):
-                    worst = max(worst, _compare(name, spec, sizes, result, eager, reference))
+                    worst = max(worst, _compare(name, spec, case.sizes, result, eager, reference))
                 state = following
-        errors[name] = worst
-    return errors
+        checks[name] = Check(worst, tuple(unchecked))
+    return checks
 
 
-def _cases(program: Program) -> Iterator[tuple[dict[str, int], tuple[torch.Tensor, ...]]]:
-    yield program.bind(program.examples), program.examples
-    for seed, sizes in enumerate(check_sizes(program)):
-        yield sizes, draw_inputs(program, sizes, seed)
+def check_cases(program: Program) -> tuple[list[Drawn], list[str]]:
+    """The examples, drawn inputs, and inputs for branches that those leave out; and what PyTorch cannot run."""
+    drawn, skipped = draw_samples(program, seed=0)
+    cases = [Drawn(program.bind(program.examples), program.examples), *drawn]
+    branches, missing = search_branches(program, [case.inputs for case in cases])
+    return [*cases, *branches], [*skipped, *missing]
 
 
 def _from_state(program: Program, state: tuple[torch.Tensor, ...]) -> Program:

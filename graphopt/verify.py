@@ -11,9 +11,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree
 
+from graphopt.branches import Sides, forced, side_choices
 from graphopt.errors import VerificationError
-from graphopt.program import Program, get_attribute, placeholder_name
+from graphopt.program import Program, State, get_attribute, placeholder_name
 from graphopt.reference import largest_error, magnitude, run_float64
+from graphopt.samples import draw_samples, failure
 
 FACTOR, RELATIVE = 4.0, 1e-6  # an exact pass may bring FACTOR times the error there was, plus RELATIVE
 
@@ -32,6 +34,13 @@ def same_interface(before: Program, after: Program) -> Iterator[str]:
             yield f"its {part} are {getattr(after, part)} instead of {getattr(before, part)}"
     if [item.spec for item in before.state] != [item.spec for item in after.state]:
         yield "its state has changed"
+    elif not all(_identical(*pair) for pair in zip(before.state, after.state, strict=True)):
+        yield "the initial value of its state has changed"
+
+
+def _identical(before: State, after: State) -> bool:
+    old, new = before.initial, after.initial
+    return old is new or ((old.dtype, old.shape) == (new.dtype, new.shape) and _equal(old, new))
 
 
 def placeholders_are_inputs(before: Program, after: Program) -> Iterator[str]:
@@ -137,27 +146,41 @@ def _attribute(module: GraphModule, node: Node) -> object:
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs to compare on, and what a float64 run of the reference program gives for them."""
+    """Inputs to compare on, and what a float64 run of the reference program gives for them.
+
+    With `sides`, conditions take the sides chosen there in place of what their predicates say.
+    """
 
     label: str
     inputs: tuple[torch.Tensor, ...]
     reference: tuple[torch.Tensor, ...]
+    sides: Sides = ()
 
 
-def make_samples(program: Program, seed: int) -> tuple[Sample, ...]:
-    """The example inputs, and inputs drawn from the domains at each set of sizes worth checking."""
-    from graphopt.capture.inputs import check_sizes, draw_inputs
+def make_samples(program: Program, seed: int) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """The examples, and inputs drawn from the domains at each set of sizes worth checking; conditions go both ways.
 
-    found = [("the example inputs", program.examples)] if program.examples else []
-    for sizes in check_sizes(program) if program.examples else ():
-        named = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        found.append((f"drawn inputs{' with ' + named if named else ''}", draw_inputs(program, sizes, seed)))
-    return tuple(Sample(label, inputs, run_float64(program, inputs)) for label, inputs in found)
+    The second result says what PyTorch itself cannot run, and so is not checked.
+    """
+    if len(program.examples) != len(program.inputs):
+        return (), ()
+    drawn, skipped = draw_samples(program, seed)
+    found = [("the example inputs", program.examples), *((item.label, item.inputs) for item in drawn)]
+    samples = [Sample(label, inputs, run_float64(program, inputs)) for label, inputs in found]
+    for sides in side_choices(program):
+        changed = forced(program, sides)
+        label = " and ".join(str(side).lower() for side in sides)
+        for place, inputs in found:
+            if not failure(changed, inputs):
+                where = f"{place} with conditions forced to {label}"
+                samples.append(Sample(where, inputs, run_float64(changed, inputs), sides))
+    return tuple(samples), tuple(skipped)
 
 
 def results_of(program: Program, samples: tuple[Sample, ...]) -> tuple[tuple[torch.Tensor, ...], ...]:
     """Outputs, then new state, for every sample."""
-    runs = (program.step(sample.inputs) for sample in samples)
+    programs = {(): program, **{sides: forced(program, sides) for sides in {sample.sides for sample in samples} - {()}}}
+    runs = (programs[sample.sides].step(sample.inputs) for sample in samples)
     return tuple((*outputs, *state) for outputs, state in runs)
 
 

@@ -265,3 +265,38 @@ def test_a_changed_interface_is_refused(mlp: Program) -> None:
 
     with pytest.raises(PostconditionError, match="its outputs are"):
         graphopt.optimize(mlp, [Given(rename)])
+
+
+@pytest.mark.parametrize("level", ["O9", "02", "-O2", "3"])
+def test_a_level_that_is_none_is_answered_with_those_there_are(level: str) -> None:
+    with pytest.raises(UsageError, match="the levels are O0, O1, O2, O3"):
+        graphopt.optimize(models.program("mlp"), level)
+
+
+class Ticks(nn.Module):
+    """Counts its calls and takes nothing."""
+
+    total: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(2))
+
+    def forward(self) -> torch.Tensor:
+        self.total.add_(1)
+        return self.total * 2
+
+
+def test_a_model_without_inputs_is_optimized() -> None:
+    program = graphopt.capture(Ticks(), ())
+    result = graphopt.optimize(program, "O1").program
+    assert torch.equal(result()[0], torch.full((2,), 2.0))
+
+
+def test_a_pass_may_not_change_what_state_starts_from() -> None:
+    def change(program: Program) -> PassResult:
+        first, *others = program.state
+        return PassResult(replace(program.copy(), state=(replace(first, initial=first.initial + 1), *others)))
+
+    with pytest.raises(PostconditionError, match="initial value of its state has changed"):
+        graphopt.optimize(models.program("counter"), [Given(change)], verify="structure")

@@ -35,8 +35,8 @@ def _domain(placeholder: Node, module: GraphModule) -> Domain:
         return Domain()
     uses = _uses(placeholder, module)
     if dtype in _INTEGERS:
-        rows = [r for node, origin, owner in uses if (r := _table_rows(node, origin, owner)) is not None]
-        if rows:
+        rows = [r for node, origin, _ in uses if (r := _table_rows(node, origin)) is not None]
+        if rows and min(rows) > 0:
             return Domain("ids", 0, min(rows) - 1)
     return Domain("mask") if any(_as_mask(node, origin, dtype) for node, origin, _ in uses) else Domain()
 
@@ -81,22 +81,21 @@ def operator_name(node: Node) -> str:
     return str(getattr(packet, "__name__", packet))
 
 
-def _table_rows(user: Node, index: Node, module: GraphModule) -> int | None:
-    """Rows of the table when `user` looks `index` up in one: an embedding, or indexing a weight's first axis."""
-    name = operator_name(user)
+def _table_rows(user: Node, index: Node) -> int | None:
+    """Size of the axis that `user` looks `index` up along; None where it looks nothing up or the size may vary."""
     arguments: Any = user.args
-    looked_up = (
-        (name == "embedding" and arguments[1] is index)
-        or (name == "index_select" and arguments[1] == 0 and arguments[2] is index)
-        or (name == "index" and arguments[1] and arguments[1][0] is index)
-    )
-    if not looked_up:
-        return None
-    table = arguments[0]
-    if name != "embedding" and table.op != "get_attr":
-        return None
-    rows = table.meta["val"].shape[0]
-    return rows if isinstance(rows, int) else None
+    match operator_name(user):
+        case "embedding" if arguments[1] is index:
+            axis = 0
+        case "index_select" | "gather" if arguments[2] is index:
+            axis = arguments[1]
+        case "index" if index in arguments[1]:
+            axis = arguments[1].index(index)
+        case _:
+            return None
+    shape = arguments[0].meta["val"].shape
+    size = shape[axis] if shape else None
+    return size if isinstance(size, int) else None
 
 
 def _as_mask(user: Node, value: Node, dtype: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -35,7 +35,7 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
         with target.open("wb") as file:
             sink = _Sink(file)
             with quiet():
-                torch.export.save(exported, sink, extra_files=extra)
+                torch.export.save(exported, cast(IO[bytes], sink), extra_files=extra)
             if sink.error is not None:
                 raise sink.error
 

@@ -83,3 +83,15 @@ def test_check_sizes() -> None:
     program = models.program("bert")
     assert check_sizes(program) == [{"batch": 2, "seq": 6}, {"batch": 1, "seq": 1}, {"batch": 7, "seq": 5}]
     assert check_sizes(capture(nn.ReLU(), (torch.ones(2),))) == [{}]
+
+
+class LooksUp(nn.Module):
+    def forward(self, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return x.gather(1, i)
+
+
+def test_positions_along_a_fixed_axis_are_ids_and_along_a_dynamic_one_are_not() -> None:
+    x, i = torch.randn(3, 6), torch.zeros(3, 2, dtype=torch.int64)
+    assert capture(LooksUp(), (x, i)).inputs[1].domain == Domain("ids", 0, 5)
+    dynamic = capture(LooksUp(), (x, i), dynamic_shapes={"x": {1: "seq"}})
+    assert dynamic.inputs[1].domain == Domain()
