@@ -18,6 +18,8 @@ from graphopt.capture.expressions import expression_text, size_range
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
 from graphopt.program import SizeRange, evaluate_size
 
+_LARGEST = 2**62  # torch takes bounds from here on for no bound
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -93,11 +95,19 @@ def _read_size(name: str, axis: int, size: Any) -> tuple[str, int | None, int | 
         return size, None, None
     if type(size) is Dim:
         most = None if size.max in (int_oo, sympy.oo) else int(size.max)
+        _check_dim(size.__name__, int(size.min), most)
         return size.__name__, int(size.min) or None, most
     raise CaptureError(
         f'dynamic_shapes: axis {axis} of {name!r} must be a name such as "batch" or a torch.export.Dim with a name '
         f"and bounds, got {size!r}"
     )
+
+
+def _check_dim(name: str, low: int, high: int | None) -> None:
+    if low < 0 or low >= _LARGEST or (high is not None and high >= _LARGEST):
+        raise CaptureError(f"dynamic_shapes: the bounds of size {name!r} must be from 0 to 2**62 - 1")
+    if high is not None and low > high:
+        raise CaptureError(f"dynamic_shapes: size {name!r} has min={low} over max={high}; swap them")
 
 
 class _AnySize(dict[str, int]):
@@ -125,6 +135,14 @@ def example_sizes(request: Request, inputs: Mapping[str, torch.Tensor]) -> dict[
             actual = inputs[axis.input].shape[axis.axis]
             if expected != actual:
                 raise CaptureError(f"{axis} should be {axis.size} = {expected}, but the example has {actual}")
+    for name, size in sizes.items():
+        low, high = request.low.get(name), request.high.get(name)
+        if (low is not None and size < low) or (high is not None and size > high):
+            allowed = f"{1 if low is None else low} {'and up' if high is None else f'to {high}'}"
+            raise CaptureError(
+                f"{request.of(name)} is {size} in the example, but its Dim {name!r} allows {allowed}; widen the bounds "
+                "or give another example"
+            )
     return sizes
 
 

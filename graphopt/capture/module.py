@@ -126,7 +126,9 @@ def _export(
 
     def attempt(sizes: Mapping[str, int]) -> tuple[ExportedProgram, dict[str, str], dict[str, SizeRange]]:
         scaled = [_scale(n, leaf, request, sizes) for n, leaf in zip(names, leaves, strict=True)]
-        exported = _run_export(module, pytree.tree_unflatten(scaled, spec), _shapes(names, scaled, spec, request))
+        exported = _run_export(
+            module, pytree.tree_unflatten(scaled, spec), _shapes(module, names, scaled, spec, request)
+        )
         values = user_values(exported, names)
         return exported, *name_axes(request, values, _environment(values))
 
@@ -176,8 +178,12 @@ def _scale(name: str, leaf: Any, request: Request, sizes: Mapping[str, int]) -> 
     return leaf
 
 
-def _shapes(names: list[str], leaves: list[Any], spec: pytree.TreeSpec, request: Request) -> Any:
+def _shapes(
+    module: torch.nn.Module, names: list[str], leaves: list[Any], spec: pytree.TreeSpec, request: Request
+) -> Any:
     """dynamic_shapes for torch.export: every axis asked for may vary; what the model makes of it is checked after."""
+    if not request.axes:
+        return None
     shapes: list[Any] = []
     for name, leaf in zip(names, leaves, strict=True):
         axes = {
@@ -187,7 +193,14 @@ def _shapes(names: list[str], leaves: list[Any], spec: pytree.TreeSpec, request:
         }
         shapes.append(axes if isinstance(leaf, torch.Tensor) else None)
     args, kwargs = pytree.tree_unflatten(shapes, spec)
-    return (*args, *kwargs.values())
+    signature = inspect.signature(module.forward)
+    bound = dict(signature.bind(*args, **kwargs).arguments)  # torch wants one entry a parameter, a tuple for *args
+    for name in bound:
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            raise CaptureError(
+                f"torch.export has no dynamic sizes where arguments are passed through **{name}; name them in forward"
+            )
+    return bound
 
 
 def _run_export(module: torch.nn.Module, arguments: Arguments, shapes: Any) -> ExportedProgram:

@@ -181,3 +181,49 @@ def test_unknown_input() -> None:
 def test_negative_axes_and_lists() -> None:
     program = capture(Apart(), (X, X), dynamic_shapes={"x": {-1: "width"}, "y": ("rows", None)})
     assert [spec.shape for spec in program.inputs] == [(4, "width"), ("rows", 3)]
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (8, 16, r"axis 0 of input 'x' is 4 in the example, but its Dim 'b' allows 8 to 16"),
+        (1, 3, r"axis 0 of input 'x' is 4 in the example, but its Dim 'b' allows 1 to 3"),
+        (1, 2**62, r"must be from 0 to 2\*\*62 - 1"),
+        (-5, 8, r"must be from 0 to 2\*\*62 - 1"),
+    ],
+)
+def test_bounds_that_cannot_be_met_are_refused(low: int, high: int, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(Doubled(), (torch.ones(4, 3),), dynamic_shapes={"x": {0: Dim("b", min=low, max=high)}})
+
+
+def test_bounds_that_exclude_each_other_are_refused() -> None:
+    wanted = Dim("b", min=1, max=9)
+    wanted.min = 20
+    with pytest.raises(CaptureError, match="min=20 over max=9"):
+        capture(Doubled(), (torch.ones(4, 3),), dynamic_shapes={"x": {0: wanted}})
+
+
+class AnyNumber(nn.Module):
+    def forward(self, first: torch.Tensor, *rest: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        return sum((*rest, *more.values()), first)
+
+
+def test_sizes_of_positional_arguments_of_any_number_are_dynamic() -> None:
+    x = torch.ones(4, 3)
+    axes = {name: {0: "rows"} for name in ("first", "rest.0", "rest.1")}
+    program = capture(AnyNumber(), (x, x, x), dynamic_shapes=axes)
+    assert [spec.shape for spec in program.inputs] == [("rows", 3)] * 3
+    assert torch.equal(program(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3))[0], torch.full((2, 3), 3.0))
+
+
+def test_sizes_of_named_arguments_of_any_number_are_refused() -> None:
+    inputs = {"first": torch.ones(4, 3), "other": torch.ones(4, 3)}
+    assert [spec.name for spec in capture(AnyNumber(), inputs).inputs] == ["first", "other"]
+    with pytest.raises(CaptureError, match=r"passed through \*\*more; name them in forward"):
+        capture(AnyNumber(), inputs, dynamic_shapes={"first": {0: "rows"}, "other": {0: "rows"}})
