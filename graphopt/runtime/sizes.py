@@ -60,7 +60,7 @@ class Expression:
 
 @lru_cache(maxsize=1024)
 def parse_size(text: str) -> Expression:
-    """Read one expression: names, integers, + - * // % **, Max, Min, FloorDiv, CeilDiv, Mod; anything else is refused."""
+    """Read one expression: names, integers, + - * // % **, Max, Min, FloorDiv, CeilDiv, Mod; no more."""
     try:
         if len(text) > _LONGEST:
             raise ValueError("too long")
