@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HELP = "a .pt2 file, or package.module:function returning (module, example_inputs)"
 HELP_ARTIFACT = f"a .gopt artifact, {HELP}"
-FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 FUNCTION_OF_FILE = re.compile(r"(?:\./)?(\w+(?:/\w+)*)\.py:(\w+)")
 AXIS = re.compile(r"(-?\d+)=([^:=]+)(?::(\d+)\.\.(\d+)?)?")
 ARTIFACT = ".gopt"

@@ -46,6 +46,11 @@ def test_a_module_that_leaves_when_imported(cli: Cli, tmp_path: Path) -> None:
     cli("inspect", "leaving:f").refused("cannot import leaving", "SystemExit: 7")
 
 
+def test_names_in_any_alphabet(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "größe.py").write_text("from tests.tools.tiny_models import dense as modèle\n", encoding="utf-8")
+    assert cli("inspect", "größe:modèle").code == 0
+
+
 def test_help_offers_what_is_accepted(cli: Cli) -> None:
     for verb in ("inspect", "compare", "benchmark"):
         assert ".gopt" in (text := cli(verb, "--help").out) and ".onnx" not in text
