@@ -38,15 +38,26 @@ def draw_samples(program: Program, seed: int) -> tuple[list[Drawn], list[str]]:
     """
     drawn, skipped = [], []
     for sizes in check_sizes(program):
-        reason = ""
-        for inputs in _candidates(program, draw_inputs(program, sizes, seed)):
-            reason = failure(program, inputs)
-            if not reason:
-                drawn.append(Drawn(sizes, inputs))
-                break
-        else:
+        inputs, reason = _draw(program, sizes, seed)
+        if inputs is None:
             skipped.append(f"not checked with {named(sizes) or 'drawn inputs'}: PyTorch cannot run it ({reason})")
+        else:
+            drawn.append(Drawn(sizes, inputs))
     return drawn, skipped
+
+
+def _draw(program: Program, sizes: Mapping[str, int], seed: int) -> tuple[tuple[torch.Tensor, ...] | None, str]:
+    """Inputs that run, or None and why there are none."""
+    try:
+        first = draw_inputs(program, sizes, seed)
+    except RuntimeError as error:  # an axis such as "past - 1" has no size here
+        return None, _first_line(error)
+    reasons = []
+    for inputs in _candidates(program, first):
+        reasons.append(failure(program, inputs))
+        if not reasons[-1]:
+            return inputs, ""
+    return None, reasons[0]
 
 
 def failure(program: Program, inputs: tuple[torch.Tensor, ...]) -> str:
@@ -54,9 +65,13 @@ def failure(program: Program, inputs: tuple[torch.Tensor, ...]) -> str:
     try:
         program.step(inputs)
     except CANNOT_RUN as error:
-        lines = str(error).strip().splitlines()
-        return lines[0][:200] if lines else type(error).__name__
+        return _first_line(error)
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _candidates(program: Program, inputs: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
