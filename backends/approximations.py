@@ -20,6 +20,7 @@ from tvm.tirx.script.builder import ir as T
 _LOG2_E = 1 / math.log(2)
 # ln 2 in two parts: the first has few enough bits for an exact product with any exponent (Cody and Waite).
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_LOWEST = -87.33  # e^x is a normal float32 from here on
 _PHI_BOUND = 5.0
 # float type -> (integer type of its size, mask of all bits but the sign, bits of infinity)
 _BITS = {
@@ -82,10 +83,10 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
 
 
 def exp_nonpositive(x: Any) -> Any:
-    """e^x for x <= 0, exactly 0 below -64 and at -inf, NaN at NaN: what a softmax needs."""
+    """e^x for x <= 0, exactly 0 where it is no normal number, NaN at NaN: what a softmax needs."""
     x = T.bind(x)
     whole, rest = _exp_parts(x)
-    return tirx.Select(x < f32(-64), f32(0), rest * _power_of_two(whole))
+    return tirx.Select(x < f32(_LOWEST), f32(0), rest * _power_of_two(whole))
 
 
 def exp(x: Any) -> Any:
@@ -95,7 +96,7 @@ def exp(x: Any) -> Any:
     whole, rest = _exp_parts(clipped)
     half = whole >> tirx.const(1, "int32")
     value = rest * _power_of_two(half) * _power_of_two(whole - half)
-    value = tirx.Select(x < f32(-87.33), f32(0), value)
+    value = tirx.Select(x < f32(_LOWEST), f32(0), value)
     value = tirx.Select(x > f32(88.7228), f32(math.inf), value)
     return keep_nan(x, value)
 

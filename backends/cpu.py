@@ -25,7 +25,7 @@ from graphopt.program import Program
 SET_DENORMALS = "graphopt_set_denormals"
 _FLUSH = 0x8040  # MXCSR: flush to zero (bit 15) and denormals are zero (bit 6)
 _SPACE = 64 << 20  # bytes for object files and the library; code is a few MB
-_EVERY_WORKER = 64  # tasks of the function that reaches every worker thread
+_EVERY_WORKER = 1024  # tasks of the function that reaches every worker thread
 
 
 @dataclass(frozen=True)

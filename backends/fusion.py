@@ -12,11 +12,17 @@ from graphopt.backends.sizes import Shape, Size, product, shape_of
 _LONGEST = 48  # nodes of one epilogue
 
 
-def epilogue(anchor: Node, order: Mapping[Node, int], element_wise: Callable[[Node], bool]) -> list[Node]:
+def epilogue(
+    anchor: Node,
+    order: Mapping[Node, int],
+    element_wise: Callable[[Node], bool],
+    branching: Callable[[Node], bool],
+) -> list[Node]:
     """The longest run of element-wise nodes that ends in one result and reads, besides `anchor`, only earlier nodes.
 
     Each has the anchor's rows and columns, so its element at a position needs the anchor's element at the same
-    position. Inside the run a node may have several users, as x has in 0.5 x (1 + tanh(x + x^3)).
+    position. Inside the run a node may have several users, as x has in 0.5 x (1 + tanh(x + x^3)). At most one of them
+    is branching: nested comparisons take TVM's simplifier too long.
     """
     shape = _rows(shape_of(anchor.meta["val"]))
     region, inside, best = [anchor], {anchor}, 1
@@ -24,6 +30,8 @@ def epilogue(anchor: Node, order: Mapping[Node, int], element_wise: Callable[[No
         candidates = {user for node in region for user in node.users if user not in inside}
         following = min(candidates, key=lambda node: order.get(node, len(order)), default=None)
         if following is None or not _fits(following, shape, inside, order, order[anchor], element_wise):
+            break
+        if sum(map(branching, (*region, following))) > 1:
             break
         region.append(following)
         inside.add(following)

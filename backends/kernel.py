@@ -6,8 +6,8 @@ the same memory. A buffer whose sizes are symbolic binds the variables it shows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.sizes import Shape, Size, Sizes, product, symbols_in
 from graphopt.backends.target import Target
 from graphopt.backends.values import Index, Lazy, Product, Storage, View, leaves
+
+BOUND = ("float32", "float64", "float16")  # dtypes whose values are bound to variables in kernels
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ class Kernel:
             return self._flat[id(value.storage)][self._position(value, index)]
         if isinstance(value, Product):
             return self._products[id(value)](index)
-        # TVM's interval analysis fails on bound integer vectors, so only floats are bound.
-        if not value.shared or "float" not in value.dtype:
+        # Bound, since a formula may read it more than once; TVM's interval analysis fails on bound integer vectors, and
+        # its code generation on bound bfloat16.
+        if value.dtype not in BOUND:
             return value.element(self, index)
         key = (id(value), id(index))
         if key not in self._known:  # the index is kept alive, so its id stays its own
@@ -130,8 +133,12 @@ class Kernel:
     def parallel(self, extent: Any) -> AbstractContextManager[Any]:
         return _loop(T.parallel, extent)
 
-    def vectorized(self, extent: int) -> AbstractContextManager[Any]:
-        return _loop(T.vectorized, extent)
+    @contextmanager
+    def vectorized(self, extent: int) -> Iterator[Any]:
+        """Lanes of one vector; what was bound inside is forgotten after."""
+        with _loop(T.vectorized, extent) as lane:
+            yield lane
+        self.forget()
 
 
 def int64(value: Any) -> Any:

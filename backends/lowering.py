@@ -18,15 +18,18 @@ from tvm import relax
 
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.fusion import epilogue
-from graphopt.backends.kernel import Code
-from graphopt.backends.operators import OPERATORS, fits_epilogue
+from graphopt.backends.kernel import BOUND, Code
+from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
 from graphopt.backends.rules.pointwise import pointwise
-from graphopt.backends.sizes import Shape, Sizes, shape_of, size_of
+from graphopt.backends.sizes import Shape, Sizes, product, shape_of, size_of
 from graphopt.backends.target import Target
 from graphopt.backends.values import Lazy, Product, Storage, Value, View, fused_name, whole
-from graphopt.errors import CompileError
+from graphopt.errors import CompileError, GraphoptError
 from graphopt.program import Program, get_attribute
 from graphopt.runtime.dtypes import name_of
+
+_DEEPEST = 48  # element-wise nodes that one kernel computes in a chain
+_DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
 
 
 @dataclass(frozen=True)
@@ -110,22 +113,38 @@ class Lowering:
         lower = OPERATORS.get(node.target)
         if lower is None:
             raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
-        result = lower(self, node)
+        try:
+            result = lower(self, node)
+        except GraphoptError:
+            raise
+        except Exception as e:
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
+            raise CompileError(
+                f"{node.target} at {node.name} cannot be lowered for {self.target.name}: {reason}"
+            ) from e
         return self._share(node, named(node, result)) if isinstance(result, Lazy) else result
 
     def _share(self, node: Node, value: Lazy) -> Any:
-        """A lazy value with several users is computed once: in one kernel with all of them, or stored."""
-        if len(node.users) < 2 or not value.operands:
+        """A lazy value read several times is computed once: in one kernel with all readers, or stored.
+
+        Integers cannot be bound to a variable in a kernel, so they are stored; so is what has grown deep, and what
+        compares where the next node does too.
+        """
+        bound = value.dtype in BOUND
+        if value.branches and any(map(is_branching, node.users)):
+            return self.store(value)
+        if value.depth > (_DEEPEST if bound else _DEEPEST_UNBOUND):
+            return self.store(value)
+        if count_reads(node) < 2 or not value.operands:
             return value
-        shared = replace(value, shared=True)
         together = self.epilogue(node)
         inside = {node, *together}
-        if together and all(user in inside for user in node.users):
-            return shared
-        return self.store(shared)
+        if bound and together and all(user in inside for user in node.users):
+            return value
+        return self.store(value)
 
     def epilogue(self, node: Node) -> list[Node]:
-        return epilogue(node, self.order, fits_epilogue)
+        return epilogue(node, self.order, fits_epilogue, is_branching)
 
     # Values -----------------------------------------------------------------------------------------------------------
     def value(self, argument: Any) -> Any:
@@ -184,7 +203,7 @@ class Lowering:
         for follower in together:
             end = OPERATORS[follower.target](self, follower)
             if isinstance(end, Lazy):
-                end = replace(named(follower, end), shared=len(follower.users) > 1 and follower is not together[-1])
+                end = named(follower, end)
             self.env[follower] = end
         (stored,) = self.call(build(result, end))
         if together:
@@ -229,16 +248,29 @@ class Lowering:
         """A variable with exactly the view's shape: what leaves a graph is typed by the graph's own signature."""
         if view.shape == view.storage.shape:
             return view.storage.variable
+        if product(view.shape) != product(view.storage.shape):  # the first part of a larger tensor
+            view = self.call(pointwise(view, "copy", self.target))[0]
+            return view.storage.variable
         shape = self.sizes.shape(view.shape)
         kind = relax.TensorType(shape, view.dtype)
         return self.bind(relax.op.reshape(view.storage.variable, relax.ShapeExpr(shape)), kind)
 
 
+def count_reads(node: Node) -> int:
+    """How often other nodes name it among their arguments: x * x reads x twice."""
+    reads = 0
+    for user in node.users:
+        found: list[Node] = []
+        torch.fx.node.map_arg((user.args, user.kwargs), found.append)
+        reads += found.count(node)
+    return reads
+
+
 def named(node: Node, value: Lazy) -> Lazy:
-    """The value with its operator's name, unless it has one: `aten.add.Tensor` is "add"."""
+    """The value with its operator's name, unless it has one: `aten.add.Tensor` is "add", and whether it branches."""
     if value.name or not isinstance(node.target, torch._ops.OpOverload):
         return value
-    return replace(value, name=str(node.target).split(".")[1].strip("_"))
+    return replace(value, name=str(node.target).split(".")[1].strip("_"), branching=is_branching(node))
 
 
 def lower_program(

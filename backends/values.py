@@ -58,8 +58,16 @@ class Lazy:
     operands: tuple[Value | Product, ...]
     element: Callable[[Kernel, Index], Any]
     flat: bool = False  # reads its operands at the same linear position only
-    shared: bool = False  # has several users in one kernel: bound to a variable there
     name: str = ""  # of the operator, for the names of kernels
+    branching: bool = False  # its formula compares or selects
+    depth: int = field(init=False, default=1)  # longest chain of lazy values below, itself included
+    branches: int = field(init=False, default=0)  # most branching values on such a chain
+
+    def __post_init__(self) -> None:
+        below = [operand for operand in self.operands if isinstance(operand, Lazy)]
+        object.__setattr__(self, "depth", 1 + max((value.depth for value in below), default=0))
+        object.__setattr__(self, "branches", self.branching + max((value.branches for value in below), default=0))
+
     sizes: Shape = ()  # symbolic sizes computed with, besides those of the shapes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from graphopt.backends.operators import (
@@ -40,6 +41,33 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **resampling.TABLE,
     **control_flow.TABLE,
 }
+
+
+_aten = torch.ops.aten
+STRAIGHT = frozenset(
+    overload
+    for packet in (
+        _aten.add,
+        _aten.sub,
+        _aten.rsub,
+        _aten.mul,
+        _aten.div,
+        _aten.neg,
+        _aten.pow,
+        _aten.sqrt,
+        _aten.rsqrt,
+    )
+    for overload in (getattr(packet, name) for name in packet.overloads())
+)
+"""Arithmetic that neither compares nor selects."""
+
+
+def is_branching(node: Node) -> bool:
+    """True for element-wise operators whose formula compares or selects.
+
+    TVM's simplifier looks through everything a comparison reads: time doubles and more with each one nested in another.
+    """
+    return node.target in ELEMENT_WISE and node.target not in STRAIGHT
 
 
 def fits_epilogue(node: Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.views import reshape
+from graphopt.backends.operators.views import expand, reshape
 from graphopt.backends.rules.attention import attention
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Lazy, View
@@ -24,11 +24,15 @@ aten = torch.ops.aten
 
 def _attention(lowering: Lowering, node: Node) -> View | Lazy:
     """q [B, H, S, D], k and v [B, G, T, D] with H a multiple of G; the result's memory is [B, S, H, D]."""
-    q, k, v, mask, dropout, causal, scale, _ = arguments(node).values()
+    q, k, v, mask, dropout, causal, scale, grouped = arguments(node).values()
     if dropout:
         raise CompileError(f"{node.name} drops attention weights out; capture the model in eval mode")
     query, key, value = (_rows_of_vectors(lowering, x) for x in (q, k, v))
     shape = shape_of(node.meta["val"])
+    batch, heads = (1, shape[0]) if len(shape) == 3 else shape[:2]
+    groups = max(key.shape[1], value.shape[1]) if grouped else heads
+    query = expand(lowering, query, (batch, heads, *query.shape[2:]))
+    key, value = (expand(lowering, x, (batch, groups, *x.shape[2:])) for x in (key, value))
     if len(shape) not in (3, 4) or query.dtype != "float32":
         raise CompileError(
             f"{node.name} attends over {query.dtype} of rank {len(shape)}; float32 of rank 3 or 4 has a lowering"
@@ -36,7 +40,7 @@ def _attention(lowering: Lowering, node: Node) -> View | Lazy:
     scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     bias = None if mask is None else lowering.view(mask)
     (stored,) = lowering.call(attention(query, key, value, bias, float(scale), bool(causal), lowering.target))
-    batch, rows, heads, depth = stored.shape
+    _, rows, _, depth = stored.shape
     result = View(stored.storage, (batch, heads, rows, depth), (rows * heads * depth, depth, heads * depth, 1))
     return reshape(lowering, result, shape)
 

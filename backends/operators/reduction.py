@@ -53,7 +53,7 @@ def reduce(
         merged = lowering.contiguous(reshape(lowering, value, (*shape, product(depth))))
         (stored,) = lowering.call(rows.reduce_last(merged, shape, combine, lowering.target, finish, combine))
     else:
-        source = lowering.view(value) if isinstance(value, Lazy) and value.shared else value
+        source = value
 
         def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
             where = dict(zip(axes, reduced, strict=True)) | {axis: index.axis(n) for n, axis in enumerate(kept)}

@@ -15,6 +15,7 @@ from torch.fx import Node
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of, size_of
 from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -133,14 +134,18 @@ def _broadcast(lowering: Lowering, node: Node) -> tuple[Any, ...]:
 
 
 def _clamped(position: Any, size: Size) -> Size:
-    """A start or index, counted from the end when negative, at most the size."""
+    """A start or index, counted from the end when negative, kept between 0 and the size."""
     if isinstance(position, int) and position < 0:
         return size + position if not isinstance(size, int) else max(size + position, 0)
     if isinstance(position, int) and isinstance(size, int):
         return min(position, size)
     if position == 0:
         return 0
-    return sympy.Min(position, size)
+    if isinstance(position, int) or position.is_nonnegative:
+        return sympy.Min(position, size)
+    if position.is_nonpositive:
+        return sympy.Max(0, size + position)
+    raise CompileError(f"a slice starts at {position}, which may be negative or not; write it from one end")
 
 
 def _slice(lowering: Lowering, node: Node) -> View:
