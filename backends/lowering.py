@@ -28,7 +28,7 @@ from graphopt.errors import CompileError, GraphoptError
 from graphopt.program import Program, get_attribute
 from graphopt.runtime.dtypes import name_of
 
-_DEEPEST = 48  # element-wise nodes that one kernel computes in a chain
+_DEEPEST = 16  # element-wise nodes that one kernel computes in a chain
 _DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
 
 
