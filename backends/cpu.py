@@ -17,10 +17,12 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.linker import link
 from graphopt.backends.lowering import Weights, lower_program
-from graphopt.backends.target import Target
+from graphopt.backends.target import Target, resolve_target
 from graphopt.backends.tir_pipeline import register
 from graphopt.errors import CompileError
 from graphopt.program import Program
+
+__all__ = ["Module", "build", "finalize", "lower", "resolve_target"]
 
 SET_DENORMALS = "graphopt_set_denormals"
 _FLUSH = 0x8040  # MXCSR: flush to zero (bit 15) and denormals are zero (bit 6)

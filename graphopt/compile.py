@@ -18,6 +18,7 @@ from graphopt.errors import UsageError
 from graphopt.optional import missing_extra
 from graphopt.output_check import check_session
 from graphopt.program import Program, TensorSpec
+from graphopt.registry import find_backend
 from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.weights import state_name
 
@@ -70,12 +71,11 @@ def compile(
             raise UsageError(f"{name}={value!r} has no effect in this version of graphopt; leave it out")
     entries = _entries(programs)
     try:
-        from graphopt.backends import cpu
-        from graphopt.backends.target import resolve_target
+        backend = find_backend(target)
     except ImportError as e:
         raise missing_extra("graphopt.compile", e) or e from e
-    chosen = resolve_target(target, threads)
-    module = cpu.lower(entries, chosen)
+    chosen = backend.resolve_target(target, threads)
+    module = backend.lower(entries, chosen)
     library = f"lib/{re.sub(r'[^A-Za-z0-9_.-]', '-', chosen.name)}.so"
     weights = {**module.weights, **_initial_state(entries)}
     manifest = Manifest(
@@ -87,7 +87,7 @@ def compile(
     )
     slow = sorted(name for name, rule in module.kernels.items() if rule == "generic")
     report = {"target": chosen.name, "threads": chosen.threads, "kernels": dict(module.kernels), "slow": slow}
-    built = {library: cpu.build(module.module, chosen)}
+    built = {library: backend.build(module.module, chosen)}
     artifact = Artifact(manifest, built, weights, _samples(entries), report)
     checks = check_session(artifact.session(), entries)
     report["errors"] = {name: check.error for name, check in checks.items()}

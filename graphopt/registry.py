@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any
 
 from graphopt.contract import Pass
@@ -96,6 +97,23 @@ def list_targets() -> tuple[str, ...]:
 
     own = dict.fromkeys(target_names(), "graphopt.backends.target")
     return tuple(_with_third_parties("target", own, "graphopt.targets"))
+
+
+def find_backend(name: str) -> ModuleType:
+    """The module that compiles for this target: it has `resolve_target(name, threads)`, `lower` and `build`.
+
+    Raises UnknownNameError with the nearest name.
+    """
+    from graphopt.backends import TARGETS
+
+    family = name.partition(":")[0]
+    if family in TARGETS:
+        return import_module(TARGETS[family])
+    for entry in entry_points(group="graphopt.targets"):
+        if entry.name == name:
+            module: ModuleType = entry.load()
+            return module
+    raise UnknownNameError("target", name, list_targets())
 
 
 def check_target(name: str) -> None:

@@ -67,3 +67,20 @@ def test_listing_names_imports_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "import_module", refuse)
     assert "merge-linears" in registry.pass_locations()
+
+
+class FakeEntry:
+    name, value, dist = "toy", "toy_package.backend", None
+
+    @staticmethod
+    def load() -> object:
+        return "the module"
+
+
+def test_targets_of_other_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "entry_points", lambda group: [FakeEntry] if group == "graphopt.targets" else [])
+    assert "toy" in registry.list_targets()
+    assert registry.find_backend("toy") == "the module"  # type: ignore[comparison-overlap]
+    assert registry.find_backend("cpu:x86-64-v3").__name__ == "graphopt.backends.cpu"
+    with pytest.raises(UnknownNameError, match="did you mean 'toy'"):
+        registry.find_backend("tov")
