@@ -104,9 +104,8 @@ class Kernel:
             return self._flat[id(value.storage)][self._position(value, index)]
         if isinstance(value, Product):
             return self._products[id(value)](index)
-        # Bound, since a formula may read it more than once; TVM's interval analysis fails on bound integer vectors, and
-        # its code generation on bound bfloat16.
-        if value.dtype not in BOUND:
+        # TVM's interval analysis fails on bound integer vectors, and its code generation on bound bfloat16.
+        if not value.shared or value.dtype not in BOUND:
             return value.element(self, index)
         key = (id(value), id(index))
         if key not in self._known:  # the index is kept alive, so its id stays its own

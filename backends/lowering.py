@@ -140,7 +140,7 @@ class Lowering:
         together = self.epilogue(node)
         inside = {node, *together}
         if bound and together and all(user in inside for user in node.users):
-            return value
+            return replace(value, shared=True)
         return self.store(value)
 
     def epilogue(self, node: Node) -> list[Node]:
@@ -203,7 +203,7 @@ class Lowering:
         for follower in together:
             end = OPERATORS[follower.target](self, follower)
             if isinstance(end, Lazy):
-                end = named(follower, end)
+                end = replace(named(follower, end), shared=count_reads(follower) > 1 and follower is not together[-1])
             self.env[follower] = end
         (stored,) = self.call(build(result, end))
         if together:

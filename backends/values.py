@@ -59,6 +59,7 @@ class Lazy:
     element: Callable[[Kernel, Index], Any]
     flat: bool = False  # reads its operands at the same linear position only
     name: str = ""  # of the operator, for the names of kernels
+    shared: bool = False  # read several times in one kernel: bound to a variable there
     branching: bool = False  # its formula compares or selects
     depth: int = field(init=False, default=1)  # longest chain of lazy values below, itself included
     branches: int = field(init=False, default=0)  # most branching values on such a chain

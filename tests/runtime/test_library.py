@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import os
 import subprocess
@@ -25,6 +26,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 RUN = """
+import numpy as np
 from graphopt.runtime import InferenceSession
 session = InferenceSession(sys.argv[1])
 x = np.ones((2, 8), np.float32)
