@@ -77,7 +77,7 @@ class Lowering:
         self.target, self.module, self.weights, self.builder = target, module, weights, builder
         self.sizes: Sizes = parent.sizes if parent else Sizes()
         self.constants: dict[str, Storage] = parent.constants if parent else {}  # name -> argument of the function
-        self._labels: dict[int, str] = dict(parent._labels) if parent else {}
+        self._labels: dict[int, str] = dict(parent._labels) if parent else {}  # address of a weight -> its name
         self.kernels: dict[str, str] = parent.kernels if parent else {}
         self.bindings: list[relax.Binding] = []
         self.env: dict[Node, Any] = {}
@@ -93,8 +93,9 @@ class Lowering:
             if node.op == "placeholder":
                 self.env[node] = next(pending)
             elif node.op == "get_attr":
-                self.env[node] = get_attribute(self.module, str(node.target))
-                self._labels[id(self.env[node])] = str(node.target)
+                self.env[node] = value = get_attribute(self.module, str(node.target))
+                if isinstance(value, torch.Tensor):
+                    self._labels[value.untyped_storage().data_ptr()] = str(node.target)
             elif node.op == "output":
                 return torch.fx.node.map_arg(node.args[0], self.value)
             elif node not in self._covered:
@@ -164,7 +165,8 @@ class Lowering:
         self, tensor: torch.Tensor, key: str = "", pack: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> View:
         """A weight as an argument of the function; `key` names the packing, equal keys share one copy."""
-        name = self.weights.add(tensor, self._labels.get(id(tensor), "constant"), key, pack)
+        label = self._labels.get(tensor.untyped_storage().data_ptr(), "constant")
+        name = self.weights.add(tensor, label, key, pack)
         if name not in self.constants:
             array = self.weights.arrays[name]
             shape, dtype = tuple(int(d) for d in array.shape), name_of(array.dtype)

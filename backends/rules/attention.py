@@ -19,7 +19,7 @@ from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.rules.lanes import fold_lanes, zero_tile
 from graphopt.backends.target import Target
-from graphopt.backends.values import Index, View
+from graphopt.backends.values import View
 
 RULE = "fused-attention"
 f32 = approximations.f32
@@ -123,9 +123,7 @@ class _Attention:
         def term(column: Any) -> Any:
             value: Any = f32(0)
             if self.mask is not None:
-                shape = (self.mask.shape[0], self.heads, *self.mask.shape[2:])
-                index = Index(shape, kernel.sizes, axes=(batch, head, row, column))
-                value = self.mask_term(index)
+                value = self.mask_term(self.mask, (batch, head, row, column))
             return tirx.Select(column <= row, value, f32(_MASKED)) if self.causal else value
 
         full = tirx.truncdiv(self.columns, int64(lanes))
@@ -137,15 +135,13 @@ class _Attention:
             inside = term(tirx.min(column, self.columns - 1))
             T.buffer_store(bias, tirx.Select(column < self.columns, inside, f32(_MASKED)), [slot, column])
 
-    def mask_term(self, index: Index) -> Any:
-        assert self.mask is not None
-        mask = self.mask
-        skip = 4 - len(mask.shape)
+    def mask_term(self, mask: View, axes: tuple[Any, ...]) -> Any:
+        """What the mask adds to the score at these axes of [B, H, S, T]."""
+        skip = len(axes) - len(mask.shape)
         position = self.kernel.size(mask.offset)
         for number, (size, stride) in enumerate(zip(mask.shape, mask.strides, strict=True)):
             if size != 1 and stride != 0:
-                assert index.axes is not None
-                position = position + index.axes[skip + number] * self.kernel.size(stride)
+                position = position + axes[skip + number] * self.kernel.size(stride)
         value = self.kernel.flat(mask.storage)[position]
         return tirx.Select(value, f32(0), f32(_MASKED)) if mask.dtype == "bool" else value.astype("float32")
 
