@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
@@ -56,6 +57,25 @@ def lower(programs: Mapping[str, Program], target: Target) -> Module:
     return Module(tvm.IRModule(functions), weights.arrays, arguments, kernels)
 
 
+@tvm.transform.module_pass(opt_level=0)
+def order_shape_functions(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    """Compute derived sizes in the order of their slots: TVM's own order follows addresses and differs between builds.
+
+    Each store reads only the slots of plain sizes, which no store writes, so any order is right.
+    """
+    for variable, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc) and function.attrs.get("tirx.is_host_func"):
+            body = tvm_ffi.structural_map(function.body, (tirx.SeqStmt, _ordered))
+            module.update_func(variable, function.with_body(body))
+    return module
+
+
+def _ordered(statement: Any) -> Any:
+    if not all(isinstance(item, tirx.BufferStore) for item in statement.seq):
+        return statement
+    return tirx.SeqStmt(sorted(statement.seq, key=lambda store: int(store.indices[0])))
+
+
 def finalize() -> tvm.transform.Pass:
     """From kernel calls to VM code: calls by destination, a static memory plan, shape arithmetic as functions."""
     passes = relax.transform
@@ -72,6 +92,7 @@ def finalize() -> tvm.transform.Pass:
             passes.LowerRuntimeBuiltin(),
             passes.ComputePrimValue(),
             passes.VMShapeLower(),
+            order_shape_functions,
             passes.AttachGlobalSymbol(),
         ]
     )

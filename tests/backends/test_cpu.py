@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -29,6 +33,26 @@ def test_equal_programs_give_equal_libraries() -> None:
     program = models.program("mlp")
     builds = [cpu.build(cpu.lower({"main": program}, target).module, target) for _ in range(2)]
     assert builds[0] == builds[1]
+
+
+PRINT_HASH = """
+import hashlib, torch
+from graphopt.backends import cpu
+from graphopt.backends.target import resolve_target
+from graphopt.capture import capture
+torch.manual_seed(0)
+module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4), torch.nn.Softmax(1))
+program = capture(module, (torch.randn(2, 3, 8),), dynamic_shapes={"input": {0: "b", 1: "s"}})
+target = resolve_target("cpu", threads=2)
+print(hashlib.sha256(cpu.build(cpu.lower({"main": program}, target).module, target)).hexdigest())
+"""
+
+
+def test_processes_build_the_same_bytes_for_sizes_known_at_run_time() -> None:
+    root = Path(__file__).parents[2]
+    runs = [subprocess.run([sys.executable, "-c", PRINT_HASH], cwd=root, capture_output=True, text=True) for _ in "123"]
+    assert [run.returncode for run in runs] == [0, 0, 0], runs[0].stderr
+    assert len({run.stdout for run in runs}) == 1
 
 
 class Tiny(nn.Module):
