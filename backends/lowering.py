@@ -21,7 +21,7 @@ from graphopt.backends.fusion import epilogue
 from graphopt.backends.kernel import BOUND, Code
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
 from graphopt.backends.rules.pointwise import pointwise
-from graphopt.backends.sizes import Shape, Sizes, product, shape_of, size_of
+from graphopt.backends.sizes import Sizes, product, shape_of, size_of
 from graphopt.backends.target import Target
 from graphopt.backends.values import Lazy, Product, Storage, Value, View, fused_name, whole
 from graphopt.errors import CompileError, GraphoptError
@@ -156,10 +156,6 @@ class Lowering:
         """The value of a node argument as a tensor in memory or a function; a weight becomes an argument as it is."""
         value = self.value(argument)
         return self.weight(value) if isinstance(value, torch.Tensor) else value
-
-    def shape(self, argument: Any) -> Shape:
-        """Sizes of an argument like `[batch, -1, 32]`."""
-        return tuple(size_of(self.value(item)) for item in argument)
 
     def weight(
         self, tensor: torch.Tensor, key: str = "", pack: Callable[[np.ndarray], np.ndarray] | None = None
