@@ -33,6 +33,14 @@ class UnknownNameError(UsageError):
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 
+class RecipeError(UsageError):
+    """A recipe cannot be used; `mistakes` are all that it has, each "file:line: sentence"."""
+
+    def __init__(self, mistakes: Iterable[str]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
 class MissingExtraError(UsageError):
     """A package that the base installation leaves out is needed."""
 
@@ -71,6 +79,10 @@ class VerificationError(GraphoptError):
 
 class CompileError(GraphoptError):
     """A program cannot be lowered for the target."""
+
+
+class FitError(GraphoptError):
+    """Training broke down: a loss or gradient that is not finite, or a step that PyTorch cannot compute."""
 
 
 class WriteError(GraphoptError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from graphopt.contract import Pass
 from graphopt.errors import UnknownNameError
 from graphopt.spec_string import parse_spec
@@ -15,6 +17,12 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "O2": (*CLEANUP, *FUSIONS),
     "O3": (*CLEANUP, *FUSIONS),  # exact rewrites that must prove faster are added here, behind O2
 }
+_LEVEL_LIKE = re.compile(r"-?[Oo]?-?\d+|-?[Oo]\w?", re.ASCII)
+
+
+def is_level(text: str) -> bool:
+    """Whether `text` is meant as a level, one that exists or not ("O7", "-O2"): no pass has such a name."""
+    return _LEVEL_LIKE.fullmatch(text) is not None
 
 
 def level_passes(name: str) -> tuple[Pass, ...]:

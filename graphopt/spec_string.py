@@ -22,16 +22,20 @@ BARE_END = ",}]"
 
 def parse_spec(spec: str) -> tuple[Pass, ...]:
     """The passes of a spec string, in order. Raises UsageError for bad spelling, UnknownNameError for unknown names."""
+    return tuple(make_pass(name, options) for name, options in read_spec(spec))
+
+
+def read_spec(spec: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The names and options in a spec string, whether they exist or not. Raises UsageError for bad spelling."""
     reader = _Reader(spec)
-    passes = []
+    found = []
     while True:
         name = reader.word("{,")
         if not name:
             raise reader.error("a pass name is missing")
-        options = reader.options() if reader.take("{") else {}
-        passes.append(make_pass(name, options))
+        found.append((name, reader.options() if reader.take("{") else {}))
         if reader.at_end():
-            return tuple(passes)
+            return tuple(found)
         if not reader.take(","):
             raise reader.error("a comma is missing")
 
@@ -39,24 +43,31 @@ def parse_spec(spec: str) -> tuple[Pass, ...]:
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     """A pass with these options, spelled in kebab-case or snake_case."""
     kind = find_pass(name)
-    hints = get_type_hints(kind)
-    known = {field.name.replace("_", "-"): field for field in fields(kind)}
-    values = {}
-    for option, value in options.items():
-        spelled = option.replace("_", "-")
-        if spelled not in known:
-            if not known:
-                raise UsageError(f"{name} takes no options, got {option!r}; write {name} alone")
-            raise UnknownNameError(f"option of {name}", option, known)
-        field = known[spelled]
-        values[field.name] = convert(value, hints[field.name], f"option {spelled!r} of {name}")
-    for spelled, field in known.items():
+    return build_pass(kind, dict(read_option(kind, option, value) for option, value in options.items()))
+
+
+def read_option(kind: type[Pass], option: str, value: Any) -> tuple[str, Any]:
+    """The field that `option` names and `value` as the type of that field."""
+    known = {field.name.replace("_", "-"): field.name for field in fields(kind)}
+    spelled = option.replace("_", "-")
+    if spelled not in known:
+        if not known:
+            raise UsageError(f"{kind.name} takes no options, got {option!r}; write {kind.name} alone")
+        raise UnknownNameError(f"option of {kind.name}", option, known)
+    hint = get_type_hints(kind)[known[spelled]]
+    return known[spelled], convert(value, hint, f"option {spelled!r} of {kind.name}")
+
+
+def build_pass(kind: type[Pass], values: Mapping[str, Any]) -> Pass:
+    """A pass with these values of its fields. Raises UsageError where one is missing or the pass refuses them."""
+    for field in fields(kind):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise UsageError(f"{name} needs the option {spelled!r}; write {name}{{{spelled}=...}}")
+            option = field.name.replace("_", "-")
+            raise UsageError(f"{kind.name} needs the option {option!r}; write {kind.name}{{{option}=...}}")
     try:
         return kind(**values)
     except ValueError as error:
-        raise UsageError(f"{name}: {error}") from error
+        raise UsageError(f"{kind.name}: {error}") from error
 
 
 def format_spec(passes: Iterable[Pass]) -> str:

@@ -20,6 +20,7 @@ HEAVY = ("torch", "tvm", "onnx", "onnxruntime", "networkx", "transformers")
 def package_files() -> set[str]:
     names = {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in (ROOT / "graphopt").rglob("*.py")}
     names |= {f"graphopt/{path.relative_to(ROOT)}" for link in LINKS for path in (ROOT / link).rglob("*.py")}
+    names |= {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in (ROOT / "graphopt").rglob("*.yaml")}
     return names | {"graphopt/py.typed"}
 
 

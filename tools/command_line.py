@@ -21,7 +21,7 @@ with interrupt.leaving():
     from pathlib import Path
     from typing import NoReturn, Protocol, cast
 
-    from graphopt.errors import GraphoptError, UsageError
+    from graphopt.errors import GraphoptError, RecipeError, UsageError
     from graphopt.optional import missing_extra
     from graphopt.tools.output_file import check_outputs
 
@@ -118,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return say_interrupted()
         if "--debug" in words:
             traceback.print_exc()
-        print(f"graphopt: error: {one_line(e)}", file=sys.stderr)
+        for message in e.mistakes if isinstance(e, RecipeError) else [one_line(e)]:
+            print(f"graphopt: error: {message}", file=sys.stderr)
         return exit_code(e)
 
 

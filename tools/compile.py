@@ -11,7 +11,7 @@ from graphopt.tools import interrupt
 from graphopt.tools.model_argument import ARTIFACT, add_model_argument, load_model
 from graphopt.tools.optimize import print_passes
 from graphopt.tools.output_file import check_suffix
-from graphopt.tools.pass_options import add_pass_choice, chosen_passes
+from graphopt.tools.pass_options import add_pass_choice, chosen_recipe
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, wants_text, write_json
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     help = f"a {ARTIFACT} file, or a folder when it ends in {ARTIFACT}/"
     parser.add_argument("-o", "--output", metavar="MODEL.gopt", required=True, help=help)
-    parser.add_argument("--target", default="cpu", help="see `graphopt list-targets` (default cpu)")
+    parser.add_argument("--target", help="see `graphopt list-targets` (default cpu)")
     parser.add_argument("--threads", type=int, help="threads to cut work for (default: one for each CPU)")
     add_pass_choice(parser)
     add_json_option(parser)
@@ -33,12 +33,15 @@ def run(arguments: argparse.Namespace) -> int:
     import graphopt
 
     begin = time.monotonic()
+    recipe = chosen_recipe(arguments)
+    settings = {"target": "cpu"} | {name: setting.value for name, setting in recipe.settings.items()}
+    target = settings["target"]
     with progress(f"capturing {arguments.model}"):
         program = load_model(arguments)
     with progress("optimizing"):
-        result = graphopt.optimize(program, chosen_passes(arguments), target=arguments.target)
-    with progress(f"compiling for {arguments.target}"):
-        artifact = graphopt.compile(result.program, arguments.target, threads=arguments.threads)
+        result = graphopt.optimize(program, [step.item for step in recipe.passes], **settings)
+    with progress(f"compiling for {target}"):
+        artifact = graphopt.compile(result.program, target, threads=arguments.threads)
         interrupt.check()
         artifact.save(arguments.output)
     report = {**result.report.to_json(), "artifact": summarize(artifact, arguments.output)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
@@ -14,10 +15,16 @@ SUMMARY = "list the passes and their options"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes with these passes")
     add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.schema:
+        from graphopt.recipe_schema import recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=1))
+        return 0
     from graphopt import list_passes
 
     passes = list_passes()

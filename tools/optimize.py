@@ -3,46 +3,60 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
+from graphopt.errors import UsageError
 from graphopt.tools import interrupt
-from graphopt.tools.model_argument import add_model_argument, load_model
+from graphopt.tools.model_argument import HELP, add_dynamic_option, load_model
 from graphopt.tools.output_file import check_suffix
-from graphopt.tools.pass_options import add_checking_options, add_pass_choice, checking_options, chosen_passes
+from graphopt.tools.pass_options import add_checking_options, add_pass_choice, chosen_passes, chosen_recipe
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
 
 if TYPE_CHECKING:
     from graphopt.program import Program
+    from graphopt.recipe import Recipe
 
 SUMMARY = "run passes over a model and write the result"
+OUTPUTS = (".pt2", ".onnx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_argument(parser)
-    add_output_option(parser)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=HELP)
+    add_dynamic_option(parser)
+    add_output_option(parser, required=False)
     add_pass_choice(parser)
     add_checking_options(parser)
+    help = "print the passes, options and settings and where each comes from; MODEL is not read and nothing is written"
+    parser.add_argument("--dry-run", action="store_true", help=help)
     add_json_option(parser)
 
 
-def add_output_option(parser: argparse.ArgumentParser) -> None:
+def add_output_option(parser: argparse.ArgumentParser, required: bool = True) -> None:
     help = "a .pt2 or .onnx file; the suffix decides"
-    parser.add_argument("-o", "--output", metavar="OUT", required=True, help=help)
+    parser.add_argument("-o", "--output", metavar="OUT", required=required, help=help)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return optimize_and_write(arguments, chosen_passes(arguments), checking_options(arguments))
+    if arguments.dry_run:
+        return show_recipe(arguments, chosen_recipe(arguments))
+    for name, value in (("MODEL", arguments.model), ("-o OUT", arguments.output)):
+        if value is None:
+            raise UsageError(f"{name} is missing (only --dry-run does without); see graphopt optimize --help")
+    check_suffix(arguments.output, OUTPUTS)
+    return optimize_and_write(arguments, chosen_recipe(arguments), chosen_passes(arguments))
 
 
-def optimize_and_write(arguments: argparse.Namespace, passes: str, options: dict[str, Any]) -> int:
-    check_suffix(arguments.output, (".pt2", ".onnx"))
+def optimize_and_write(arguments: argparse.Namespace, recipe: Recipe, title: str) -> int:
+    check_suffix(arguments.output, OUTPUTS)
     from graphopt import optimize
 
     with progress(f"capturing {arguments.model}"):
         program = load_model(arguments)
-    with progress(f"running {passes}"):
-        result = optimize(program, passes, **options)
+    with progress(f"running {title}"):
+        passes = [step.item for step in recipe.passes]
+        result = optimize(program, passes, **{name: setting.value for name, setting in recipe.settings.items()})
     with progress(f"writing {arguments.output}"):
         write_program(result.program, arguments.output)
     report = result.report.to_json()
@@ -51,6 +65,42 @@ def optimize_and_write(arguments: argparse.Namespace, passes: str, options: dict
         print_passes(report)
         print(f"wrote {arguments.output}")
     return 0
+
+
+def show_recipe(arguments: argparse.Namespace, recipe: Recipe) -> int:
+    """What `optimize` would be called with: explicit settings with where they come from, and its defaults."""
+    plan = describe_recipe(recipe)
+    write_json(arguments, plan)
+    if wants_text(arguments):
+        rows = [{**item, "options": spell_options(item["options"])} for item in plan["passes"]]
+        print(format_table(rows, ("pass", "options", "from")))
+        print()
+        print(format_table([{"setting": name, **setting} for name, setting in plan["settings"].items()]))
+    return 0
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    import inspect
+
+    from graphopt.optimize import optimize
+    from graphopt.recipe import SETTINGS
+    from graphopt.spec_string import pass_options
+
+    parameters = inspect.signature(optimize).parameters
+    settings = {}
+    for key in SETTINGS:
+        name = key.replace("-", "_")
+        given = recipe.settings.get(name)
+        value, origin = (given.value, given.origin) if given else (parameters[name].default, "default")
+        settings[key] = {"value": value, "from": origin}
+    steps = [
+        {"pass": step.item.name, "options": pass_options(step.item), "from": step.origin} for step in recipe.passes
+    ]
+    return {"passes": steps, "settings": settings}
+
+
+def spell_options(options: dict[str, Any]) -> str:
+    return ",".join(f"{name}={json.dumps(value)}" for name, value in options.items())
 
 
 def write_program(program: Program, path: str) -> None:

@@ -13,7 +13,16 @@ from typing import IO
 from graphopt.errors import UsageError, WriteError
 from graphopt.tools import interrupt
 
-INPUTS = ("model", "artifact", "a", "b", "input", "source")  # what the verbs call the files that they read
+INPUTS = (
+    "model",
+    "artifact",
+    "a",
+    "b",
+    "input",
+    "source",
+    "recipe",
+    "report",
+)  # what the verbs call the files that they read
 OUTPUTS = {"output": "-o", "json": "--json"}
 
 

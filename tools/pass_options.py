@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from graphopt.errors import UsageError
 
+if TYPE_CHECKING:
+    from graphopt.recipe import Recipe
+
 LEVELS = ("0", "1", "2", "3")
 EXAMPLE = "batch-norm-folding,constant-folding{max-bytes=1024}"
-LATER = ("--recipe", "--data", "--metric", "--tune")
+LATER = ("--data", "--metric", "--tune")
 
 
 class Later(argparse.Action):
@@ -25,6 +28,10 @@ class Later(argparse.Action):
 def add_pass_choice(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--passes", metavar="SPEC", help=f'passes with options, such as "{EXAMPLE}"')
+    help = (
+        "a YAML file with passes and settings, or a shipped one such as cpu-fast; other options override its settings"
+    )
+    group.add_argument("--recipe", metavar="FILE", help=help)
     group.add_argument(
         "-O", dest="level", choices=LEVELS, help="level, -O0 nothing to -O3 all exact passes (default 2)"
     )
@@ -36,8 +43,19 @@ def add_later_options(parser: argparse.ArgumentParser, options: Sequence[str]) -
         parser.add_argument(option, nargs="?", action=Later, help=argparse.SUPPRESS)
 
 
+def add_checking_options(parser: argparse.ArgumentParser) -> None:
+    """None stands for an option that is not given: a recipe may have its value, `optimize` has the default."""
+    parser.add_argument("--verify", choices=("off", "structure", "numeric"), help="(default numeric)")
+    help = "a rewrite that is found wrong is an error, not taken back"
+    parser.add_argument("--strict", action="store_const", const=True, help=help)
+    parser.add_argument("--target", help="device the passes aim at (default cpu)")
+    parser.add_argument("--seed", type=int, help="of everything random (default 0)")
+
+
 def chosen_passes(arguments: argparse.Namespace) -> str:
-    """What `optimize` takes as its passes: a spec string or "O2"."""
+    """What was asked for, as one word: a recipe, a spec string or "O2"."""
+    if arguments.recipe is not None:
+        return str(arguments.recipe)
     if arguments.passes is None:
         return f"O{arguments.level or 2}"
     if not arguments.passes.strip():
@@ -45,14 +63,28 @@ def chosen_passes(arguments: argparse.Namespace) -> str:
     return str(arguments.passes)
 
 
-def add_checking_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--verify", choices=("off", "structure", "numeric"), default="numeric", help="(default numeric)"
-    )
-    parser.add_argument("--target", default="cpu", help="device the passes aim at (default cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+def chosen_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The passes and settings that --recipe, --passes or -O come to, with the options that are given beside it."""
+    from graphopt.recipe import read_recipe
+
+    if arguments.recipe is not None:
+        return with_options(read_recipe(arguments.recipe), arguments)
+    passes = chosen_passes(arguments)
+    return spelled_recipe(passes, f"-{passes}" if arguments.passes is None else "--passes", arguments)
 
 
-def checking_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `graphopt.optimize`."""
-    return {name: getattr(arguments, name) for name in ("verify", "target", "seed")}
+def spelled_recipe(passes: str, origin: str, arguments: argparse.Namespace) -> Recipe:
+    """As `chosen_recipe`, for a level or spec string that comes from `origin`."""
+    from graphopt.optimize import choose_passes
+    from graphopt.recipe import Recipe, Step
+
+    return with_options(Recipe(tuple(Step(item, origin) for item in choose_passes(passes)), {}), arguments)
+
+
+def with_options(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """`recipe` with the settings that the command line gives in place of its own."""
+    from graphopt.recipe import SETTINGS, Recipe, Setting
+
+    given = {key: getattr(arguments, key.replace("-", "_"), None) for key in SETTINGS}
+    settings = {key.replace("-", "_"): Setting(value, f"--{key}") for key, value in given.items() if value is not None}
+    return Recipe(recipe.passes, {**recipe.settings, **settings})

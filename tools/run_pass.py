@@ -7,7 +7,7 @@ import argparse
 from graphopt.errors import UsageError
 from graphopt.tools.model_argument import add_model_argument
 from graphopt.tools.optimize import add_output_option, optimize_and_write
-from graphopt.tools.pass_options import LATER, add_checking_options, add_later_options, checking_options
+from graphopt.tools.pass_options import LATER, add_checking_options, add_later_options, spelled_recipe
 from graphopt.tools.table import add_json_option
 
 SUMMARY = "run one pass over a model"
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return optimize_and_write(arguments, spell(arguments.name, arguments.option), checking_options(arguments))
+    spec = spell(arguments.name, arguments.option)
+    return optimize_and_write(arguments, spelled_recipe(spec, "NAME", arguments), spec)
 
 
 def spell(name: str, options: list[str]) -> str:

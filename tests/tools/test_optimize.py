@@ -70,7 +70,66 @@ def test_no_passes_is_spelled_as_a_level(cli: Cli) -> None:
     cli("optimize", TINY, "-o", "o.pt2", "--passes", "").refused("--passes is empty", "-O0")
 
 
-@pytest.mark.parametrize("option", ["--recipe", "--data=x.npz", "--metric", "--tune"])
+@pytest.mark.parametrize("option", ["--data=x.npz", "--metric", "--tune"])
 @pytest.mark.parametrize("verb", [("optimize",), ("run-pass", "dead-code"), ("compile",)])
 def test_options_of_later_versions(cli: Cli, verb: tuple[str, ...], option: str) -> None:
     cli(*verb, TINY, option, "-o", "o.pt2").refused("comes with a later version")
+
+
+RECIPE = """graphopt: "1.0"
+passes: [dead-code, {name: constant-folding, max-bytes: 64}]
+verify: structure
+seed: 3
+"""
+
+
+def test_a_recipe_runs_with_its_settings(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    report = cli("optimize", TINY, "-o", "out.pt2", "--recipe", "r.yaml", "--json").json
+    assert [item["name"] for item in report["passes"]] == ["dead-code", "constant-folding"]
+    assert report["passes"][1]["options"] == {"max-bytes": 64} and report["verify"] == "structure"
+
+
+def test_options_override_the_recipe(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    outcome = cli("optimize", "--recipe", "r.yaml", "--verify", "numeric", "--strict", "--dry-run", "--json")
+    plan = outcome.json
+    assert plan["passes"][1] == {"pass": "constant-folding", "options": {"max-bytes": 64}, "from": "r.yaml:2"}
+    settings = plan["settings"]
+    assert settings["verify"] == {"value": "numeric", "from": "--verify"}
+    assert settings["strict"] == {"value": True, "from": "--strict"}
+    assert settings["seed"] == {"value": 3, "from": "r.yaml:4"}
+    assert settings["target"] == {"value": "cpu", "from": "default"}
+    assert cli("optimize", "--dry-run", "--json").json["passes"][0]["from"] == "-O2"
+
+
+def test_dry_run_reads_no_model_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("optimize", "no_such:model", "-o", "out.pt2", "--recipe", "cpu-fast", "--dry-run")
+    assert outcome.code == 0 and "max-bytes=1048576" in outcome.out and "cpu-fast:" in outcome.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_mistake_of_a_recipe_has_a_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text('graphopt: "1.0"\npasses: [dead-cod, O9]\n')
+    outcome = cli("optimize", TINY, "-o", "out.pt2", "--recipe", "r.yaml")
+    lines = outcome.err.splitlines()
+    assert outcome.code == 2 and len(lines) == 2 and not (tmp_path / "out.pt2").exists()
+    assert all(line.startswith("graphopt: error: r.yaml:2: unknown ") for line in lines)
+
+
+@pytest.mark.parametrize(("words", "missing"), [((), "MODEL"), ((TINY,), "-o OUT")])
+def test_only_a_dry_run_needs_no_model_and_output(cli: Cli, words: tuple[str, ...], missing: str) -> None:
+    cli("optimize", *words).refused(f"{missing} is missing")
+
+
+def test_a_recipe_is_not_overwritten(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    cli("optimize", "--recipe", "r.yaml", "--dry-run", "--json", "r.yaml").refused("would overwrite the input r.yaml")
+
+
+def test_a_recipe_and_passes(cli: Cli) -> None:
+    cli("optimize", TINY, "--recipe", "cpu-fast", "--passes", "dead-code").refused("not allowed with")
+
+
+def test_the_schema_of_recipes(cli: Cli) -> None:
+    assert cli("list-passes", "--schema").json["title"] == "graphopt recipe"
