@@ -1,0 +1,110 @@
+"""What values take at the nodes of a program over a data set: one pass, and no value is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from graphopt.accumulators import Accumulator, Moments, Statistics
+from graphopt.data import Sample
+from graphopt.errors import UnknownNameError, UsageError, VerificationError
+from graphopt.program import Program
+from graphopt.samples import CANNOT_RUN
+
+
+def collect(
+    program: Program, nodes: Iterable[str], samples: Iterable[Sample], axis: int | None = None
+) -> dict[str, Statistics | None]:
+    """Statistics of the values of `nodes` over `samples`: of the whole tensor, or for each channel along `axis`.
+
+    A node of a branch is called by its path, "true_graph_0.linear". A node that no sample reached, or whose values
+    were all empty, gets None. Raises what `observe` raises.
+    """
+    moments = {name: Moments(axis) for name in nodes}
+    observe(program, {name: [item] for name, item in moments.items()}, samples)
+    return {name: item.result() for name, item in moments.items()}
+
+
+def observe(
+    program: Program, accumulators: Mapping[str, Sequence[Accumulator]], samples: Iterable[Sample]
+) -> dict[str, int]:
+    """Run every sample from the initial state, and show each named node's value to its accumulators as it appears.
+
+    Returns how many values each node gave: 0 where no sample reached it. Nothing here keeps a value, so memory does
+    not grow with the number of samples. Raises UnknownNameError for a node that does not exist, UsageError for one
+    whose value is no tensor, VerificationError where PyTorch cannot run a sample.
+    """
+    known = {
+        _path(path, node) for path, module in program.graphs() for node in module.graph.nodes if node.op != "output"
+    }
+    for name in accumulators:
+        if name not in known:
+            raise UnknownNameError("node", name, known)
+    watch = _Watch(accumulators)
+    for index, sample in enumerate(samples):
+        program.bind(sample.inputs)
+        try:
+            with torch.no_grad():
+                _Observer(program.graph_module, watch).run(*sample.inputs, *(item.initial for item in program.state))
+        except CANNOT_RUN as e:
+            raise VerificationError(f"{program.name} cannot run sample {index} of the data: {e}") from e
+    return watch.seen
+
+
+class _Watch:
+    """Hands values to accumulators, and counts them."""
+
+    def __init__(self, accumulators: Mapping[str, Sequence[Accumulator]]) -> None:
+        self.accumulators = accumulators
+        self.seen = dict.fromkeys(accumulators, 0)
+
+    def show(self, name: str, value: Any) -> None:
+        if name not in self.seen:
+            return
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"node {name!r} gives {type(value).__name__}, not one tensor; name a node that reads it")
+        self.seen[name] += 1
+        for accumulator in self.accumulators[name]:
+            try:
+                accumulator.update(value)
+            except (UsageError, *CANNOT_RUN) as e:
+                raise UsageError(f"statistics of node {name!r}: {e}") from e
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Keeps the interpreter from taking a sub-graph for a value."""
+
+    path: str
+    module: GraphModule = field(repr=False)
+
+
+class _Observer(Interpreter):
+    """Runs one graph and the branches that it takes, freeing each value after its last use."""
+
+    def __init__(self, module: GraphModule, watch: _Watch, path: str = "") -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.watch = watch
+        self.path = path
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return _Branch(f"{self.path}.{target}".lstrip("."), value) if isinstance(value, GraphModule) else value
+
+    def run_node(self, n: Node) -> Any:
+        value = self._branch(n) if n.target is torch.ops.higher_order.cond else super().run_node(n)
+        self.watch.show(_path(self.path, n), value)
+        return value
+
+    def _branch(self, node: Node) -> Any:
+        (predicate, when_true, when_false, operands), _ = self.fetch_args_kwargs_from_env(node)
+        branch = when_true if bool(predicate) else when_false
+        return _Observer(branch.module, self.watch, branch.path).run(*operands)
+
+
+def _path(path: str, node: Node) -> str:
+    return f"{path}.{node.name}".lstrip(".")
