@@ -19,6 +19,7 @@ from graphopt.optional import missing_extra
 from graphopt.output_check import check_session
 from graphopt.program import Program, TensorSpec
 from graphopt.registry import find_backend
+from graphopt.report import FORMAT, PassReport
 from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.weights import state_name
 
@@ -83,10 +84,19 @@ def compile(
         entries={name: describe_entry(program) for name, program in entries.items()},
         variants=(Variant(chosen.name, chosen.features, library, module.arguments, module.kernels),),
         tools={tool: metadata.version(tool) for tool in _TOOLS},
-        passes=tuple({"entry": name, **item} for name, program in entries.items() for item in program.history),
+        passes=tuple(
+            {"entry": name, **PassReport.summary(item)} for name, program in entries.items() for item in program.history
+        ),
     )
-    slow = sorted(name for name, rule in module.kernels.items() if rule == "generic")
-    report = {"target": chosen.name, "threads": chosen.threads, "kernels": dict(module.kernels), "slow": slow}
+    slow = sorted(name for name, kernel in module.kernels.items() if kernel.rule == "generic")
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "target": chosen.name,
+        "threads": chosen.threads,
+        "kernels": {name: kernel.rule for name, kernel in module.kernels.items()},
+        "slow": slow,
+    }
+    report["entries"] = {name: {"passes": list(program.history)} for name, program in entries.items()}
     built = {library: backend.build(module.module, chosen)}
     artifact = Artifact(manifest, built, weights, _samples(entries), report)
     checks = check_session(artifact.session(), entries)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from graphopt.instance import Instance
     from graphopt.program import Program
 
 Preserves = Literal["exact", "quantized", "approximate"]
@@ -30,6 +31,20 @@ class Declined:
     rule: str
     node: str
     reason: str
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """One place where only a part of a rule's pattern was found: `matched` of its `total` calls.
+
+    `reason` is a clause that names the first difference.
+    """
+
+    rule: str
+    node: str
+    reason: str
+    matched: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -71,12 +86,18 @@ class PassContext:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The new program, where it differs from the old one, where it could have differed, and remarks."""
+    """The new program, where it differs from the old one, where it could have differed, and remarks.
+
+    `instances` are the rewrites as small programs, old and new, in the order in which they were made: what has one is
+    checked on its own, anything else by leaving out rewrites until the whole program is right.
+    """
 
     program: Program
     rewrites: tuple[Rewrite, ...] = ()
     declined: tuple[Declined, ...] = ()
     notes: tuple[str, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+    instances: tuple[Instance, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,10 @@ class Pass(ABC):
 
     name: ClassVar[str]
     preserves: ClassVar[Preserves] = "exact"
+
+    def starts_at(self) -> frozenset[Any]:
+        """The operators at which its rules look for a match, for explanations; empty where that is no short list."""
+        return frozenset()
 
     def requires(self, program: Program) -> str | None:
         """Why the pass cannot take `program`, or None."""

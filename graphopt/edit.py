@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from graphopt.contract import Declined, PassContext, PassResult, Rewrite
+from graphopt.contract import Declined, NearMiss, PassContext, PassResult, Rewrite
 from graphopt.errors import PropagationError
+from graphopt.instance import Instance, record
 from graphopt.program import PROVENANCE, Program, get_attribute, provenance
 from graphopt.propagate import changes_downstream, evaluate, fake_constant, find_mode
 
@@ -33,6 +34,8 @@ class Edit:
         self.name = name
         self.rewrites: list[Rewrite] = []
         self.declined: list[Declined] = []
+        self.near_misses: list[NearMiss] = []
+        self.instances: list[Instance] = []
         self.notes: list[str] = []
         self.mode = find_mode(self.program.graph_module)
 
@@ -51,7 +54,14 @@ class Edit:
                 _refresh_output(module)
                 module.graph.lint()
                 module.recompile()
-        return PassResult(program, tuple(self.rewrites), tuple(self.declined), tuple(self.notes))
+        return PassResult(
+            program,
+            tuple(self.rewrites),
+            tuple(self.declined),
+            tuple(self.notes),
+            tuple(self.near_misses),
+            tuple(self.instances),
+        )
 
 
 class Builder(GraphAppendingTracer):
@@ -141,6 +151,10 @@ class GraphEditor:
         """Record that `rule` matched at `node` and left it alone."""
         self.edit.declined.append(Declined(rule, self.full_name(node), reason))
 
+    def near_miss(self, rule: str, node: Node, reason: str, matched: int, total: int) -> None:
+        """Record that only a part of what `rule` looks for was found at `node`."""
+        self.edit.near_misses.append(NearMiss(rule, self.full_name(node), reason, matched, total))
+
     def replace(
         self, rule: str, outputs: Sequence[Node], build: Build, *, inner: Sequence[Node] = (), at: Node | None = None
     ) -> bool:
@@ -192,6 +206,10 @@ class GraphEditor:
             node.meta.pop("tensor_meta", None)
         before = tuple(sorted({*inner, *outputs}))
         self._mark(rule, outputs[0], before, new)
+        old_steps, old_outputs = record(self.module, before, outputs, self.full_name)
+        new_steps, new_outputs = record(self.module, new, results, self.full_name)
+        replaced = tuple(value.name for value in old_outputs)
+        self.edit.instances.append(Instance(identity, old_steps, new_steps, replaced, new_outputs))
         fresh = set(new)
         for old, result in zip(outputs, results, strict=True):
             if isinstance(result, Node):

@@ -99,6 +99,11 @@ def _parameters(target: OpOverload) -> tuple[tuple[str, Any], ...]:
     return tuple((argument.name, argument.default_value) for argument in target._schema.arguments)
 
 
+def parameter_names(target: OpOverload) -> tuple[str, ...]:
+    """The names of an overload's parameters, in the order of its schema."""
+    return tuple(name for name, _ in _parameters(target))
+
+
 def arguments(node: Node) -> tuple[Any, ...]:
     """All arguments of a call in the order of the schema, with defaults filled in."""
     if not isinstance(node.target, OpOverload):
@@ -114,8 +119,7 @@ def argument(node: Node, name: str) -> Any:
     """One argument of an ATen call by its name in the schema, given or default."""
     if not isinstance(node.target, OpOverload):
         raise UsageError(f"{node.name} is no ATen call: its arguments have no names")
-    names = [known for known, _ in _parameters(node.target)]
-    return arguments(node)[names.index(name)]
+    return arguments(node)[parameter_names(node.target).index(name)]
 
 
 def find_match(pattern: Pattern, anchor: Node) -> Match | None:
@@ -198,9 +202,12 @@ def _candidates(pattern: Node, state: State) -> Iterator[Node]:
             values: Sequence[Any] = (state[source],)
         else:
             values = tuple(islice(_candidates(source, state), CANDIDATES))
-        found = [
-            user for value in values if isinstance(value, Node) for user in value.users if user.target == pattern.target
-        ]
+        found = [user for value in values if isinstance(value, Node) for user in users_like(pattern, value)]
         if found:
             yield from found
             return
+
+
+def users_like(pattern: Node, value: Node) -> list[Node]:
+    """The users of `value` with the operator of `pattern`, at most CANDIDATES of them."""
+    return list(islice((user for user in value.users if user.target == pattern.target), CANDIDATES))

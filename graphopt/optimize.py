@@ -8,25 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
-from graphopt.branches import conditions
-from graphopt.contract import Pass, PassContext, PassResult
-from graphopt.errors import (
-    GraphoptError,
-    PassError,
-    PostconditionError,
-    PreconditionError,
-    UsageError,
-    VerificationError,
-)
+from graphopt.checked_run import Checker
+from graphopt.contract import Pass, PassContext
+from graphopt.errors import UsageError
 from graphopt.levels import LEVELS, level_passes
 from graphopt.program import Program
 from graphopt.registry import check_target
-from graphopt.report import PassReport, Report
-from graphopt.samples import CANNOT_RUN
+from graphopt.report import PassReport, Report, count, created, operators
 from graphopt.spec_string import parse_spec, pass_options
-from graphopt.verify import Sample, check_exact, find_defect, make_samples, results_of
 
 Verify = Literal["off", "structure", "numeric"]
 _LEVEL_LIKE = re.compile(r"-?[Oo]?-?\d+|-?[Oo]\w?", re.ASCII)
@@ -58,13 +47,15 @@ def optimize(
     """Run `passes` ("a{x=1},b", a list of passes, or "O0".."O3") over `program`, which stays as it is.
 
     `verify` checks after every pass: "structure" that the program is well-formed, "numeric" also that an exact pass
-    stays within 4 times the error against float64 that there was before it, plus 1e-6 relative. `data` and `metric`
-    are for passes that preserve approximately; `seed` for them and for the inputs that are drawn to check.
+    stays within 4 times the error against float64 that there was before it, plus 1e-6 relative: each rewrite on its
+    own, then the whole program. Wrong rewrites, and only they, are taken back and reported; with `strict` they are an
+    error. `data` and `metric` are for passes that preserve approximately; `seed` for them and for the inputs that are
+    drawn to check.
 
     Raises UsageError for unusable arguments, PassError and its kinds where a pass fails, VerificationError where a
-    result is wrong.
+    result is wrong and leaving out rewrites does not make it right.
     """
-    unused = {"keep_if_faster": keep_if_faster, "database": database, "threads": threads, "strict": strict}
+    unused = {"keep_if_faster": keep_if_faster, "database": database, "threads": threads}
     for name, value in unused.items():
         if value:
             raise UsageError(f"{name}={value!r} has no effect in this version of graphopt; leave it out")
@@ -72,7 +63,7 @@ def optimize(
     _check_arguments(program, chosen, verify, data, metric)
     check_target(target)
     context = PassContext(target=target, data=data, metric=metric, seed=seed)
-    return _Run(program, chosen, context, verify).run()
+    return _Run(program, chosen, context, Checker(verify, seed, strict)).run(verify)
 
 
 def choose_passes(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
@@ -109,85 +100,56 @@ def _check_arguments(program: Program, passes: tuple[Pass, ...], verify: str, da
 
 
 class _Run:
-    """One call of `optimize`: the program so far, and what checking remembers from pass to pass."""
+    """One call of `optimize`: the program so far and the account of it."""
 
-    def __init__(self, program: Program, passes: tuple[Pass, ...], context: PassContext, verify: str) -> None:
+    def __init__(self, program: Program, passes: tuple[Pass, ...], context: PassContext, checker: Checker) -> None:
         self.first = program
         self.program = program
         self.passes = passes
         self.context = context
-        self.verify = verify
-        self.samples: tuple[Sample, ...] = ()
-        self.results: tuple[tuple[torch.Tensor, ...], ...] = ()
+        self.checker = checker
 
-    def run(self) -> OptimizeResult:
+    def run(self, verify: str) -> OptimizeResult:
         reports = []
         for index, item in enumerate(self.passes):
             self.context.progress(item.name, index, len(self.passes))
             after = [previous.name for previous in self.passes[:index]]
-            place = f"{item.name}, after {', '.join(after)}" if after else item.name
-            reports.append(self._step(item, place))
-        report = Report(tuple(reports), self.first.count_operators(), self.program.count_operators())
+            reports.append(self._step(item, f"{item.name}, after {', '.join(after)}" if after else item.name))
+        report = Report(
+            model=self.first.name,
+            target=self.context.target,
+            verify=verify,
+            passes=tuple(reports),
+            before=count(self.first),
+            after=count(self.program),
+            nodes=operators(self.first),
+            checked_on=tuple(self.checker.labels),
+            not_checked=tuple(self.checker.skipped),
+        )
         if reports:
-            history = (*self.first.history, *(item.summary() for item in reports))
-            self.program = replace(self.program, history=history)
+            self.program = replace(self.program, history=(*self.first.history, *report.records()))
         return OptimizeResult(self.program, report)
 
     def _step(self, item: Pass, place: str) -> PassReport:
         start, before = time.perf_counter(), self.program
-        reason = item.requires(before)
-        if reason is not None:
-            raise PreconditionError(f"pass {place}: cannot take the program: {reason}")
-        result = self._call(item, place)
+        checked = self.checker.run(item, before, self.context, place)
         seconds = time.perf_counter() - start
-        self._check_structure(item, place, result.program)
-        error = self._check_numbers(item, place, result.program)
-        notes = result.notes if error is None else (*result.notes, *self.skipped)
-        self.program = result.program
-        counts = before.count_operators(), result.program.count_operators()
-        options = pass_options(item)
-        return PassReport(item.name, options, result.rewrites, result.declined, notes, *counts, seconds, error)
-
-    def _call(self, item: Pass, place: str) -> PassResult:
-        try:
-            result = item.run(self.program, self.context)
-        except GraphoptError:
-            raise
-        except Exception as error:
-            raise PassError(f"pass {place}: {type(error).__name__}: {error}") from error
-        if not isinstance(result, PassResult):
-            raise PassError(f"pass {place}: run returned {type(result).__name__}; return a PassResult")
-        return result
-
-    def _check_structure(self, item: Pass, place: str, after: Program) -> None:
-        if self.verify == "off":
-            return
-        defect = item.ensures(after)
-        if defect is None and after is not self.program:
-            defect = find_defect(self.program, after)
-        if defect is not None:
-            raise PostconditionError(f"pass {place}: the result is ill-formed: {defect}")
-
-    def _check_numbers(self, item: Pass, place: str, after: Program) -> float | None:
-        """The largest relative error against float64; a pass that is not exact starts a new reference."""
-        if self.verify != "numeric" or after is self.program:
-            return None
-        if item.preserves != "exact":
-            self.samples, self.results = (), ()
-            return None
-        if not self.samples:
-            self.samples, self.skipped = make_samples(self.program, self.context.seed)
-            self.results = results_of(self.program, self.samples)
-        if conditions(after) != conditions(self.program):  # what would be forced is no longer the same in both
-            kept = [pair for pair in zip(self.samples, self.results, strict=True) if not pair[0].sides]
-            self.samples, self.results = tuple(s for s, _ in kept), tuple(r for _, r in kept)
-        names = (*(spec.name for spec in after.outputs), *(state.spec.name for state in after.state))
-        try:
-            results = results_of(after, self.samples)
-            error = check_exact(self.results, results, self.samples, names)
-        except VerificationError as error:
-            raise VerificationError(f"pass {place}: {error}") from error
-        except CANNOT_RUN as error:
-            raise VerificationError(f"pass {place}: the result does not run: {error}") from error
-        self.results = results
-        return error
+        self.checker.accept(item, checked)
+        self.program = checked.result.program
+        return PassReport(
+            name=item.name,
+            options=pass_options(item),
+            rewrites=checked.result.rewrites,
+            declined=checked.result.declined,
+            near_misses=checked.result.near_misses,
+            rolled_back=checked.rolled_back,
+            slower=(),
+            notes=checked.result.notes,
+            before=count(before),
+            after=count(self.program),
+            created=created(before, self.program),
+            starts_at=tuple(sorted(map(str, item.starts_at()))),
+            seconds=seconds,
+            error=checked.error,
+            errors=dict(checked.errors),
+        )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree
 
 from graphopt.program import Program
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
+CANNOT_RUN_FLOAT64 = (RuntimeError, NotImplementedError, TypeError)
 
 
 def run_float64(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -34,6 +36,26 @@ def widen(value: Any) -> Any:
     return value
 
 
+def call_float64(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """One call with its floating-point values, and the types among its arguments, in float64.
+
+    Raises one of CANNOT_RUN_FLOAT64 where the operator has no kernel for that.
+    """
+    if isinstance(target, HigherOrderOperator):
+        return _run_control_flow(target, args, kwargs)
+    args, kwargs = _pytree.tree_map(lambda value: _wide_type(widen(value)), (list(args), dict(kwargs)))
+    return _pytree.tree_map(widen, target(*args, **kwargs))
+
+
+def _run_control_flow(target: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if target is not torch.ops.higher_order.cond or kwargs:
+        raise NotImplementedError(f"control flow {target}")
+    predicate, when_true, when_false, operands = args
+    branch = when_true if bool(predicate) else when_false
+    module = branch.module if isinstance(branch, _Branch) else branch
+    return tuple(_Float64(module, garbage_collect_values=True).run(*map(widen, operands)))
+
+
 class _Float64(Interpreter):
     """Runs one graph; `fetch_attr` and `run_node` are where values come into being."""
 
@@ -45,22 +67,14 @@ class _Float64(Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if any(isinstance(argument, _Branch) for argument in args):
-            return self._run_control_flow(n, args, kwargs)
-        wide_args, wide_kwargs = _pytree.tree_map(_wide_type, (args, kwargs))
         try:
-            return _pytree.tree_map(widen, n.target(*wide_args, **wide_kwargs))  # type: ignore[operator]
-        except (RuntimeError, NotImplementedError, TypeError):
+            return call_float64(n.target, args, kwargs)
+        except CANNOT_RUN_FLOAT64:
+            if isinstance(n.target, HigherOrderOperator):
+                raise
             narrow = [_narrow(value, source) for value, source in zip(args, n.args, strict=True)]
             named = {name: _narrow(value, n.kwargs[name]) for name, value in kwargs.items()}
             return _pytree.tree_map(widen, n.target(*narrow, **named))  # type: ignore[operator]
-
-    def _run_control_flow(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if node.target is not torch.ops.higher_order.cond or kwargs:
-            raise NotImplementedError(f"control flow {node.target}")
-        predicate, when_true, when_false, operands = args
-        branch = when_true if bool(predicate) else when_false
-        return tuple(_Float64(branch.module, garbage_collect_values=True).run(*operands))
 
 
 class _Branch:

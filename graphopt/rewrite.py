@@ -14,6 +14,7 @@ from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.errors import PassError
 from graphopt.matcher import Match, Pattern, find_match, trace_pattern
+from graphopt.near_miss import nearest_miss
 from graphopt.program import Program
 
 
@@ -55,16 +56,24 @@ class RewritePass(Pass):
             for node in editor.nodes():
                 for rule, pattern in by_target.get(node.target, ()):
                     match = find_match(pattern, node)
-                    if match is not None and self._apply(editor, rule, match):
+                    if match is None:
+                        editor.near_miss(self._label(rule), node, *nearest_miss(pattern, node))
+                    elif self._apply(editor, rule, match):
                         break
         return edit.finish()
+
+    def starts_at(self) -> frozenset[Any]:
+        return frozenset(trace_pattern(kind.pattern).outputs[0].target for kind in self.rules)
+
+    def _label(self, rule: Rule) -> str:
+        return f"{self.name}/{rule.label()}"
 
     def _make(self, kind: type[Rule]) -> Rule:
         options = {option.name for option in fields(self)}
         return kind(**{field.name: getattr(self, field.name) for field in fields(kind) if field.name in options})
 
     def _apply(self, editor: GraphEditor, rule: Rule, match: Match) -> bool:
-        name = f"{self.name}/{rule.label()}"
+        name = self._label(rule)
         reason = match.escape() or rule.check(**match.bindings)
         place = _place(match)
         if reason is None and place is None:

@@ -1,0 +1,176 @@
+"""Each rewrite on its own: the old and the new nodes run on the same inner values, and must agree.
+
+The program before the pass runs once for every sample, and the values that rewrites read are kept. What an earlier
+rewrite of the pass made is computed on the way, so a rewrite of a rewrite has its values too. A rewrite in a branch
+that a sample does not take is left to the samples that take it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree
+
+from graphopt.branches import forced
+from graphopt.exactness import Verdict, judge
+from graphopt.instance import Instance, Step, Value
+from graphopt.program import Program
+from graphopt.reference import CANNOT_RUN_FLOAT64, call_float64, widen
+from graphopt.samples import CANNOT_RUN
+from graphopt.verify import Sample
+
+Values = dict[str, Any]
+
+
+def check_instances(program: Program, instances: Sequence[Instance], samples: Sequence[Sample]) -> dict[str, Verdict]:
+    """The worst verdict on every instance, by id, over the samples that reach it; none on what no sample reaches.
+
+    `program` is the one before the pass, `instances` are in the order in which they were made. Random operators, and
+    outputs whose type or shape the rewrite changes on purpose, are left to the check of the whole program.
+    """
+    checkable = [instance for instance in instances if not _is_random(instance)]
+    wanted = set().union(*(instance.reads() for instance in checkable)) if checkable else set()
+    verdicts: dict[str, Verdict] = {}
+    for sample in samples if checkable else ():
+        values = record_values(forced(program, sample.sides) if sample.sides else program, sample.inputs, wanted)
+        for instance in checkable:
+            verdict = _check(instance, values, wanted)
+            if verdict is not None:
+                verdict = Verdict(verdict.error, verdict.reason and f"{verdict.reason}, on {sample.label}")
+                verdicts[instance.id] = _worse(verdicts.get(instance.id), verdict)
+    return verdicts
+
+
+def record_values(program: Program, inputs: Iterable[torch.Tensor], wanted: set[str]) -> Values:
+    """The values of the nodes in `wanted`, "true_graph_0.linear" in a sub-graph, in one run from the initial state."""
+    recorder = _Recorder(program.graph_module, "", wanted, {})
+    with torch.no_grad():
+        recorder.run(*inputs, *(item.initial for item in program.state))
+    return recorder.values
+
+
+def _worse(known: Verdict | None, new: Verdict) -> Verdict:
+    if known is None or (known.reason is None and new.reason is not None):
+        return new
+    return new if known.reason is None and new.error > known.error else known
+
+
+def _is_random(instance: Instance) -> bool:
+    targets = (step.target for step in (*instance.old, *instance.new))
+    return any(isinstance(item, OpOverload) and torch.Tag.nondeterministic_seeded in item.tags for item in targets)
+
+
+def _check(instance: Instance, values: Values, wanted: set[str]) -> Verdict | None:
+    if not instance.reads() <= values.keys():
+        return None
+    with torch.no_grad():
+        old = _run(instance.old, values)
+        reference = _run_float64(instance.old, values, old)
+        try:
+            new = _run(instance.new, values)
+        except CANNOT_RUN as error:
+            return Verdict(math.inf, f"does not run: {next(iter(str(error).splitlines()), '')}")
+    values.update((name, value) for name, value in new.items() if name in wanted)
+    found = ChainMap(new, old, values)
+    results = [found[item.name] if isinstance(item, Value) else item for item in instance.new_outputs]
+    worst: Verdict | None = None
+    for name, result in zip(instance.old_outputs, results, strict=True):
+        verdict = _compare(old[name], result, reference[name])
+        if verdict is not None:
+            worst = _worse(worst, Verdict(verdict.error, verdict.reason and f"{name} {verdict.reason}"))
+    return worst
+
+
+def _compare(old: Any, new: Any, reference: Any) -> Verdict | None:
+    """The worst of all tensors and numbers in a result; None where the rewrite gives another type or shape."""
+    worst: Verdict | None = None
+    leaves = [_pytree.tree_leaves(value) for value in (old, new, reference)]
+    if len(leaves[0]) != len(leaves[1]):
+        return None
+    for left, right, exact in zip(*leaves, strict=True):
+        if not isinstance(left, torch.Tensor):
+            worst = _worse(worst, Verdict(0.0) if left == right else Verdict(math.inf, f"is {right} instead of {left}"))
+        elif isinstance(right, torch.Tensor) and (left.dtype, left.shape) == (right.dtype, right.shape):
+            worst = _worse(worst, judge(left, right, exact))
+        else:
+            return None
+    return worst
+
+
+def _run(steps: Sequence[Step], outside: Values) -> Values:
+    made: Values = {}
+    for step in steps:
+        if step.target is None:
+            made[step.name] = step.args[0]
+            continue
+        args, kwargs = _arguments(step, made, outside)
+        made[step.name] = step.target(*args, **kwargs)
+    return made
+
+
+def _run_float64(steps: Sequence[Step], outside: Values, own: Values) -> Values:
+    """With every floating-point value in float64; a step that cannot gives what it gave in its own types, widened."""
+    made: Values = {}
+    for step in steps:
+        if step.target is None:
+            made[step.name] = widen(step.args[0])
+            continue
+        args, kwargs = _arguments(step, made, outside)
+        try:
+            made[step.name] = call_float64(step.target, args, kwargs)
+        except CANNOT_RUN_FLOAT64:
+            made[step.name] = _pytree.tree_map(widen, own[step.name])
+    return made
+
+
+def _arguments(step: Step, made: Values, outside: Values) -> tuple[Any, Any]:
+    """Positional and named arguments, with values in place of names."""
+
+    def value(leaf: Any) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        return made[leaf.name] if leaf.name in made else outside[leaf.name]
+
+    return map_aggregate(step.args, value), map_aggregate(dict(step.kwargs), value)
+
+
+class _Recorder(Interpreter):
+    """Runs one graph and the branches that it takes, and keeps the values of the nodes in `wanted`."""
+
+    def __init__(self, module: GraphModule, path: str, wanted: set[str], values: Values) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.path = path
+        self.wanted = wanted
+        self.values = values
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return _Branch(f"{self.path}{target}.", value) if isinstance(value, GraphModule) else value
+
+    def run_node(self, n: Node) -> Any:
+        value = self._branch(n) if n.target is torch.ops.higher_order.cond else super().run_node(n)
+        name = f"{self.path}{n.name}"
+        if name in self.wanted:
+            self.values[name] = value
+        return value
+
+    def _branch(self, node: Node) -> Any:
+        (predicate, when_true, when_false, operands), _ = self.fetch_args_kwargs_from_env(node)
+        branch = when_true if bool(predicate) else when_false
+        return _Recorder(branch.module, branch.path, self.wanted, self.values).run(*operands)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A sub-graph and the path of its nodes' names; keeps the interpreter from taking it for a value."""
+
+    path: str
+    module: GraphModule = field(repr=False)
