@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from graphopt.backends.target import Target, resolve_target
 from graphopt.backends.tir_pipeline import register
 from graphopt.errors import CompileError
 from graphopt.program import Program
+from graphopt.runtime.manifest import KernelInfo
 
 __all__ = ["Module", "build", "finalize", "lower", "resolve_target"]
 
@@ -33,25 +34,27 @@ _EVERY_WORKER = 1024  # tasks of the function that reaches every worker thread
 
 @dataclass(frozen=True)
 class Module:
-    """All entries lowered: `arguments` names each entry's weights in order, `kernels` the rule that wrote each."""
+    """All entries lowered: `arguments` names each entry's weights in order."""
 
     module: tvm.IRModule
     weights: Mapping[str, np.ndarray]
     arguments: Mapping[str, tuple[str, ...]]
-    kernels: Mapping[str, str]
+    kernels: Mapping[str, KernelInfo]
 
 
 def lower(programs: Mapping[str, Program], target: Target) -> Module:
     """Every entry as a function of one module. Raises CompileError naming the node that has no lowering."""
     functions: dict[Any, Any] = {}
     arguments: dict[str, tuple[str, ...]] = {}
-    kernels: dict[str, str] = {}
+    kernels: dict[str, KernelInfo] = {}
     weights = Weights()
     builder = relax.BlockBuilder()
     for entry, program in programs.items():
         lowered = lower_program(program, target, entry, weights, builder)
         arguments[entry] = lowered.weights
-        kernels.update(lowered.kernels)
+        for kernel, info in lowered.kernels.items():
+            known = kernels.get(kernel, info)
+            kernels[kernel] = replace(known, nodes={**known.nodes, **info.nodes})
     functions.update(builder.get().functions)
     functions[relax.GlobalVar(SET_DENORMALS)] = set_denormals()
     return Module(tvm.IRModule(functions), weights.arrays, arguments, kernels)

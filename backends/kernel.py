@@ -6,7 +6,7 @@ the same memory. A buffer whose sizes are symbolic binds the variables it shows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +20,20 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.sizes import Shape, Size, Sizes, product, symbols_in
 from graphopt.backends.target import Target
+from graphopt.backends.traffic import elements_read, nodes_computed
 from graphopt.backends.values import Index, Lazy, Product, Storage, View, leaves
 
+Configuration = Mapping[str, bool | int | float | str]  # what a rule chose, flat, as JSON has it
 BOUND = ("float32", "float64", "float16")  # dtypes whose values are bound to variables in kernels
 
 
 @dataclass(frozen=True)
 class Code:
-    """A finished kernel: call it with `inputs`, then the sizes named by `scalars`, then the outputs."""
+    """A finished kernel: call it with `inputs`, then the sizes named by `scalars`, then the outputs.
+
+    `reads` is how many elements of each input one call touches, `flops` how many operations on floats it does, `nodes`
+    the program's nodes whose values it computes on the way to its own.
+    """
 
     name: str
     rule: str
@@ -35,6 +41,10 @@ class Code:
     inputs: tuple[Storage, ...]
     outputs: tuple[tuple[Shape, str], ...]
     scalars: tuple[str, ...]
+    configuration: Configuration
+    flops: Size
+    reads: tuple[Size, ...]
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,9 @@ def write_kernel(
     reads: Sequence[Any],
     outputs: Sequence[tuple[Shape, str]],
     body: Callable[[Kernel, list[Output]], None],
+    *,
+    configuration: Configuration,
+    flops: Size,
     extra_shapes: Sequence[Shape] = (),
 ) -> Code:
     """Build the function whose body is written by `body`; `reads` are the values it loads."""
@@ -182,7 +195,11 @@ def write_kernel(
             body(kernel, results)
         function = builder.get()
     function = without_vector_calls(function.without_attr("global_symbol"))
-    return Code(name, rule, function, inputs, tuple(outputs), scalars)
+    touched = elements_read(reads)
+    counts = tuple(touched[storage] for storage in inputs)
+    return Code(
+        name, rule, function, inputs, tuple(outputs), scalars, configuration, flops, counts, nodes_computed(reads)
+    )
 
 
 _SCALAR_ONLY = frozenset({"tirx.call_pure_extern", "tirx.nearbyint"})

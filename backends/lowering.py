@@ -19,6 +19,7 @@ from tvm import relax
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.fusion import epilogue
 from graphopt.backends.kernel import BOUND, Code
+from graphopt.backends.kernel_report import Kernels
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
 from graphopt.backends.rules.pointwise import pointwise
 from graphopt.backends.sizes import Sizes, product, shape_of, size_of
@@ -27,6 +28,7 @@ from graphopt.backends.values import Lazy, Product, Storage, Value, View, fused_
 from graphopt.errors import CompileError, GraphoptError
 from graphopt.program import Program, get_attribute
 from graphopt.runtime.dtypes import name_of
+from graphopt.runtime.manifest import KernelInfo
 
 _DEEPEST = 16  # element-wise nodes that one kernel computes in a chain
 _DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
@@ -37,7 +39,7 @@ class Lowered:
     """One entry: its function takes inputs, state, then the weights of these names."""
 
     weights: tuple[str, ...]
-    kernels: Mapping[str, str]  # kernel -> rule
+    kernels: Mapping[str, KernelInfo]  # nodes are under this entry only
 
 
 @dataclass
@@ -72,18 +74,22 @@ class Lowering:
         module: GraphModule,
         weights: Weights,
         builder: relax.BlockBuilder,
+        kernels: Kernels,
         parent: Lowering | None = None,
+        path: str = "",
     ) -> None:
         self.target, self.module, self.weights, self.builder = target, module, weights, builder
+        self.kernels, self._path = kernels, path
         self.sizes: Sizes = parent.sizes if parent else Sizes()
         self.constants: dict[str, Storage] = parent.constants if parent else {}  # name -> argument of the function
         self._labels: dict[int, str] = dict(parent._labels) if parent else {}  # address of a weight -> its name
-        self.kernels: dict[str, str] = parent.kernels if parent else {}
         self.bindings: list[relax.Binding] = []
         self.env: dict[Node, Any] = {}
         self.order: dict[Node, int] = {node: number for number, node in enumerate(module.graph.nodes)}
         self._stored: dict[int, tuple[Lazy, View]] = {}
         self._covered: set[Node] = set()
+        self._current: tuple[str, ...] = ()  # the node being lowered
+        self._views: dict[int, tuple[str, ...]] = {}  # id of a view -> the node whose value it is
 
     # Walking ----------------------------------------------------------------------------------------------------------
     def run(self, graph: Graph, arguments: list[Any]) -> Any:
@@ -114,6 +120,7 @@ class Lowering:
         lower = OPERATORS.get(node.target)
         if lower is None:
             raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
+        self._current = name = (self._path + node.name,)
         try:
             result = lower(self, node)
         except GraphoptError:
@@ -123,7 +130,15 @@ class Lowering:
             raise CompileError(
                 f"{node.target} at {node.name} cannot be lowered for {self.target.name}: {reason}"
             ) from e
-        return self._share(node, named(node, result)) if isinstance(result, Lazy) else result
+        finally:
+            self._current = ()
+        if isinstance(result, Lazy):
+            return self._share(node, named(node, result, name))
+        if isinstance(result, View):
+            self._views[id(result)] = name
+        if isinstance(result, tuple):
+            return tuple(replace(x, nodes=(*x.nodes, *name)) if isinstance(x, Lazy) else x for x in result)
+        return result
 
     def _share(self, node: Node, value: Lazy) -> Any:
         """A lazy value read several times is computed once: in one kernel with all readers, or stored.
@@ -183,7 +198,9 @@ class Lowering:
     def store(self, value: Lazy | View) -> View:
         """Write the value to memory with an element-wise kernel, once."""
         if id(value) not in self._stored:
-            (stored,) = self.call(pointwise(value, fused_name("", value), self.target))
+            code = pointwise(value, fused_name("", value), self.target)
+            alone = () if code.nodes else self._current  # made for the node being lowered, such as padding
+            (stored,) = self.call(code, self.owners(value) or alone)
             self._stored[id(value)] = (value, stored)  # type: ignore[assignment]
         return self._stored[id(value)][1]
 
@@ -201,18 +218,24 @@ class Lowering:
         for follower in together:
             end = OPERATORS[follower.target](self, follower)
             if isinstance(end, Lazy):
-                end = replace(named(follower, end), shared=count_reads(follower) > 1 and follower is not together[-1])
+                shared = count_reads(follower) > 1 and follower is not together[-1]
+                end = replace(named(follower, end), shared=shared)
             self.env[follower] = end
-        (stored,) = self.call(build(result, end))
+        (stored,) = self.call(build(result, end), tuple(self._path + each.name for each in (node, *together)))
         if together:
             self.env[together[-1]] = stored
             self._covered.update(together)
         return stored
 
-    def call(self, code: Code) -> list[View]:
-        """Bind a call of the kernel; the builder keeps equal kernels once."""
-        function = self.builder.add_func(code.function, code.name)  # the builder's own name where this one is taken
-        self.kernels[function.name_hint] = code.rule
+    def call(self, code: Code, nodes: tuple[str, ...] | None = None) -> list[View]:
+        """Bind a call of the kernel; the builder keeps equal kernels that do equal work once.
+
+        `nodes` are those whose value it stores (default: the one being lowered), besides those computed on the way.
+        """
+        info = self.kernels.describe(code, self.constants.values())
+        work = code.function.with_attr("graphopt.work", f"{info.flops} {info.bytes}")
+        function = self.builder.add_func(work, code.name)  # the builder's own name where this one is taken
+        self.kernels.add(function.name_hint, info, (*code.nodes, *(self._current if nodes is None else nodes)))
         types = [relax.TensorType(self.sizes.shape(shape), dtype) for shape, dtype in code.outputs]
         arguments = [storage.variable for storage in code.inputs]
         arguments += [self.sizes.variable(name) for name in code.scalars]
@@ -222,6 +245,10 @@ class Lowering:
         if len(types) > 1:
             variables = [self.bind(relax.TupleGetItem(result, number), kind) for number, kind in enumerate(types)]
         return [whole(Storage(v, shape, dtype)) for v, (shape, dtype) in zip(variables, code.outputs, strict=True)]
+
+    def owners(self, value: Lazy | View) -> tuple[str, ...]:
+        """The nodes whose value this is: a kernel that stores it works for them."""
+        return value.nodes if isinstance(value, Lazy) else self._views.get(id(value), ())
 
     def bind(self, expression: Any, kind: Any) -> relax.Var:
         variable = relax.Var(f"v{len(self.bindings)}", kind)
@@ -234,9 +261,10 @@ class Lowering:
         value = self.value(operand)
         return self.store(value) if isinstance(value, Lazy) else value
 
-    def branch(self, module: GraphModule, arguments: list[Any], kind: Any) -> relax.SeqExpr:
-        """A sub-graph as one side of an `If`, closing over weights and operands."""
-        inner = Lowering(self.target, module, self.weights, self.builder, parent=self)
+    def branch(self, graph: Node, arguments: list[Any], kind: Any) -> relax.SeqExpr:
+        """The sub-graph that the node `graph` reads as one side of an `If`, closing over weights and operands."""
+        module, path = self.value(graph), f"{self._path}{graph.target}."
+        inner = Lowering(self.target, module, self.weights, self.builder, self.kernels, self, path)
         results = [inner.contiguous(value) for value in inner.run(module.graph, arguments)]
         variables = [inner.own(view) for view in results]
         result = variables[0] if len(variables) == 1 else inner.bind(relax.Tuple(variables), kind)
@@ -247,7 +275,7 @@ class Lowering:
         if view.shape == view.storage.shape:
             return view.storage.variable
         if product(view.shape) != product(view.storage.shape):  # the first part of a larger tensor
-            view = self.call(pointwise(view, "copy", self.target))[0]
+            view = self.call(pointwise(view, "copy", self.target), self.owners(view))[0]
             return view.storage.variable
         shape = self.sizes.shape(view.shape)
         kind = relax.TensorType(shape, view.dtype)
@@ -264,8 +292,12 @@ def count_reads(node: Node) -> int:
     return reads
 
 
-def named(node: Node, value: Lazy) -> Lazy:
-    """The value with its operator's name, unless it has one: `aten.add.Tensor` is "add", and whether it branches."""
+def named(node: Node, value: Lazy, nodes: tuple[str, ...] = ()) -> Lazy:
+    """The value with its operator's name, unless it has one: `aten.add.Tensor` is "add", and whether it branches.
+
+    `nodes` are added to those it is the value of.
+    """
+    value = replace(value, nodes=(*value.nodes, *nodes)) if nodes else value
     if value.name or not isinstance(node.target, torch._ops.OpOverload):
         return value
     return replace(value, name=str(node.target).split(".")[1].strip("_"), branching=is_branching(node))
@@ -279,7 +311,7 @@ def lower_program(
     Raises CompileError naming the first node that has no lowering.
     """
     module = program.graph_module
-    lowering = Lowering(target, module, weights, builder)
+    lowering = Lowering(target, module, weights, builder, Kernels(name, program.symbols))
     parameters, arguments = [], []
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -305,7 +337,7 @@ def lower_program(
     if limits:
         function = function.with_attr("tir_var_upper_bound", limits)
     lowering.builder.add_func(function, name)
-    return Lowered(tuple(lowering.constants), lowering.kernels)
+    return Lowered(tuple(lowering.constants), lowering.kernels.found)
 
 
 def _fresh(lowering: Lowering, results: list[View], parameters: list[relax.Var]) -> list[View]:
@@ -315,7 +347,7 @@ def _fresh(lowering: Lowering, results: list[View], parameters: list[relax.Var])
     fresh = []
     for view in results:
         if id(view.storage.variable) in taken:
-            view = lowering.call(pointwise(view, "copy", lowering.target))[0]
+            view = lowering.call(pointwise(view, "copy", lowering.target), lowering.owners(view))[0]
         taken.add(id(view.storage.variable))
         fresh.append(view)
     return fresh

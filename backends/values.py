@@ -70,6 +70,7 @@ class Lazy:
         object.__setattr__(self, "branches", self.branching + max((value.branches for value in below), default=0))
 
     sizes: Shape = ()  # symbolic sizes computed with, besides those of the shapes
+    nodes: tuple[str, ...] = ()  # names of the program's nodes whose value this is
 
 
 Value = View | Lazy

@@ -29,7 +29,7 @@ def print_report(report: dict[str, Any]) -> None:
             print(f"entry {name}\n")
         print_interface(entry)
     for variant in report["variants"]:
-        rules = Counter(variant["kernels"].values())
+        rules = Counter(kernel["rule"] for kernel in variant["kernels"].values())
         kernels = ", ".join(f"{count} {rule}" for rule, count in rules.most_common()) or "none"
         print(f"target    {variant['target']}, needs {' '.join(variant['features']) or 'no CPU features'}")
         print(f"kernels   {len(variant['kernels'])}: {kernels}")

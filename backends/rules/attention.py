@@ -12,18 +12,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
+from torch.utils._sympy.functions import FloorDiv
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import count_operations
 from graphopt.backends.rules.lanes import fold_lanes, zero_tile
+from graphopt.backends.sizes import Size
 from graphopt.backends.target import Target
 from graphopt.backends.values import View
 
 RULE = "fused-attention"
 f32 = approximations.f32
 _MASKED = -math.inf
+_TILE_VECTORS = 2  # vectors of keys beside each other in a tile
 
 
 def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal: bool, target: Target) -> Code:
@@ -35,7 +40,46 @@ def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal
         _Attention(kernel, q, k, v, mask, scale, causal, outputs[0]).write()
 
     reads = [q, k, v] + ([] if mask is None else [mask])
-    return write_kernel(RULE, "attention", target, reads, [(shape, "float32")], body)
+    # Both products, then scaling, mask, largest score, distance to it, exponential and sum.
+    each = 2 * (int(q.shape[3]) + int(v.shape[3])) + 5 + count_operations(target, _exponential)
+    return write_kernel(
+        RULE,
+        "attention",
+        target,
+        reads,
+        [(shape, "float32")],
+        body,
+        configuration={
+            "rows": _tile_rows(target),
+            "columns": _TILE_VECTORS * target.lanes,
+            "lanes": target.lanes,
+            "mask": "causal" if causal else "none" if mask is None else "shared" if _shares_mask(mask) else "each row",
+        },
+        flops=batch * heads * _pairs(rows, k.shape[2], causal) * each,
+    )
+
+
+def _exponential(_: Kernel) -> Any:
+    return approximations.exp_nonpositive(tirx.Var("score", "float32"))
+
+
+def _pairs(rows: Size, columns: Size, causal: bool) -> Size:
+    """Scores of one head: with a causal mask row r has r + 1 of them, at most all columns."""
+    if not causal:
+        return rows * columns
+    square = rows if rows == columns else sympy.Min(rows, columns)
+    triangle = square * (square + 1)
+    half = triangle // 2 if isinstance(triangle, int) else FloorDiv(triangle, 2)
+    return half if rows == columns else half + (rows - square) * columns
+
+
+def _tile_rows(target: Target) -> int:
+    return 8 if target.lanes == 16 else 4
+
+
+def _shares_mask(mask: View) -> bool:
+    """One mask for all rows."""
+    return mask.shape[-2] == 1 or mask.strides[-2] == 0
 
 
 @dataclass(frozen=True)
@@ -64,8 +108,8 @@ class _Attention:
         self.kernel, self.mask, self.scale, self.causal, self.output = kernel, mask, scale, causal, output
         self.q, self.k, self.v = (_strides(kernel, view) for view in (q, k, v))
         self.lanes = kernel.target.lanes
-        self.tile_rows = 8 if self.lanes == 16 else 4
-        self.tile_vectors = 2
+        self.tile_rows = _tile_rows(kernel.target)
+        self.tile_vectors = _TILE_VECTORS
         self.tile_columns = self.tile_vectors * self.lanes
         self.depth, self.value_depth = int(q.shape[3]), int(v.shape[3])
         self.batch, self.heads, self.groups = kernel.size(q.shape[0]), int(q.shape[1]), int(k.shape[1])
@@ -73,7 +117,7 @@ class _Attention:
         self.column_tiles = tirx.floordiv(self.columns + (self.tile_columns - 1), int64(self.tile_columns))
         self.padded = self.column_tiles * self.tile_columns
         self.value_vectors = -(-self.value_depth // self.lanes)
-        self.rows_share_mask = not causal and (mask is None or mask.shape[-2] == 1 or mask.strides[-2] == 0)
+        self.rows_share_mask = not causal and (mask is None or _shares_mask(mask))
 
     def write(self) -> None:
         kernel = self.kernel

@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import operations
 from graphopt.backends.rules.lanes import zero_tile
 from graphopt.backends.sizes import product
 from graphopt.backends.target import Target
@@ -64,12 +65,42 @@ def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Ta
 
     float32; `a` [..., K] is contiguous, `weight` is packed as `pack_weight` does.
     """
-    reads = [a, weight, end]
+    reads, tile = [a, weight, end], tile_for(target)
+    steps = product(result.shape) * a.shape[-1]
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Gemm(kernel, a, weight, result, end, outputs[0], tile_for(target)).write()
+        _Gemm(kernel, a, weight, result, end, outputs[0], tile).write()
 
-    return write_kernel(RULE, fused_name(name, end), target, reads, [(end.shape, end.dtype)], body)
+    return write_kernel(
+        RULE,
+        fused_name(name, end),
+        target,
+        reads,
+        [(end.shape, end.dtype)],
+        body,
+        configuration={
+            "rows": tile.rows,
+            "columns": tile.columns,
+            "steps": tile.steps,
+            "lanes": target.lanes,
+            "block_rows": _BLOCK_ROWS,
+            "shares": target.threads,
+            "split": _split(weight, result),
+        },
+        flops=2 * steps + operations([end], target),
+    )
+
+
+def _split(weight: View, result: Product) -> str:
+    """What is shared out between threads: rows, or panels of the weight, so that each part of it is read once."""
+    rows = product(result.shape[:-1])
+    if _is_streamed(weight) or (isinstance(rows, int) and rows < _ROWS_KEPT_FROM):
+        return "panels"
+    return "rows" if isinstance(rows, int) else f"rows from {_ROWS_KEPT_FROM}"
+
+
+def _is_streamed(weight: View) -> bool:
+    return int(product(weight.shape)) * 4 >= _WEIGHT_STREAMED_FROM
 
 
 class _Gemm:
@@ -79,6 +110,7 @@ class _Gemm:
         self.kernel, self.tile, self.output, self.end, self.result = kernel, tile, output, end, result
         self.a, self.b = kernel.flat(a.storage), kernel.flat(weight.storage)
         self.panels, self.k, _ = (int(size) for size in weight.shape)
+        self.streamed = _is_streamed(weight)
         self.n = int(result.shape[-1])
         self.lanes = kernel.target.lanes
         self.vectors = tile.columns // self.lanes
@@ -90,7 +122,7 @@ class _Gemm:
         tiles = tirx.floordiv(self.rows + (tile.rows - 1), int64(tile.rows))
         threads = kernel.target.threads
         row_groups = tirx.Select(tiles >= _ROWS_KEPT_FROM // tile.rows, int64(threads), int64(1))
-        if self.panels * self.k * tile.columns * 4 >= _WEIGHT_STREAMED_FROM:
+        if self.streamed:
             row_groups = int64(1)
         tiles_each = tirx.floordiv(tiles + row_groups - 1, row_groups)
         panels_each = -(-self.panels // threads)

@@ -15,6 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.approximations import is_nan
 from graphopt.backends.kernel import Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import axes_of, count_operations, operations
 from graphopt.backends.rules.pointwise import split_rows
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product
 from graphopt.backends.values import Index, View
@@ -91,8 +92,23 @@ def reduce_generic(
             with kernel.serial(tirx.truncmod(width, int64(lanes))) as step:
                 write(row, start + step, 1)
 
+    def term(kernel: Kernel) -> Any:
+        value = element(kernel, Index(shape, kernel.sizes, axes=axes_of(shape)), axes_of(tuple(depth)))
+        return combined(combine, tirx.Var("total", accumulate), value.astype(accumulate))
+
+    each = count_operations(lowering.target, term) + ("float" in accumulate and combine in ("max", "min"))
     (stored,) = lowering.call(
-        write_kernel(rule, name, lowering.target, reads, [(shape, dtype)], body, extra_shapes=[tuple(depth)])
+        write_kernel(
+            rule,
+            name,
+            lowering.target,
+            reads,
+            [(shape, dtype)],
+            body,
+            configuration={"lanes": lowering.target.lanes, "vector": "last axis", "accumulators": 1},
+            flops=each * product(shape) * product(depth) + operations(reads, lowering.target),
+            extra_shapes=[tuple(depth)],
+        )
     )
     return stored
 
@@ -116,7 +132,16 @@ def scan_generic(lowering: Lowering, name: str, source: View, axis: int, dtype: 
                 position = sum((a * kernel.size(s) for a, s in zip(axes, strides, strict=True)), int64(0))
                 outputs[0].store(position, total[0])
 
-    code = write_kernel(RULE, name, lowering.target, [source], [(shape, dtype)], body)
+    code = write_kernel(
+        RULE,
+        name,
+        lowering.target,
+        [source],
+        [(shape, dtype)],
+        body,
+        configuration={"lanes": 1},
+        flops=product(shape) if "float" in dtype else 0,
+    )
     return lowering.call(code)[0]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import operations
 from graphopt.backends.sizes import Shape, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Lazy, View, reads_flat
@@ -26,7 +27,17 @@ def pointwise(value: Lazy | View, name: str, target: Target) -> Code:
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         (write_flat if flat else write_rows)(kernel, value, outputs[0])
 
-    return write_kernel(RULE, name, target, [value], [(value.shape, value.dtype)], body)
+    configuration = {"lanes": target.lanes, **({"order": "flat", "block": _BLOCK} if flat else {"order": "rows"})}
+    return write_kernel(
+        RULE,
+        name,
+        target,
+        [value],
+        [(value.shape, value.dtype)],
+        body,
+        configuration=configuration,
+        flops=operations([value], target),
+    )
 
 
 def write_flat(kernel: Kernel, value: Any, output: Output) -> None:

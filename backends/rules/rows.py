@@ -14,10 +14,11 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import count_operations, operations
 from graphopt.backends.rules.generic import combined, start_value
 from graphopt.backends.rules.lanes import fold_lanes
 from graphopt.backends.rules.pointwise import for_columns, split_rows
-from graphopt.backends.sizes import Size
+from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import View
 
@@ -90,7 +91,9 @@ def layer_norm(x: Any, weight: View | None, bias: View | None, epsilon: float, t
 
         for_columns(kernel, rows.width, write)
 
-    return _row_kernel("layer_norm", x, [v for v in (weight, bias) if v is not None], target, row)
+    # Mean 1, variance 3, result 2 and one for each parameter.
+    parameters = [v for v in (weight, bias) if v is not None]
+    return _row_kernel("layer_norm", x, parameters, target, row, 6 + len(parameters))
 
 
 def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target) -> Code:
@@ -110,7 +113,8 @@ def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target) -> Cod
 
         for_columns(kernel, rows.width, write)
 
-    return _row_kernel("rms_norm", x, [weight] if weight is not None else [], target, row)
+    parameters = [weight] if weight is not None else []
+    return _row_kernel("rms_norm", x, parameters, target, row, 3 + len(parameters))
 
 
 def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
@@ -143,7 +147,13 @@ def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
             lambda c: output.store(at * rows.width + c, output.flat[at * rows.width + c] * inverse[0]),
         )
 
-    return _row_kernel("log_softmax" if log else "softmax", x, [], target, row)
+    def exponential(_: Kernel) -> Any:
+        x = tirx.Var("x", "float32")
+        return approximations.exp(x) if log else approximations.exp_nonpositive(x)
+
+    # Largest 1, distance to it 1, exponential, sum 1, result 2 with the logarithm and 1 without.
+    each = 4 + log + count_operations(target, exponential)
+    return _row_kernel("log_softmax" if log else "softmax", x, [], target, row, each)
 
 
 def reduce_last(
@@ -154,7 +164,7 @@ def reduce_last(
     def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
         output.store(at, finish(kernel, rows.fold(at, combine, lambda e, _: e)))
 
-    return _row_kernel(name, x, [], target, row, shape)
+    return _row_kernel(name, x, [], target, row, 1, shape)
 
 
 def _row_kernel(
@@ -163,11 +173,23 @@ def _row_kernel(
     others: list[View],
     target: Target,
     write_row: Callable[[Kernel, Rows, Output, Any], None],
+    operations_each: int,
     shape: Any = None,
 ) -> Code:
+    """`operations_each`: on one element of `x`, besides computing it."""
+
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         rows, _ = split_rows(x.shape)
         with kernel.parallel(kernel.size(rows)) as at:
             write_row(kernel, Rows(kernel, x), outputs[0], at)
 
-    return write_kernel(RULE, name, target, [x, *others], [(x.shape if shape is None else shape, "float32")], body)
+    return write_kernel(
+        RULE,
+        name,
+        target,
+        [x, *others],
+        [(x.shape if shape is None else shape, "float32")],
+        body,
+        configuration={"lanes": target.lanes, "ways": _WAYS},
+        flops=operations_each * product(x.shape) + operations([x], target),
+    )

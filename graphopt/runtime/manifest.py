@@ -48,6 +48,25 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class KernelInfo:
+    """One kernel. `rule` is the schedule rule that wrote it, "generic" the slow path; `configuration` what it chose.
+
+    `flops` (operations on floats, a multiply-add is two) and `bytes` (read and written, each once) are those of one
+    call: integers or expressions over the entry's sizes, None where no expression says them. `weight_bytes` is the part
+    of `bytes` that is read from weights. `nodes`: entry -> names of the program's nodes that it computes, those inside
+    a branch with the branch's path before the name. A node that takes several kernels is in each, and so is one that
+    every reader computes anew; views and what is known when compiling are in none.
+    """
+
+    rule: str
+    configuration: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    flops: int | str | None = None
+    bytes: int | str | None = None
+    weight_bytes: int | str | None = None
+    nodes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Variant:
     """One compiled library. `features` are CPU flags as the runtime spells them ("avx512f"); all are required."""
 
@@ -55,7 +74,7 @@ class Variant:
     features: tuple[str, ...]
     library: str
     weights: Mapping[str, tuple[str, ...]]
-    kernels: Mapping[str, str] = field(default_factory=dict)  # kernel name -> schedule rule; "generic" is the slow path
+    kernels: Mapping[str, KernelInfo] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,7 +208,21 @@ def _entry(data: Any) -> Entry:
     return Entry(_tensors(data["inputs"]), _tensors(data["outputs"]), _tensors(data["state"]), sizes)
 
 
+def _scalar(value: Any) -> bool | int | float | str:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError(f"{str(value)[:40]!r} should be a number, a string or a truth value")
+    return value
+
+
+def _kernel(data: Any) -> KernelInfo:
+    flops, total, weights = (
+        None if data[name] is None else _size(data[name]) for name in ("flops", "bytes", "weight_bytes")
+    )
+    nodes = _mapping(data["nodes"], lambda names: _list(names, _string))
+    return KernelInfo(_string(data["rule"]), _mapping(data["configuration"], _scalar), flops, total, weights, nodes)
+
+
 def _variant(data: Any) -> Variant:
     weights = _mapping(data["weights"], lambda names: _list(names, _string))
-    features, kernels = _list(data["features"], _string), _mapping(data["kernels"], _string)
+    features, kernels = _list(data["features"], _string), _mapping(data["kernels"], _kernel)
     return Variant(_string(data["target"]), features, _string(data["library"]), weights, kernels)

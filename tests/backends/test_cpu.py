@@ -70,7 +70,8 @@ def test_denormals_are_zero_inside_a_run_and_untouched_outside() -> None:
 
 def kernels(module: nn.Module, *inputs: torch.Tensor) -> dict[str, str]:
     program = optimize(capture(module, inputs), "O2").program
-    return dict(cpu.lower({"main": program}, resolve_target("cpu")).kernels)
+    lowered = cpu.lower({"main": program}, resolve_target("cpu"))
+    return {name: kernel.rule for name, kernel in lowered.kernels.items()}
 
 
 class FeedForward(nn.Module):
