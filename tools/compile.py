@@ -11,7 +11,7 @@ from graphopt.tools import interrupt
 from graphopt.tools.model_argument import ARTIFACT, add_model_argument, load_model
 from graphopt.tools.optimize import print_passes
 from graphopt.tools.output_file import check_suffix
-from graphopt.tools.pass_options import add_pass_choice, chosen_recipe
+from graphopt.tools.pass_options import add_pass_choice, chosen_recipe, optimize_settings
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, wants_text, write_json
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     begin = time.monotonic()
     recipe = chosen_recipe(arguments)
-    settings = {"target": "cpu"} | {name: setting.value for name, setting in recipe.settings.items()}
+    settings = {"target": "cpu"} | optimize_settings(recipe)
     target = settings["target"]
     with progress(f"capturing {arguments.model}"):
         program = load_model(arguments)

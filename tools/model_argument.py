@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import CaptureError, UsageError
@@ -73,18 +74,8 @@ def check_artifact(path: str) -> None:
 
 
 def call_function(model: str) -> tuple[Any, Any]:
-    """(module, example inputs) of "package.module:function", looked up from the current folder first."""
-    module_name, _, name = model.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except MemoryError:
-        raise
-    except (Exception, SystemExit) as e:
-        raise UsageError(f"cannot import {module_name} for {model!r}: {type(e).__name__}: {e}") from e
-    if not callable(function := getattr(module, name, None)):
-        raise UsageError(f"{module_name} has no function {name!r}; name one that returns (module, example_inputs)")
+    """(module, example inputs) of "package.module:function"."""
+    function = find_function(model, "(module, example_inputs)")
     try:
         result = function()
     except MemoryError:
@@ -94,6 +85,22 @@ def call_function(model: str) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise CaptureError(f"{model} returned {type(result).__name__}; it must return (module, example_inputs)")
     return result
+
+
+def find_function(name: str, result: str) -> Callable[..., Any]:
+    """What "package.module:function" names, looked up from the current folder first; `result` is what it returns."""
+    module_name, _, function_name = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as e:
+        raise UsageError(f"cannot import {module_name} for {name!r}: {type(e).__name__}: {e}") from e
+    if not callable(function := getattr(module, function_name, None)):
+        raise UsageError(f"{module_name} has no function {function_name!r}; name one that returns {result}")
+    return function  # type: ignore[no-any-return]
 
 
 def parse_dynamic(options: list[str]) -> dict[str, dict[int, Any]]:

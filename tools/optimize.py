@@ -10,7 +10,13 @@ from graphopt.errors import UsageError
 from graphopt.tools import interrupt
 from graphopt.tools.model_argument import HELP, add_dynamic_option, load_model
 from graphopt.tools.output_file import check_suffix
-from graphopt.tools.pass_options import add_checking_options, add_pass_choice, chosen_passes, chosen_recipe
+from graphopt.tools.pass_options import (
+    add_checking_options,
+    add_pass_choice,
+    chosen_passes,
+    chosen_recipe,
+    optimize_settings,
+)
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
 
@@ -52,11 +58,11 @@ def optimize_and_write(arguments: argparse.Namespace, recipe: Recipe, title: str
     check_suffix(arguments.output, OUTPUTS)
     from graphopt import optimize
 
+    settings = optimize_settings(recipe)
     with progress(f"capturing {arguments.model}"):
         program = load_model(arguments)
     with progress(f"running {title}"):
-        passes = [step.item for step in recipe.passes]
-        result = optimize(program, passes, **{name: setting.value for name, setting in recipe.settings.items()})
+        result = optimize(program, [step.item for step in recipe.passes], **settings)
     with progress(f"writing {arguments.output}"):
         write_program(result.program, arguments.output)
     report = result.report.to_json()

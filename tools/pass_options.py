@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from graphopt.errors import UsageError
+from graphopt.tools.model_argument import FUNCTION, find_function
 
 if TYPE_CHECKING:
     from graphopt.recipe import Recipe
 
 LEVELS = ("0", "1", "2", "3")
 EXAMPLE = "batch-norm-folding,constant-folding{max-bytes=1024}"
-LATER = ("--data", "--metric", "--tune")
+LATER = ("--tune",)
+METRICS = ("accuracy", "cosine", "snr")
 
 
 class Later(argparse.Action):
@@ -35,7 +38,28 @@ def add_pass_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-O", dest="level", choices=LEVELS, help="level, -O0 nothing to -O3 all exact passes (default 2)"
     )
+    add_data_options(parser)
     add_later_options(parser, LATER)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    help = "an .npz file or a folder of them: arrays by input name, optionally label; the last fifth is held out"
+    parser.add_argument("--data", metavar="D", help=help)
+    help = "accuracy, cosine, snr, or package.module:function(outputs, labels) returning a number, more is better"
+    parser.add_argument("--metric", metavar="M", help=help)
+
+
+def optimize_settings(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments for `graphopt.optimize`: data is there, and a metric of one's own has become its function."""
+    settings = {name: setting.value for name, setting in recipe.settings.items()}
+    data, metric = settings.get("data"), settings.get("metric")
+    if data is not None and not os.path.exists(data):
+        raise UsageError(f"--data {data!r} does not exist; give an .npz file or a folder of them")
+    if metric is not None and metric not in METRICS:
+        if not FUNCTION.fullmatch(metric):
+            raise UsageError(f"metric {metric!r} is neither {', '.join(METRICS)} nor package.module:function; give one")
+        settings["metric"] = find_function(metric, "a number for (outputs, labels)")
+    return settings
 
 
 def add_later_options(parser: argparse.ArgumentParser, options: Sequence[str]) -> None:
@@ -85,6 +109,6 @@ def with_options(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
     """`recipe` with the settings that the command line gives in place of its own."""
     from graphopt.recipe import SETTINGS, Recipe, Setting
 
-    given = {key: getattr(arguments, key.replace("-", "_"), None) for key in SETTINGS}
+    given = {key: getattr(arguments, key.replace("-", "_"), None) for key in (*SETTINGS, "data")}
     settings = {key.replace("-", "_"): Setting(value, f"--{key}") for key, value in given.items() if value is not None}
     return Recipe(recipe.passes, {**recipe.settings, **settings})

@@ -7,7 +7,13 @@ import argparse
 from graphopt.errors import UsageError
 from graphopt.tools.model_argument import add_model_argument
 from graphopt.tools.optimize import add_output_option, optimize_and_write
-from graphopt.tools.pass_options import LATER, add_checking_options, add_later_options, spelled_recipe
+from graphopt.tools.pass_options import (
+    LATER,
+    add_checking_options,
+    add_data_options,
+    add_later_options,
+    spelled_recipe,
+)
 from graphopt.tools.table import add_json_option
 
 SUMMARY = "run one pass over a model"
@@ -20,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "an option of the pass; values are JSON, bare words are strings"
     parser.add_argument("--option", metavar="K=V", nargs="+", action="extend", default=[], help=help)
     add_checking_options(parser)
+    add_data_options(parser)
     add_later_options(parser, LATER)
     add_json_option(parser)
 
