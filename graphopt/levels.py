@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from graphopt.contract import Pass
-from graphopt.errors import UnknownNameError
+from graphopt.errors import UsageError
 from graphopt.spec_string import parse_spec
 
 CLEANUP = ("dead-code", "constant-folding", "no-op-removal", "decided-conditions", "common-subexpressions")
@@ -28,5 +28,5 @@ def is_level(text: str) -> bool:
 def level_passes(name: str) -> tuple[Pass, ...]:
     """The passes of a level, in order."""
     if name not in LEVELS:
-        raise UnknownNameError("level", name, LEVELS)
+        raise UsageError(f"unknown level {name!r}; the levels are {', '.join(LEVELS)}")
     return parse_spec(",".join(LEVELS[name])) if LEVELS[name] else ()

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from graphopt.checked_run import Checker
 from graphopt.contract import Pass, PassContext
+from graphopt.data import open_data
 from graphopt.errors import UsageError
-from graphopt.levels import LEVELS, level_passes
+from graphopt.levels import is_level, level_passes
+from graphopt.metric import open_metric
+from graphopt.pipeline import Pipeline
 from graphopt.program import Program
+from graphopt.progress import tell
+from graphopt.race import measure_on, race_on
+from graphopt.recipe import is_recipe, read_recipe
 from graphopt.registry import check_target
-from graphopt.report import PassReport, Report, count, created, operators
-from graphopt.spec_string import parse_spec, pass_options
+from graphopt.report import Report
+from graphopt.spec_string import parse_spec
 
 Verify = Literal["off", "structure", "numeric"]
-_LEVEL_LIKE = re.compile(r"-?[Oo]?-?\d+|-?[Oo]\w?", re.ASCII)
 VERIFY = ("off", "structure", "numeric")
 
 
@@ -44,7 +46,9 @@ def optimize(
     seed: int = 0,
     strict: bool = False,
 ) -> OptimizeResult:
-    """Run `passes` ("a{x=1},b", a list of passes, or "O0".."O3") over `program`, which stays as it is.
+    """Run `passes` ("a{x=1},b", a list of passes, "O0".."O3" or "recipe.yaml") over `program`, which stays as it is.
+
+    A recipe also has settings, for the arguments that are left at their defaults; the name of a shipped one will do.
 
     `verify` checks after every pass: "structure" that the program is well-formed, "numeric" also that an exact pass
     stays within 4 times the error against float64 that there was before it, plus 1e-6 relative: each rewrite on its
@@ -55,6 +59,13 @@ def optimize(
     Raises UsageError for unusable arguments, PassError and its kinds where a pass fails, VerificationError where a
     result is wrong and leaving out rewrites does not make it right.
     """
+    if isinstance(passes, str) and is_recipe(passes):
+        recipe = read_recipe(passes)
+        given = {"metric": metric, "verify": verify, "keep_if_faster": keep_if_faster}
+        given |= {"target": target, "seed": seed, "strict": strict}
+        settings = recipe.settings_beside(given, optimize.__kwdefaults__)
+        chosen = [step.item for step in recipe.passes]
+        return optimize(program, chosen, data=data, database=database, threads=threads, **settings)
     unused = {"keep_if_faster": keep_if_faster, "database": database, "threads": threads}
     for name, value in unused.items():
         if value:
@@ -73,12 +84,10 @@ def choose_passes(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
             if not isinstance(item, Pass):
                 raise UsageError(f"passes holds {item!r}, which is no Pass; give instances, such as DeadCode()")
         return tuple(passes)
-    if passes in LEVELS:
+    if is_level(passes):
         return level_passes(passes)
-    if _LEVEL_LIKE.fullmatch(passes):
-        raise UsageError(f"unknown level {passes!r}; the levels are {', '.join(LEVELS)}")
-    if passes.endswith((".yaml", ".yml")):
-        raise UsageError(f"recipes such as {passes} come with a later version; write the passes as 'a{{x=1}},b'")
+    if is_recipe(passes):
+        raise UsageError(f"{passes} is a recipe, not passes; write --recipe {passes}")
     return parse_spec(passes)
 
 
@@ -96,60 +105,4 @@ def _check_arguments(program: Program, passes: tuple[Pass, ...], verify: str, da
     if verify == "numeric" and passes and len(program.examples) != len(program.inputs):
         raise UsageError(
             f"{program.name} has no example inputs to check on; capture it with some or use verify='structure'"
-        )
-
-
-class _Run:
-    """One call of `optimize`: the program so far and the account of it."""
-
-    def __init__(self, program: Program, passes: tuple[Pass, ...], context: PassContext, checker: Checker) -> None:
-        self.first = program
-        self.program = program
-        self.passes = passes
-        self.context = context
-        self.checker = checker
-
-    def run(self, verify: str) -> OptimizeResult:
-        reports = []
-        for index, item in enumerate(self.passes):
-            self.context.progress(item.name, index, len(self.passes))
-            after = [previous.name for previous in self.passes[:index]]
-            reports.append(self._step(item, f"{item.name}, after {', '.join(after)}" if after else item.name))
-        report = Report(
-            model=self.first.name,
-            target=self.context.target,
-            verify=verify,
-            passes=tuple(reports),
-            before=count(self.first),
-            after=count(self.program),
-            nodes=operators(self.first),
-            checked_on=tuple(self.checker.labels),
-            not_checked=tuple(self.checker.skipped),
-        )
-        if reports:
-            self.program = replace(self.program, history=(*self.first.history, *report.records()))
-        return OptimizeResult(self.program, report)
-
-    def _step(self, item: Pass, place: str) -> PassReport:
-        start, before = time.perf_counter(), self.program
-        checked = self.checker.run(item, before, self.context, place)
-        seconds = time.perf_counter() - start
-        self.checker.accept(item, checked)
-        self.program = checked.result.program
-        return PassReport(
-            name=item.name,
-            options=pass_options(item),
-            rewrites=checked.result.rewrites,
-            declined=checked.result.declined,
-            near_misses=checked.result.near_misses,
-            rolled_back=checked.rolled_back,
-            slower=(),
-            notes=checked.result.notes,
-            before=count(before),
-            after=count(self.program),
-            created=created(before, self.program),
-            starts_at=tuple(sorted(map(str, item.starts_at()))),
-            seconds=seconds,
-            error=checked.error,
-            errors=dict(checked.errors),
         )

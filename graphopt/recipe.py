@@ -67,6 +67,11 @@ class Recipe:
     passes: tuple[Step, ...]
     settings: Mapping[str, Setting]
 
+    def settings_beside(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """`given`, with the recipe's value in place of each that is its default."""
+        own = {name: setting.value for name, setting in self.settings.items() if given[name] == defaults[name]}
+        return {**given, **own}
+
 
 def shipped_recipes() -> tuple[str, ...]:
     """The names of the recipes that are installed with graphopt."""

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from graphopt.errors import UnknownNameError
+from graphopt.errors import UsageError
 from graphopt.levels import LEVELS, level_passes
 
 
@@ -23,5 +23,5 @@ def test_every_level_is_exact(level: str) -> None:
 
 
 def test_an_unknown_level_is_an_error() -> None:
-    with pytest.raises(UnknownNameError, match="unknown level 'O9'"):
+    with pytest.raises(UsageError, match="unknown level 'O9'"):
         level_passes("O9")

@@ -119,7 +119,7 @@ class Learned(Given):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"passes": "recipe.yaml"}, "recipes such as recipe.yaml come with a later version"),
+        ({"passes": "recipe.yaml"}, "the recipe recipe.yaml cannot be read: No such file"),
         ({"passes": "dead-cod"}, "did you mean 'dead-code'"),
         ({"passes": [DeadCode]}, "which is no Pass; give instances"),
         ({"verify": "all"}, "verify='all' is none of off, structure, numeric"),

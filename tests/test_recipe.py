@@ -10,9 +10,10 @@ import jsonschema
 import pytest
 import yaml
 
+import tests.models
 from graphopt.errors import RecipeError, UsageError
 from graphopt.levels import LEVELS
-from graphopt.optimize import optimize
+from graphopt.optimize import choose_passes, optimize
 from graphopt.recipe import SETTINGS, is_recipe, read_recipe, shipped_recipes
 from graphopt.recipe_schema import SETTING_HELP, recipe_schema
 from graphopt.registry import pass_locations
@@ -178,6 +179,18 @@ def test_shipped_recipes_can_be_read(name: str) -> None:
     assert read_recipe(name).passes
     text = (ROOT / "graphopt" / "recipes" / f"{name}.yaml").read_text()
     jsonschema.Draft202012Validator(recipe_schema()).validate(yaml.safe_load(text))
+
+
+def test_optimize_takes_a_recipe_and_arguments_win(write: Write) -> None:
+    program = tests.models.program("mlp")
+    recipe = write("passes: [dead-code, {name: constant-folding, max-bytes: 1}]\nverify: off\ntarget: cpu:x86-64-v3")
+    report = optimize(program, recipe).report
+    assert (report.verify, report.target) == ("off", "cpu:x86-64-v3")
+    assert [item.options for item in report.passes] == [{}, {"max-bytes": 1}]
+    assert optimize(program, recipe, verify="structure").report.verify == "structure"
+    assert [item.name for item in optimize(program, "cpu-fast").report.passes] == list(LEVELS["O3"])
+    with pytest.raises(UsageError, match="write --recipe cpu-fast"):
+        choose_passes("cpu-fast")
 
 
 def test_settings_are_arguments_of_optimize() -> None:
