@@ -112,9 +112,21 @@ def _check_iterable(data: Any) -> Iterable[Any]:
             f"data is a {type(data).__name__}, which can be read only once; write list(data), or a class whose "
             "__iter__ starts anew"
         )
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-        raise UsageError(f"data is {type(data).__name__}; give {_FORMS}")
-    return data  # type: ignore[no-any-return]
+    if isinstance(data, Iterable):
+        return data
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return _Indexed(data)
+    raise UsageError(f"data is {type(data).__name__}; give {_FORMS}")
+
+
+class _Indexed:
+    """A torch data set of items by number: its length ends it, since its items need not."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.data[index] for index in range(len(self.data)))
 
 
 class _Items:

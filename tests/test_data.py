@@ -53,6 +53,21 @@ def test_a_data_loader() -> None:
     assert sample.label is not None and sample.label.tolist() == [10, 11]
 
 
+class Endless:
+    """A map-style data set whose items do not end with an IndexError."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": np.full((1, 16), index, np.float32)}
+
+
+def test_a_data_set_of_items_by_number() -> None:
+    data = open_data(Endless(), program("mlp"))
+    assert (firsts(data.fit), firsts(data.held_out)) == ([0, 1, 2, 3], [4])
+
+
 def test_a_shuffling_loader_is_refused() -> None:
     loader: Any = DataLoader(rows(200), batch_size=None, shuffle=True)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="shuffle=False"):
