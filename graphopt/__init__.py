@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CaptureError,
         CompileError,
         FeedError,
+        FitError,
         GraphoptError,
         MissingExtraError,
         PassError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         VerificationError,
         WriteError,
     )
+    from graphopt.fit import Distillation, FitOptions, FitResult, fit
     from graphopt.optimize import OptimizeResult, optimize
     from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
     from graphopt.registry import list_passes, list_targets
@@ -46,8 +48,12 @@ __all__ = [
     "CaptureError",
     "CompileError",
     "Declined",
+    "Distillation",
     "Domain",
     "FeedError",
+    "FitError",
+    "FitOptions",
+    "FitResult",
     "GraphoptError",
     "InferenceSession",
     "Limits",
@@ -76,6 +82,7 @@ __all__ = [
     "__version__",
     "capture",
     "compile",
+    "fit",
     "list_passes",
     "list_targets",
     "load",
@@ -86,6 +93,7 @@ _MODULES = {
     "graphopt.capture": ("Limits", "capture"),
     "graphopt.compile": ("Artifact", "compile"),
     "graphopt.contract": ("Declined", "Pass", "PassContext", "PassResult", "Rewrite", "Timing"),
+    "graphopt.fit": ("Distillation", "FitOptions", "FitResult", "fit"),
     "graphopt.optimize": ("OptimizeResult", "optimize"),
     "graphopt.program": ("Domain", "Program", "SizeRange", "State", "TensorSpec"),
     "graphopt.registry": ("list_passes", "list_targets"),
@@ -142,7 +150,7 @@ def _version() -> str:
 
 
 class _Package(ModuleType):
-    """Keeps `graphopt.capture`, `.optimize` and `.compile` functions when the modules of these names are imported."""
+    """Keeps `graphopt.capture`, `.fit` and the like functions when the modules of their names are imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _LOCATIONS and isinstance(value, ModuleType)):

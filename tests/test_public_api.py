@@ -13,10 +13,16 @@ SIGNATURES = {
     "optimize": "(program, passes, *, data=None, metric=None, verify='numeric', keep_if_faster=False, target='cpu', "
     "database=None, threads=None, seed=0, strict=False)",
     "compile": "(programs, target='cpu', *, tune=None, database=None, threads=None)",
+    "fit": "(program, data, *, train, loss=None, teacher=None, estimators=None, options=None, checkpoint=None, "
+    "resume=False, progress=None)",
     "load": "(path, threads=None, verify='full')",
     "list_passes": "()",
     "list_targets": "()",
     "InferenceSession": "(path, threads=None, verify='full')",
+    "FitResult": "(program, trained, history, stopped_by, best_step, seconds)",
+    "FitOptions": "(optimizer='adamw', learning_rate, weight_decay, schedule='constant', clip_norm=None, steps=None, "
+    "epochs=None, accumulate=1, evaluate_every=None, patience=None, seed=0)",
+    "Distillation": "(kind='mse', outputs=(), temperature, task=None, task_weight)",
     "PassContext": "(target='cpu', data=None, metric=None, seed=0, progress, allow, measure)",
     "PassResult": "(program, rewrites=(), declined=(), notes=())",
     "Rewrite": "(id, rule, before, after)",
@@ -51,12 +57,13 @@ def test_every_public_name_is_there(name: str) -> None:
 
 def test_names() -> None:
     assert graphopt.__all__ == [
-        *("Artifact", "ArtifactError", "CaptureError", "CompileError", "Declined", "Domain", "FeedError"),
+        *("Artifact", "ArtifactError", "CaptureError", "CompileError", "Declined", "Distillation", "Domain"),
+        *("FeedError", "FitError", "FitOptions", "FitResult"),
         *("GraphoptError", "InferenceSession", "Limits", "MissingExtraError", "OptimizeResult", "Pass", "PassContext"),
         *("PassError", "PassResult", "PostconditionError", "PreconditionError", "Program", "PropagationError"),
         *("Rewrite", "RewritePass", "Rule", "RunError", "SizeRange", "State", "TensorSpec", "Timing"),
         *("UnknownNameError", "UsageError", "VerificationError", "WriteError", "__version__", "capture", "compile"),
-        *("list_passes", "list_targets", "load", "optimize"),
+        *("fit", "list_passes", "list_targets", "load", "optimize"),
     ]
 
 

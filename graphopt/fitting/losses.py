@@ -1,0 +1,135 @@
+"""What is made small: a task loss on labels, the distance from a teacher's outputs, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphopt.errors import UnknownNameError, UsageError
+from graphopt.program import Program
+
+Outputs = tuple[Tensor, ...]
+TaskLoss = Callable[[Outputs, Tensor | None], Tensor]
+DISTANCES = ("mse", "kl", "cosine")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The distance of the program's outputs from the teacher's, averaged over `outputs` (none: all of a float type).
+
+    `kind`: "mse", the mean squared difference; "cosine", 1 - cosine along the last axis; "kl", the Kullback-Leibler
+    divergence of softmax(output / temperature) along the last axis from the teacher's, times temperature squared
+    (Hinton, Vinyals, Dean 2015, arXiv 1503.02531). A `task` loss of (outputs, label) is added `task_weight` times.
+    """
+
+    kind: Literal["mse", "kl", "cosine"] = "mse"
+    outputs: tuple[str, ...] = ()
+    temperature: float = 1.0
+    task: TaskLoss | None = None
+    task_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in DISTANCES:
+            raise UsageError(f"kind={self.kind!r} is none of {', '.join(DISTANCES)}")
+        if isinstance(self.outputs, str):
+            raise UsageError(f"outputs={self.outputs!r} must be a tuple of names: outputs=({self.outputs!r},)")
+        if not self.temperature > 0:
+            raise UsageError(f"temperature={self.temperature} must be positive")
+        if self.temperature != 1 and self.kind != "kl":
+            raise UsageError(f"temperature={self.temperature} has no effect on {self.kind!r}; leave it out")
+        if self.task_weight != 1 and self.task is None:
+            raise UsageError(f"task_weight={self.task_weight} has no effect without a task loss; leave it out")
+
+
+Loss = Literal["mse", "kl", "cosine", "cross-entropy"] | Distillation | TaskLoss | None
+Objective = Callable[[tuple[Tensor, ...], Outputs, Tensor | None], Tensor]  # of inputs, outputs and label
+
+
+def cross_entropy(outputs: Outputs, label: Tensor | None) -> Tensor:
+    """Mean cross entropy of the first output, logits along the last axis, and integer labels, -100 being left out."""
+    if label is None:
+        raise UsageError("the loss 'cross-entropy' needs labels, but the data has none; give them, or a teacher")
+    logits = outputs[0]
+    if logits.shape[:-1].numel() != label.numel():
+        raise UsageError(
+            f"the first output, {list(logits.shape)}, has logits for {logits.shape[:-1].numel()} labels, but the label "
+            f"of these samples is {list(label.shape)}"
+        )
+    return functional.cross_entropy(logits.flatten(0, -2), label.flatten().long())
+
+
+def make_objective(program: Program, loss: Loss, teacher: Program | None) -> Objective:
+    """The loss as a function of inputs, outputs and label. Raises UsageError where loss and teacher do not fit."""
+    if loss is None:
+        loss = "mse"
+        if teacher is None:
+            raise UsageError("give a loss ('cross-entropy', or a function of outputs and labels), or a teacher")
+    if isinstance(loss, str) and loss in DISTANCES:
+        loss = Distillation(loss)  # type: ignore[arg-type]
+    if isinstance(loss, Distillation):
+        return _distill(program, loss, teacher)
+    if teacher is not None:
+        raise UsageError("a teacher has no effect on this loss; put the loss into Distillation(task=...)")
+    if loss == "cross-entropy":
+        loss = cross_entropy
+    if not callable(loss):
+        raise UsageError(f"loss={loss!r} is none of {', '.join(DISTANCES)}, cross-entropy and no function")
+    task = loss
+    return lambda inputs, outputs, label: task(outputs, label)
+
+
+def _distill(program: Program, loss: Distillation, teacher: Program | None) -> Objective:
+    if teacher is None:
+        raise UsageError(f"the loss {loss.kind!r} is a distance from a teacher's outputs; give teacher=...")
+    names = loss.outputs or tuple(spec.name for spec in program.outputs if spec.dtype.is_floating_point)
+    ours, theirs = _positions(program, names), _positions(teacher, names)
+    order = _input_order(program, teacher)
+
+    def objective(inputs: tuple[Tensor, ...], outputs: Outputs, label: Tensor | None) -> Tensor:
+        targets = teacher(*(inputs[index] for index in order))
+        pairs = zip(names, ours, theirs, strict=True)
+        distances = [_distance(loss, name, outputs[index], targets[other]) for name, index, other in pairs]
+        total = torch.stack(distances).mean()
+        return total if loss.task is None else total + loss.task_weight * loss.task(outputs, label)
+
+    return objective
+
+
+def _positions(program: Program, names: tuple[str, ...]) -> list[int]:
+    known = [spec.name for spec in program.outputs]
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(f"output of {program.name}", name, known)
+        spec = program.outputs[known.index(name)]
+        if not spec.dtype.is_floating_point:
+            raise UsageError(f"output {name!r} of {program.name} is {spec.dtype}; distil outputs of a float type")
+    if not names:
+        raise UsageError(f"{program.name} has no output of a float type to distil")
+    return [known.index(name) for name in names]
+
+
+def _input_order(program: Program, teacher: Program) -> list[int]:
+    ours = {spec.name: (index, spec.dtype) for index, spec in enumerate(program.inputs)}
+    for spec in teacher.inputs:
+        if spec.name not in ours:
+            raise UnknownNameError(f"input of {program.name}, which the teacher takes,", spec.name, ours)
+        if ours[spec.name][1] != spec.dtype:
+            raise UsageError(f"input {spec.name!r} is {spec.dtype} for the teacher, {ours[spec.name][1]} here")
+    return [ours[spec.name][0] for spec in teacher.inputs]
+
+
+def _distance(loss: Distillation, name: str, output: Tensor, target: Tensor) -> Tensor:
+    if output.shape != target.shape:
+        raise UsageError(f"output {name!r} is {list(output.shape)}, the teacher's is {list(target.shape)}")
+    target = target.to(output.dtype)
+    if loss.kind == "mse":
+        return functional.mse_loss(output, target)
+    if loss.kind == "cosine":
+        return (1 - functional.cosine_similarity(output, target, dim=-1)).mean()
+    ours, theirs = ((value / loss.temperature).log_softmax(-1) for value in (output, target))
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean() * loss.temperature**2
