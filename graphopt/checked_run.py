@@ -51,13 +51,15 @@ class Checked:
 class Checker:
     """Checks passes in a row over one program, and remembers the evidence from pass to pass.
 
-    `labels` say what was checked on, `skipped` what could not be, in order and once each.
+    `given` are inputs to check on beside the examples and what is drawn. `labels` say what was checked on, `skipped`
+    what could not be, in order and once each.
     """
 
-    def __init__(self, verify: str, seed: int, strict: bool) -> None:
+    def __init__(self, verify: str, seed: int, strict: bool, given: tuple[tuple[torch.Tensor, ...], ...] = ()) -> None:
         self.verify = verify
         self.seed = seed
         self.strict = strict
+        self.given = given
         self.evidence = Evidence()
         self.labels: dict[str, None] = {}
         self.skipped: dict[str, None] = {}
@@ -72,7 +74,7 @@ class Checker:
         if reason is not None:
             raise PreconditionError(f"pass {place}: cannot take the program: {reason}")
         if self.verify == "numeric" and not self.evidence.samples:
-            samples, skipped = make_samples(program, self.seed)
+            samples, skipped = make_samples(program, self.seed, self.given)
             self.labels |= dict.fromkeys(sample.label for sample in samples)
             self.skipped |= dict.fromkeys(skipped)
             self.evidence = Evidence(samples, results_of(program, samples))

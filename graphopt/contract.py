@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from graphopt.data import Dataset
     from graphopt.instance import Instance
+    from graphopt.metric import Metric
     from graphopt.program import Program
 
 Preserves = Literal["exact", "quantized", "approximate"]
@@ -72,12 +74,13 @@ class PassContext:
     """What surrounds a run of a pass.
 
     `allow` is asked with the id of each rewrite before it is made; a pass is deterministic, so running it again with
-    some ids refused takes exactly those rewrites back. `measure` returns None where no device is at hand.
+    some ids refused takes exactly those rewrites back. A pass learns from `data.fit` only. `measure` returns None where
+    no device is at hand.
     """
 
     target: str = "cpu"
-    data: Any = None
-    metric: Any = None
+    data: Dataset | None = None
+    metric: Metric | None = None
     seed: int = 0
     progress: Callable[[str, int, int], None] = _silent
     allow: Callable[[str], bool] = _allow_all
@@ -106,10 +109,14 @@ class Pass(ABC):
 
     `name` is kebab-case and equals the file's stem with dashes. `preserves` is what the caller may rely on: `exact`
     (rounding only), `quantized` (the rounding the pass is there to introduce), `approximate` (needs data and metric).
+    `measured` is whether `keep_if_faster` holds it to a measurement: not where it only takes work away. `unrecorded` is
+    a clause for explanations: what it means that the account says nothing of a node.
     """
 
     name: ClassVar[str]
     preserves: ClassVar[Preserves] = "exact"
+    measured: ClassVar[bool] = True
+    unrecorded: ClassVar[str] = ""
 
     def starts_at(self) -> frozenset[Any]:
         """The operators at which its rules look for a match, for explanations; empty where that is no short list."""

@@ -53,8 +53,12 @@ def optimize(
     `verify` checks after every pass: "structure" that the program is well-formed, "numeric" also that an exact pass
     stays within 4 times the error against float64 that there was before it, plus 1e-6 relative: each rewrite on its
     own, then the whole program. Wrong rewrites, and only they, are taken back and reported; with `strict` they are an
-    error. `data` and `metric` are for passes that preserve approximately; `seed` for them and for the inputs that are
-    drawn to check.
+    error. With `keep_if_faster` those are taken back, too, with which the model is not measured to be faster on
+    `target` with so many `threads`.
+
+    `data` (see `open_data`) is what passes learn from, but for its last fifth, on which `metric` (see `open_metric`) is
+    measured before and after; its first sample is checked on as well. Passes that preserve approximately need both.
+    `seed` is for them and for the inputs that are drawn.
 
     Raises UsageError for unusable arguments, PassError and its kinds where a pass fails, VerificationError where a
     result is wrong and leaving out rewrites does not make it right.
@@ -64,17 +68,30 @@ def optimize(
         given = {"metric": metric, "verify": verify, "keep_if_faster": keep_if_faster}
         given |= {"target": target, "seed": seed, "strict": strict}
         settings = recipe.settings_beside(given, optimize.__kwdefaults__)
-        chosen = [step.item for step in recipe.passes]
-        return optimize(program, chosen, data=data, database=database, threads=threads, **settings)
-    unused = {"keep_if_faster": keep_if_faster, "database": database, "threads": threads}
-    for name, value in unused.items():
-        if value:
-            raise UsageError(f"{name}={value!r} has no effect in this version of graphopt; leave it out")
+        items = [step.item for step in recipe.passes]
+        return optimize(program, items, data=data, database=database, threads=threads, **settings)
+    if database is not None:
+        raise UsageError(f"database={database!r} has no effect in this version of graphopt; leave it out")
+    if threads is not None and not keep_if_faster:
+        raise UsageError(f"threads={threads!r} has no effect where nothing is measured; leave it out")
     chosen = choose_passes(passes)
     _check_arguments(program, chosen, verify, data, metric)
     check_target(target)
-    context = PassContext(target=target, data=data, metric=metric, seed=seed)
-    return _Run(program, chosen, context, Checker(verify, seed, strict)).run(verify)
+    pipeline = Pipeline(
+        passes=chosen,
+        context=PassContext(
+            target=target,
+            data=None if data is None else open_data(data, program),
+            metric=None if metric is None else open_metric(metric),
+            seed=seed,
+            progress=tell,
+            measure=measure_on(target, threads),
+        ),
+        verify=verify,
+        strict=strict,
+        race=race_on(target, threads) if keep_if_faster else None,
+    )
+    return OptimizeResult(*pipeline.run(program))
 
 
 def choose_passes(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
@@ -99,9 +116,10 @@ def _check_arguments(program: Program, passes: tuple[Pass, ...], verify: str, da
     learning = [item.name for item in passes if item.preserves == "approximate"]
     if learning and (data is None or metric is None):
         raise UsageError(f"{learning[0]} changes results and needs both data and metric to say by how much; give both")
-    for name, value in (("data", data), ("metric", metric)):
-        if value is not None and not learning:
-            raise UsageError(f"{name} has no effect: none of these passes is approximate; leave it out")
+    if metric is not None and data is None:
+        raise UsageError("metric is measured on data; give data too")
+    if data is not None and metric is None and not learning and verify != "numeric":
+        raise UsageError(f"data has no effect without a metric and with verify={verify!r}; leave it out")
     if verify == "numeric" and passes and len(program.examples) != len(program.inputs):
         raise UsageError(
             f"{program.name} has no example inputs to check on; capture it with some or use verify='structure'"

@@ -106,7 +106,7 @@ class PassReport:
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricReport:
     """A metric on the held-out data, before the first pass and after the last; higher is better."""
 
     name: str
@@ -128,7 +128,8 @@ class Report:
     nodes: dict[str, str]
     checked_on: tuple[str, ...] = ()
     not_checked: tuple[str, ...] = ()
-    metric: Metric | None = None
+    metric: MetricReport | None = None
+    notes: tuple[str, ...] = ()
     format: str = FORMAT
 
     @property

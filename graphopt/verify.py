@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,15 +156,23 @@ class Sample:
     sides: Sides = ()
 
 
-def make_samples(program: Program, seed: int) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
-    """The examples, and inputs drawn from the domains at each set of sizes worth checking; conditions go both ways.
+def make_samples(
+    program: Program, seed: int, given: Sequence[tuple[torch.Tensor, ...]] = ()
+) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """The examples, `given` inputs, and inputs drawn from the domains at each set of sizes worth checking.
+
+    Conditions go both ways.
 
     The second result says what PyTorch itself cannot run, and so is not checked.
     """
     if len(program.examples) != len(program.inputs):
         return (), ()
     drawn, skipped = draw_samples(program, seed)
-    found = [("the example inputs", program.examples), *((item.label, item.inputs) for item in drawn)]
+    found = [
+        ("the example inputs", program.examples),
+        *(("the first sample of the data", inputs) for inputs in given),
+        *((item.label, item.inputs) for item in drawn),
+    ]
     samples = [Sample(label, inputs, run_float64(program, inputs)) for label, inputs in found]
     for sides in side_choices(program):
         changed = forced(program, sides)

@@ -20,6 +20,7 @@ from torch.fx import Node
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.matcher import argument, arguments
+from graphopt.near_miss import describe
 from graphopt.program import Program
 
 aten = torch.ops.aten
@@ -42,6 +43,9 @@ class BatchNormFolding(Pass):
 
     name = "batch-norm-folding"
 
+    def starts_at(self) -> frozenset[Any]:
+        return NORMS
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)
         for editor in edit.graphs():
@@ -53,6 +57,8 @@ class BatchNormFolding(Pass):
     def _try(self, editor: GraphEditor, norm: Node) -> None:
         producer = norm.args[0]
         if not isinstance(producer, Node) or producer.target not in PRODUCERS:
+            reason = f"its input is {describe(producer)}, neither a convolution nor a linear"
+            editor.near_miss(self.name, norm, reason, 1, 2)
             return
         result = _result(norm)
         reason = "its batch statistics are used too" if result is None else why_not(editor, norm, producer)

@@ -8,7 +8,7 @@ operator. Random operators are never merged, control flow is left alone, and two
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class CommonSubexpressions(Pass):
     """Compute a value once where it is computed several times from the same arguments."""
 
     name = "common-subexpressions"
+    measured = False
+    unrecorded = "no earlier node computes the same value, or it is random or control flow"
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)
@@ -37,14 +39,16 @@ class CommonSubexpressions(Pass):
 
     def _merge(self, editor: GraphEditor) -> None:
         first: dict[Hashable, Node] = {}
+        roots: dict[Node, Node] = {}
         for node in editor.nodes():
+            roots[node] = memory_root(node, roots)
             key = expression_key(node)
             if key is None:
                 continue
             earlier = first.setdefault(key, node)
             if earlier is node:
                 continue
-            reason = why_apart(node, earlier)
+            reason = why_apart(node, earlier, roots)
             if reason is not None:
                 editor.decline(self.name, node, reason)
             else:
@@ -65,11 +69,13 @@ def expression_key(node: Node) -> Hashable | None:
     return node.target, tuple(keys)
 
 
-def why_apart(node: Node, earlier: Node) -> str | None:
+def why_apart(node: Node, earlier: Node, roots: Mapping[Node, Node]) -> str | None:
     """Why two equal values are both needed: each is the memory of an output."""
-    roots = memory_root(node), memory_root(earlier)
-    mine, other = (output_reached(root) for root in roots)
-    if mine is not None and other is not None and roots[0] is not roots[1] and node.op == "call_function":
+    if node.op != "call_function" or roots[node] is roots[earlier]:
+        return None
+    mine = output_reached(roots[node])  # few use this one: it is asked first, since all duplicates share the earlier
+    other = None if mine is None else output_reached(roots[earlier])
+    if mine is not None and other is not None:
         return f"the outputs {mine.name} and {other.name} would be the same memory"
     return None
 

@@ -33,6 +33,8 @@ class ConstantFolding(Pass):
     """Compute once, now, what is computed from weights alone; write known sizes as numbers."""
 
     name = "constant-folding"
+    measured = False
+    unrecorded = "its value depends on an input, or storing it would save nothing"
     max_bytes: int = 1 << 24
 
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -44,7 +46,7 @@ class ConstantFolding(Pass):
         return edit.finish()
 
     def _fold(self, editor: GraphEditor, left: int) -> int:
-        constants = find_constants(editor, self.max_bytes)
+        constants = find_constants(editor, self.name, self.max_bytes)
         values: dict[Node, Any] = {}
         for node in editor.nodes():
             if node not in constants or not _is_worth_storing(node, constants):
@@ -59,17 +61,19 @@ class ConstantFolding(Pass):
         return left
 
 
-def find_constants(editor: GraphEditor, max_bytes: int) -> set[Node]:
+def find_constants(editor: GraphEditor, rule: str, max_bytes: int) -> set[Node]:
     """Nodes that depend on weights and literals only, with no step larger than `max_bytes` or what it reads."""
     found: set[Node] = set()
     for node in editor.graph.nodes:
         if node.op == "get_attr":
             if editor.constant_value(node) is not None:
                 found.add(node)
-        elif _is_foldable(node) and all(argument in found for argument in node.all_input_nodes):
-            reads = sum(map(_bytes, node.all_input_nodes))
-            if _bytes(node) <= max(max_bytes, reads):
+        elif node.op == "call_function" and all(argument in found for argument in node.all_input_nodes):
+            reason = why_kept(node, max_bytes)
+            if reason is None:
                 found.add(node)
+            elif node.all_input_nodes:
+                editor.decline(rule, node, reason)
     return found
 
 
@@ -84,16 +88,22 @@ def fold_sizes(editor: GraphEditor, rule: str) -> None:
             editor.replace(rule, [node], lambda builder, number=number: [number])  # type: ignore[misc]
 
 
-def _is_foldable(node: Node) -> bool:
-    if node.op != "call_function" or node.is_impure() or is_control_flow(node):
-        return False
-    if isinstance(node.target, OpOverload) and (
-        node.target.namespace not in FOLDED or KEPT_TAGS.intersection(node.target.tags)
-    ):
-        return False
+def why_kept(node: Node, max_bytes: int) -> str | None:
+    """Why a call with constant arguments is not computed now."""
+    if node.is_impure() or is_control_flow(node):
+        return f"{node.target} has an effect or runs sub-graphs"
+    if isinstance(node.target, OpOverload):
+        if node.target.namespace not in FOLDED:
+            return f"{node.target} reads weights that are stored small on purpose"
+        if KEPT_TAGS.intersection(node.target.tags):
+            return f"{node.target} is random, or its shape depends on values"
     value = node.meta.get("val")
     leaves = value if isinstance(value, (tuple, list)) else (value,)
-    return all(isinstance(leaf, torch.Tensor) and _is_static(leaf) for leaf in leaves)
+    if not all(isinstance(leaf, torch.Tensor) and _is_static(leaf) for leaf in leaves):
+        return "its value is no tensor of a known size"
+    if _bytes(node) > max(max_bytes, sum(map(_bytes, node.all_input_nodes))):
+        return f"its {_bytes(node)} bytes exceed max-bytes={max_bytes}"
+    return None
 
 
 def _is_static(tensor: torch.Tensor) -> bool:

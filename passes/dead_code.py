@@ -19,6 +19,8 @@ class DeadCode(Pass):
     """Remove nodes that no output depends on."""
 
     name = "dead-code"
+    measured = False
+    unrecorded = "an output depends on it"
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)

@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
+from graphopt.near_miss import describe
 from graphopt.program import Program
 from graphopt.propagate import shape_key
 
@@ -33,6 +34,10 @@ class DecidedConditions(Pass):
     """Replace conditions that come out the same for every input, and what they decide."""
 
     name = "decided-conditions"
+    measured = False
+
+    def starts_at(self) -> frozenset[Any]:
+        return frozenset(COMPARISONS) | CONJUNCTIONS | DISJUNCTIONS
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)
@@ -49,6 +54,9 @@ class DecidedConditions(Pass):
         source, number = node.args[:2]
         found = known.range(source)
         if found is None or not isinstance(number, (int, float)) or math.isnan(number):
+            what = f"nothing is known of the values of {describe(source)}"
+            reason = what if found is None else f"it compares with {number}, which is no plain number"
+            editor.near_miss(self.name, node, reason, 1, 2)
             return
         outcome = COMPARISONS[node.target](*found, number)
         if outcome is None:
@@ -59,6 +67,7 @@ class DecidedConditions(Pass):
 
     def _combine(self, editor: GraphEditor, node: Node, known: _Known) -> None:
         if node.meta["val"].dtype != torch.bool:
+            editor.near_miss(self.name, node, f"it works on {node.meta['val'].dtype}, not on truth values", 1, 2)
             return
         left, right = node.args[:2]
         for flag, other in ((left, right), (right, left)):
@@ -69,7 +78,10 @@ class DecidedConditions(Pass):
                 editor.replace(self.name, [node], _Spread(node, other))
             elif shape_key(flag.meta["val"]) == shape_key(node.meta["val"]):
                 editor.replace(self.name, [node], _Spread(node, flag))
+            else:
+                editor.decline(self.name, node, f"{flag.name} decides it, but has another shape than the result")
             return
+        editor.near_miss(self.name, node, f"neither {left} nor {right} is known to be the same everywhere", 1, 2)
 
 
 def _flag(builder: Builder, like: Any, outcome: bool) -> Node:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -31,6 +32,9 @@ class MergeLinears(Pass):
 
     name = "merge-linears"
     max_bytes: int = 1 << 20
+
+    def starts_at(self) -> frozenset[Any]:
+        return frozenset({aten.linear.default})
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)
@@ -55,11 +59,9 @@ class MergeLinears(Pass):
             return
         twice = bytes_kept(editor, members, readers)
         if twice > self.max_bytes:
-            editor.decline(
-                self.name,
-                members[0],
-                f"{twice} bytes of old weights would stay beside the merged one, over max-bytes={self.max_bytes}",
-            )
+            reason = f"{twice} bytes of old weights would stay beside the merged one, over max-bytes={self.max_bytes}"
+            for node in members:
+                editor.decline(self.name, node, reason)
             return
         weight, bias = merged_weights(editor, members)
         sizes = [int(node.meta["val"].shape[-1]) for node in members]

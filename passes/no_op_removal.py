@@ -33,6 +33,11 @@ class NoOpRemoval(Pass):
     """Remove operators whose result equals their input bit for bit."""
 
     name = "no-op-removal"
+    measured = False
+    unrecorded = "an operator of two tensors changes its input, for all that is known"
+
+    def starts_at(self) -> frozenset[Any]:
+        return frozenset(CASES)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)
@@ -48,12 +53,31 @@ class NoOpRemoval(Pass):
             editor.decline(self.name, node, found)
             return
         if found is None or not _same_type(node, found):
+            reason = what_changes(node)
+            if reason is not None:
+                editor.near_miss(self.name, node, reason, 1, 2)
             return
         reason = why_output_needs_copy(node, found) if node.target in COPIES else None
         if reason is not None:
             editor.decline(self.name, node, reason)
         else:
             editor.replace(self.name, [node], lambda builder: [found])
+
+
+def what_changes(node: Node) -> str | None:
+    """How the result of an operator differs from its input, in short; None where it is computed from two tensors."""
+    source, operands = _source(node), arguments(node)[:2]
+    if source is None or (len(operands) == 2 and isinstance(operands[1], Node) and node.target in COPIES):
+        return None
+    own, other = node.meta["val"], source.meta["val"]
+    for what in ("dtype", "device"):
+        if getattr(own, what) != getattr(other, what):
+            return f"the {what} changes from {getattr(other, what)} to {getattr(own, what)}"
+    if shape_key(own) != shape_key(other):
+        return f"the shape changes from {list(other.shape)} to {list(own.shape)}"
+    if node.target in PERMUTATIONS:
+        return f"the order of axes changes to {_order(node)}"
+    return f"{node.target} with {operands[1] if len(operands) == 2 else 'its arguments'} changes values"
 
 
 def _same_type(node: Node, source: Node) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from graphopt.errors import PassError, PostconditionError, PreconditionError, Us
 from graphopt.passes.dead_code import DeadCode
 from graphopt.passes.no_op_removal import NoOpRemoval
 from graphopt.program import Program
+from graphopt.rewrite import RewritePass, Rule
 from tests import models
 from tests.passes.checking import captured, fingerprint, targets
 
@@ -123,11 +125,10 @@ class Learned(Given):
         ({"passes": "dead-cod"}, "did you mean 'dead-code'"),
         ({"passes": [DeadCode]}, "which is no Pass; give instances"),
         ({"verify": "all"}, "verify='all' is none of off, structure, numeric"),
-        ({"keep_if_faster": True}, "keep_if_faster=True has no effect in this version"),
-        ({"threads": 2}, "threads=2 has no effect"),
+        ({"threads": 2}, "threads=2 has no effect where nothing is measured"),
         ({"database": "store"}, "database='store' has no effect"),
-        ({"data": [1]}, "data has no effect: none of these passes is approximate"),
-        ({"metric": "cosine"}, "metric has no effect"),
+        ({"data": [1], "verify": "structure"}, "data has no effect without a metric"),
+        ({"metric": "cosine"}, "metric is measured on data; give data too"),
         ({"target": "gpu"}, "unknown target 'gpu'"),
         ({"passes": [Learned()]}, "learned changes results and needs both data and metric"),
         ({"passes": [Learned()], "data": [1]}, "needs both data and metric"),
@@ -193,8 +194,48 @@ def test_a_wrong_result_of_a_pass_that_never_asked_is_an_error_naming_pass_and_s
 
 
 def test_an_inexact_pass_starts_a_new_reference(mlp: Program) -> None:
-    result = graphopt.optimize(mlp, [Learned(scale_weights), DeadCode()], data=[1], metric="cosine")
-    assert [item.error for item in result.report.passes] == [None, None]
+    data = [{"x": torch.randn(2, 16)} for _ in range(10)]
+    report = graphopt.optimize(mlp, [Learned(scale_weights), NoOpRemoval()], data=data, metric="snr").report
+    learned, cleanup = report.passes
+    assert (learned.error, learned.metric) == (None, report.metric.after if report.metric else None)
+    assert cleanup.metric is None and cleanup.error is not None and cleanup.error < 1e-6
+    assert report.metric and report.metric.before == 300 and report.metric.after < 0  # without relu little is left
+    assert report.metric.samples == 2
+
+
+def test_the_metric_of_exact_passes_is_measured_on_the_held_out_fifth(mlp: Program) -> None:
+    seen: list[int] = []
+
+    def spread(outputs: list[torch.Tensor], labels: list[torch.Tensor]) -> float:
+        seen.append(len(outputs[0]))
+        return float(outputs[0].std() + labels[0].float().mean() * 0)
+
+    data = [({"x": torch.randn(2, 16)}, np.zeros(2, np.int64)) for _ in range(10)]
+    report = graphopt.optimize(mlp, "O1", data=data, metric=spread).report
+    assert report.metric and report.metric.name == "spread" and seen == [4, 4]
+    assert report.metric.before == pytest.approx(report.metric.after)
+
+
+def test_the_first_sample_of_the_data_is_checked_on(mlp: Program) -> None:
+    class AboveTen(Rule):
+        """Wrong only for values that the data has and the examples do not."""
+
+        @staticmethod
+        def pattern(x: Any) -> Any:
+            return torch.ops.aten.relu.default(x)
+
+        @staticmethod
+        def rewrite(x: Any) -> Any:
+            return torch.ops.aten.clamp.default(x, 0.0, 1000.0)
+
+    @dataclass(frozen=True)
+    class Clamp(RewritePass):
+        name = "clamp"
+        rules = (AboveTen,)
+
+    assert not graphopt.optimize(mlp, [Clamp()]).report.passes[0].rolled_back
+    (wrong,) = graphopt.optimize(mlp, [Clamp()], data=[{"x": 1e5 * torch.ones(1, 16)}]).report.passes[0].rolled_back
+    assert wrong.reason.endswith("on the first sample of the data")
 
 
 def test_conditions_of_a_pass_are_checked_on_the_right_program(mlp: Program) -> None:

@@ -1,0 +1,93 @@
+"""Which of two programs is faster on the target, as measured: both compiled, running in turns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graphopt.contract import Timing
+from graphopt.errors import ArtifactError, UsageError
+from graphopt.program import Program
+
+if TYPE_CHECKING:
+    from graphopt.runtime.session import InferenceSession
+
+TURNS = 21
+SECONDS = 0.01  # least length of a turn
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Median seconds of one run of each, and whether the second is faster in at least three of four turns."""
+
+    first: Timing
+    second: Timing
+    faster: bool
+
+
+Race = Callable[[Program, Program], Outcome]
+
+
+def race_on(target: str, threads: int | None) -> Race:
+    """A race on this machine; it raises UsageError where code for `target` does not run here."""
+
+    def race(first: Program, second: Program) -> Outcome:
+        runs = [_prepare(program, target, threads) for program in (first, second)]
+        times = _take_turns(*runs)
+        ratios = [after / before for before, after in zip(*times, strict=True)]
+        before, after = (Timing(statistics.median(side), len(side)) for side in times)
+        return Outcome(before, after, statistics.quantiles(ratios, n=4)[2] < 1)
+
+    return race
+
+
+def measure_on(target: str, threads: int | None) -> Callable[[Program], Timing | None]:
+    """What `PassContext.measure` is: the time of one run of a program, None where `target` does not run here."""
+
+    def measure(program: Program) -> Timing | None:
+        try:
+            run = _prepare(program, target, threads)
+        except UsageError:
+            return None
+        times = [_seconds(run, _count(run)) for _ in range(TURNS)]
+        return Timing(statistics.median(times), TURNS)
+
+    return measure
+
+
+def _prepare(program: Program, target: str, threads: int | None) -> Callable[[], object]:
+    from graphopt.compile import compile
+
+    try:
+        session: InferenceSession = compile(program, target, threads=threads).session(threads)
+    except ArtifactError as error:
+        raise UsageError(f"nothing can be measured for target {target!r} on this machine: {error}") from error
+    feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, program.examples, strict=True)}
+    return lambda: session.run(None, feed)
+
+
+def _take_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Seconds of one run in every turn of each; who begins changes, so that neither always finds the caches warm."""
+    sides = [(first, _count(first)), (second, _count(second))]
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(TURNS):
+        for side in (0, 1) if turn % 2 else (1, 0):
+            times[side].append(_seconds(*sides[side]))
+    return times
+
+
+def _count(run: Callable[[], object]) -> int:
+    """Runs that fill a turn; the first one warms up."""
+    run()
+    return max(1, math.ceil(SECONDS / _seconds(run, 1)))
+
+
+def _seconds(run: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - start) / count
