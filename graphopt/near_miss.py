@@ -15,6 +15,8 @@ from torch.fx import Node
 
 from graphopt.matcher import Pattern, arguments, commutes, parameter_names, same_literal, users_like
 
+KINDS = {"placeholder": "an input", "get_attr": "a constant"}
+
 
 @dataclass(frozen=True)
 class _Reading:
@@ -42,13 +44,13 @@ def _read(pattern: Any, value: Any, reading: _Reading, place: str) -> _Reading:
         return _read_literal(pattern, value, reading, place)
     if pattern in reading.found:
         same = same_literal(reading.found[pattern], value)
-        first, second = _show(reading.found[pattern]), _show(value)
+        first, second = describe(reading.found[pattern]), describe(value)
         return reading if same else reading.differs(f"{pattern.name} is {first} in one place and {second} in another")
     found = {**reading.found, pattern: value}
     if pattern.op == "placeholder":
         return _Reading(found, reading.matched, reading.reason)
     if not isinstance(value, Node) or value.target != pattern.target:
-        return reading.differs(f"{place}{_show(value)} where the pattern has {pattern.target}")
+        return reading.differs(f"{place}{describe(value)} where the pattern has {pattern.target}")
     reading = _Reading(found, reading.matched + 1, reading.reason)
     wanted, given = arguments(pattern), arguments(value)
     readings = [_read_all(pattern, wanted, given, reading)]
@@ -73,7 +75,7 @@ def _read_literal(pattern: Any, value: Any, reading: _Reading, place: str) -> _R
             reading = _read(left, right, reading, place)
         return reading
     same = not sequences and same_literal(pattern, value)
-    return reading if same else reading.differs(f"{place}{_show(value)} where the pattern has {_show(pattern)}")
+    return reading if same else reading.differs(f"{place}{describe(value)} where the pattern has {describe(pattern)}")
 
 
 def _read_output(output: Node, reading: _Reading) -> _Reading:
@@ -98,9 +100,10 @@ def _closeness(reading: _Reading) -> tuple[int, bool]:
     return reading.matched, reading.reason is None
 
 
-def _show(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A node with what it is, "relu_1 (aten.relu.default)" or "x (an input)"; anything else as it is written."""
     if isinstance(value, Node):
-        return f"{value.name} ({value.target})" if value.op == "call_function" else f"{value.name} ({value.op})"
+        return f"{value.name} ({KINDS.get(value.op, value.target)})"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_show, value)) + "]"
+        return "[" + ", ".join(map(describe, value)) + "]"
     return repr(value)
