@@ -67,7 +67,7 @@ def optimize(
         recipe = read_recipe(passes)
         given = {"metric": metric, "verify": verify, "keep_if_faster": keep_if_faster}
         given |= {"target": target, "seed": seed, "strict": strict}
-        settings = recipe.settings_beside(given, optimize.__kwdefaults__)
+        settings = recipe.settings_beside(given, optimize.__kwdefaults__ or {})
         items = [step.item for step in recipe.passes]
         return optimize(program, items, data=data, database=database, threads=threads, **settings)
     if database is not None:

@@ -37,10 +37,10 @@ class Pipeline:
             self.context.progress(item.name, index, len(self.passes))
             after = [previous.name for previous in self.passes[:index]]
             place = f"{item.name}, after {', '.join(after)}" if after else item.name
-            program, report = self._step(checker, item, program, place)
+            program, step = self._step(checker, item, program, place)
             if item.preserves != "exact":
-                report = replace(report, metric=self._measure(program, first))
-            reports.append(report)
+                step = replace(step, metric=self._measure(program, first))
+            reports.append(step)
         metric_after = self._measure(program, first)
         report = Report(
             model=first.name,

@@ -72,6 +72,8 @@ def add_checking_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", choices=("off", "structure", "numeric"), help="(default numeric)")
     help = "a rewrite that is found wrong is an error, not taken back"
     parser.add_argument("--strict", action="store_const", const=True, help=help)
+    help = "a rewrite with which the model does not measure faster on the target is taken back"
+    parser.add_argument("--keep-if-faster", action="store_const", const=True, help=help)
     parser.add_argument("--target", help="device the passes aim at (default cpu)")
     parser.add_argument("--seed", type=int, help="of everything random (default 0)")
 

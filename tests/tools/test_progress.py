@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from graphopt.progress import tell
 from graphopt.tools import progress
 
 
@@ -28,6 +29,18 @@ def test_long_work_shows_a_line_and_takes_it_away(monkeypatch: pytest.MonkeyPatc
     with progress.progress("compiling"):
         assert terminal.written.wait(30)
     assert "compiling ..." in terminal.getvalue() and terminal.getvalue().endswith("\r\033[K")
+
+
+def test_the_stage_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(progress, "DELAY", 0.001)
+    with progress.progress("running O2"):
+        tell("constant-folding", 1, 7)
+        terminal.written.clear()
+        assert terminal.written.wait(30)
+        assert terminal.written.clear() or terminal.written.wait(30)
+    assert "running O2: constant-folding (2 of 7) ..." in terminal.getvalue()
 
 
 def test_short_work_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
