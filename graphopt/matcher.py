@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -113,6 +114,13 @@ def arguments(node: Node) -> tuple[Any, ...]:
         given[index] if index < len(given) else named.get(name, default)
         for index, (name, default) in enumerate(_parameters(node.target))
     )
+
+
+def operator_name(target: Any) -> str:
+    """The name of an operator, "aten.relu.default" or "operator.getitem", the same in every process."""
+    if isinstance(target, (BuiltinFunctionType, FunctionType)):
+        return f"{target.__module__.removeprefix('_')}.{target.__name__}"
+    return str(target)
 
 
 def argument(node: Node, name: str) -> Any:

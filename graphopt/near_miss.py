@@ -13,7 +13,15 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from graphopt.matcher import Pattern, arguments, commutes, parameter_names, same_literal, users_like
+from graphopt.matcher import (
+    Pattern,
+    arguments,
+    commutes,
+    operator_name,
+    parameter_names,
+    same_literal,
+    users_like,
+)
 
 KINDS = {"placeholder": "an input", "get_attr": "a constant"}
 
@@ -50,7 +58,7 @@ def _read(pattern: Any, value: Any, reading: _Reading, place: str) -> _Reading:
     if pattern.op == "placeholder":
         return _Reading(found, reading.matched, reading.reason)
     if not isinstance(value, Node) or value.target != pattern.target:
-        return reading.differs(f"{place}{describe(value)} where the pattern has {pattern.target}")
+        return reading.differs(f"{place}{describe(value)} where the pattern has {operator_name(pattern.target)}")
     reading = _Reading(found, reading.matched + 1, reading.reason)
     wanted, given = arguments(pattern), arguments(value)
     readings = [_read_all(pattern, wanted, given, reading)]
@@ -61,10 +69,13 @@ def _read(pattern: Any, value: Any, reading: _Reading, place: str) -> _Reading:
 
 def _read_all(call: Node, wanted: Sequence[Any], given: Sequence[Any], reading: _Reading) -> _Reading:
     if len(wanted) != len(given):
-        return reading.differs(f"{call.target} has {len(given)} arguments where the pattern has {len(wanted)}")
+        return reading.differs(
+            f"{operator_name(call.target)} has {len(given)} arguments where the pattern has {len(wanted)}"
+        )
     names = parameter_names(call.target) if isinstance(call.target, OpOverload) else map(str, range(len(wanted)))
     for name, pattern, value in zip(names, wanted, given, strict=True):
-        reading = _read(pattern, value, reading, f"{name} of {reading.found[call].name} is ")
+        place = "input" if name == "self" else name
+        reading = _read(pattern, value, reading, f"{place} of {reading.found[call].name} is ")
     return reading
 
 
@@ -86,7 +97,9 @@ def _read_output(output: Node, reading: _Reading) -> _Reading:
     if readings:
         return max(readings, key=_closeness)
     sources = [reading.found[node].name for node in output.all_input_nodes if isinstance(reading.found.get(node), Node)]
-    return reading.differs(f"nothing reads {' and '.join(sources) or 'the shared value'} with {output.target}")
+    return reading.differs(
+        f"nothing reads {' and '.join(sources) or 'the shared value'} with {operator_name(output.target)}"
+    )
 
 
 def _users(output: Node, reading: _Reading) -> Iterator[Node]:
@@ -103,7 +116,7 @@ def _closeness(reading: _Reading) -> tuple[int, bool]:
 def describe(value: Any) -> str:
     """A node with what it is, "relu_1 (aten.relu.default)" or "x (an input)"; anything else as it is written."""
     if isinstance(value, Node):
-        return f"{value.name} ({KINDS.get(value.op, value.target)})"
+        return f"{value.name} ({KINDS.get(value.op) or operator_name(value.target)})"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(describe, value)) + "]"
     return repr(value)

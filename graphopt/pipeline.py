@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from graphopt.checked_run import Checked, Checker
 from graphopt.contract import Pass, PassContext
 from graphopt.keep_if_faster import keep_faster
+from graphopt.matcher import operator_name
 from graphopt.metric import measure
 from graphopt.program import Program
 from graphopt.race import Race
@@ -95,7 +96,9 @@ class Pipeline:
             before=count(program),
             after=count(result.program),
             created=created(program, result.program),
-            starts_at=tuple(sorted(map(str, item.starts_at()))),
+            removed=tuple(created(result.program, program)),
+            starts_at=tuple(sorted(map(operator_name, item.starts_at()))),
+            unrecorded=item.unrecorded,
             seconds=seconds,
             error=checked.error,
             errors=dict(checked.errors),

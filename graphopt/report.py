@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from graphopt.contract import Declined, NearMiss, Rewrite
+from graphopt.matcher import operator_name
 from graphopt.program import Program, get_attribute
 
 FORMAT = "1.0"
@@ -69,7 +70,8 @@ class PassReport:
 
     `error` is the largest error against float64 after it, relative to the largest value, and `errors` the same for each
     rewrite on its own by id; None and no entry where nothing was measured. `created` gives the operator of every node
-    that the pass made, `starts_at` the operators at which its rules look for a match (empty: at any).
+    that the pass made, `removed` the names of those that it took away, `starts_at` the operators at which its rules
+    look for a match (empty: at any), `unrecorded` what it means that nothing is said of a node.
     """
 
     name: str
@@ -88,11 +90,13 @@ class PassReport:
     error: float | None
     errors: dict[str, float] = field(default_factory=dict)
     metric: float | None = None
+    removed: tuple[str, ...] = ()
+    unrecorded: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers; the node counts that people ask for first stand on top."""
         plain: dict[str, Any] = _plain(asdict(self))
-        return {**plain, "nodes_before": self.before.nodes, "nodes_after": self.after.nodes}
+        return {**plain, "nodes_before": self.nodes_before, "nodes_after": self.nodes_after}
 
     @staticmethod
     def summary(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +158,7 @@ class Report:
 
 def count(program: Program) -> Counts:
     """Calls by operator in all graphs, and the weights."""
-    operators = Counter(str(node.target) for node in program.nodes() if node.op == "call_function")
+    operators = Counter(operator_name(node.target) for node in program.nodes() if node.op == "call_function")
     return Counts(dict(sorted(operators.items())), count_parameters(program))
 
 
@@ -173,7 +177,7 @@ def count_parameters(program: Program) -> Parameters:
 def operators(program: Program) -> dict[str, str]:
     """The operator of every call in all graphs by the name of its node, "true_graph_0.linear" in a sub-graph."""
     return {
-        f"{path}.{node.name}".lstrip("."): str(node.target)
+        f"{path}.{node.name}".lstrip("."): operator_name(node.target)
         for path, module in program.graphs()
         for node in module.graph.nodes
         if node.op == "call_function"
