@@ -93,6 +93,14 @@ class PassReport:
     removed: tuple[str, ...] = ()
     unrecorded: str = ""
 
+    @property
+    def nodes_before(self) -> int:
+        return self.before.nodes
+
+    @property
+    def nodes_after(self) -> int:
+        return self.after.nodes
+
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers; the node counts that people ask for first stand on top."""
         plain: dict[str, Any] = _plain(asdict(self))

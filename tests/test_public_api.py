@@ -24,7 +24,7 @@ SIGNATURES = {
     "epochs=None, accumulate=1, evaluate_every=None, patience=None, seed=0)",
     "Distillation": "(kind='mse', outputs=(), temperature, task=None, task_weight)",
     "PassContext": "(target='cpu', data=None, metric=None, seed=0, progress, allow, measure)",
-    "PassResult": "(program, rewrites=(), declined=(), notes=())",
+    "PassResult": "(program, rewrites=(), declined=(), notes=(), near_misses=(), instances=())",
     "Rewrite": "(id, rule, before, after)",
     "Declined": "(rule, node, reason)",
     "Timing": "(seconds, rounds)",
