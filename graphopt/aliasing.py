@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch._ops import OpOverload
 from torch.fx import Node
@@ -25,10 +27,12 @@ def is_view(node: Node) -> bool:
     return first is not None and first.alias_info is not None and not first.alias_info.is_write
 
 
-def memory_root(node: Node) -> Node:
-    """The node that made the memory `node` may be a view of."""
+def memory_root(node: Node, known: Mapping[Node, Node] = MappingProxyType({})) -> Node:
+    """The node that made the memory `node` may be a view of; `known` holds those found before."""
     while is_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
+        if node in known:
+            return known[node]
     return node
 
 

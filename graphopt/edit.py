@@ -285,7 +285,7 @@ class GraphEditor:
         key = _memory_key(get_attribute(self.module, name))
         del held[key]
         self._storages.discard(key[0])
-        self._number = 0
+        self._number = min(self._number, int(name.rpartition("_")[2]))
         delattr(self.module, name)
 
 

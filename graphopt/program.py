@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from graphopt.errors import FeedError
 
@@ -199,14 +200,17 @@ def placeholder_name(name: str) -> str:
 
 
 def copy_module(module: GraphModule) -> GraphModule:
-    """Copy the graph and those of sub-graphs; tensors are shared, containers of attributes are not."""
+    """Copy the graph and those of sub-graphs; tensors are shared, containers of attributes are not.
+
+    The copy is compiled to Python when it is first called: most copies are edited before that.
+    """
     graph = Graph()
     values: dict[Node, Node] = {}
     result = graph.graph_copy(module.graph, values)
     output = graph.output(result)
     (original,) = (node for node in module.graph.nodes if node.op == "output")
     output.meta = dict(original.meta)
-    copied = GraphModule(module, graph, class_name=type(module).__name__)
+    copied = _LazyGraphModule(module, graph, class_name=type(module).__name__)
     for target in {node.target for node in module.graph.nodes if node.op in ("get_attr", "call_module")}:
         child = get_attribute(module, target)
         if isinstance(child, GraphModule):

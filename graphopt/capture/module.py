@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from graphopt.capture import source_line
@@ -35,6 +37,8 @@ def from_module(
     limits: Limits,
 ) -> Program:
     """Export `module` on the examples; see `graphopt.capture.capture` for the arguments and errors."""
+    if isinstance(module, GraphModule):
+        _LazyGraphModule.force_recompile(module)  # only then has forward the graph's own arguments
     arguments = read_examples(module, example_inputs)
     names = [join(path) for path, _ in _named_leaves(module, arguments)]
     leaves = pytree.tree_leaves(arguments)
