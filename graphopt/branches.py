@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from graphopt.capture.inputs import check_sizes, draw_inputs
-from graphopt.program import Program, set_attribute
+from graphopt.interpreter import ProgramInterpreter
+from graphopt.program import Program, full_name, set_attribute
 from graphopt.samples import CANNOT_RUN, Drawn, failure
 
 Sides = tuple[bool, ...]  # the side taken by the conditions of the main graph, of its branches, of theirs
@@ -24,7 +24,7 @@ _FLAG = "graphopt_forced"
 
 def conditions(program: Program) -> tuple[str, ...]:
     """Every `torch.cond`, as the path of its graph and its name ("true_graph_0.cond"), outer ones first."""
-    return tuple(_path(path, node) for path, module in program.graphs() for node in _conditions(module))
+    return tuple(full_name(path, node.name) for path, module in program.graphs() for node in _conditions(module))
 
 
 def side_choices(program: Program) -> list[Sides]:
@@ -91,49 +91,15 @@ def _scaled(value: torch.Tensor, scale: float) -> torch.Tensor:
 
 def sides_taken(program: Program, inputs: tuple[torch.Tensor, ...]) -> Taken:
     """Which branches PyTorch takes for these inputs, from the initial state; none where it cannot run them."""
-    recorder = _Recorder(program.graph_module)
+    taken: set[tuple[str, bool]] = set()
+    interpreter = ProgramInterpreter(program.graph_module, take=lambda name, side: taken.add((name, side)))
     try:
         with torch.no_grad():
-            recorder.run(*inputs, *(item.initial for item in program.state))
+            interpreter.run(*inputs, *(item.initial for item in program.state))
     except CANNOT_RUN:
         return frozenset()
-    return frozenset(recorder.taken)
-
-
-@dataclass(frozen=True)
-class _Branch:
-    path: str
-    module: GraphModule = field(repr=False)
-
-
-class _Recorder(Interpreter):
-    """Runs one graph and the branches that it takes, and notes them."""
-
-    def __init__(self, module: GraphModule, path: str = "") -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.path = path
-        self.taken: set[tuple[str, bool]] = set()
-
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return _Branch(f"{self.path}.{target}".lstrip("."), value) if isinstance(value, GraphModule) else value
-
-    def run_node(self, n: Node) -> Any:
-        if n.target is not torch.ops.higher_order.cond:
-            return super().run_node(n)
-        (predicate, when_true, when_false, operands), _ = self.fetch_args_kwargs_from_env(n)
-        side = bool(predicate)
-        self.taken.add((_path(self.path, n), side))
-        branch = when_true if side else when_false
-        inner = _Recorder(branch.module, branch.path)
-        results = inner.run(*operands)
-        self.taken |= inner.taken
-        return results
+    return frozenset(taken)
 
 
 def _conditions(module: GraphModule) -> list[Node]:
     return module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond)
-
-
-def _path(path: str, node: Node) -> str:
-    return f"{path}.{node.name}".lstrip(".")

@@ -18,7 +18,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from graphopt.contract import Declined, NearMiss, PassContext, PassResult, Rewrite
 from graphopt.errors import PropagationError
 from graphopt.instance import Instance, record
-from graphopt.program import PROVENANCE, Program, get_attribute, provenance
+from graphopt.program import PROVENANCE, Program, full_name, get_attribute, provenance
 from graphopt.propagate import changes_downstream, evaluate, fake_constant, find_mode
 
 INHERITED = ("stack_trace", "nn_module_stack")
@@ -138,7 +138,7 @@ class GraphEditor:
 
     def full_name(self, node: Node) -> str:
         """The node's name, unique in the program."""
-        return f"{self.path}.{node.name}" if self.path else node.name
+        return full_name(self.path, node.name)
 
     def constant_value(self, node: Any) -> torch.Tensor | None:
         """The tensor that a `get_attr` node reads; None for anything else."""

@@ -10,18 +10,17 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 
 from graphopt.branches import forced
 from graphopt.exactness import Verdict, judge
 from graphopt.instance import Instance, Step, Value
+from graphopt.interpreter import ProgramInterpreter
 from graphopt.program import Program
 from graphopt.reference import CANNOT_RUN_FLOAT64, call_float64, widen
 from graphopt.samples import CANNOT_RUN
@@ -51,10 +50,15 @@ def check_instances(program: Program, instances: Sequence[Instance], samples: Se
 
 def record_values(program: Program, inputs: Iterable[torch.Tensor], wanted: set[str]) -> Values:
     """The values of the nodes in `wanted`, "true_graph_0.linear" in a sub-graph, in one run from the initial state."""
-    recorder = _Recorder(program.graph_module, "", wanted, {})
+    values: Values = {}
+
+    def see(name: str, value: Any) -> None:
+        if name in wanted:
+            values[name] = value
+
     with torch.no_grad():
-        recorder.run(*inputs, *(item.initial for item in program.state))
-    return recorder.values
+        ProgramInterpreter(program.graph_module, see=see).run(*inputs, *(item.initial for item in program.state))
+    return values
 
 
 def _worse(known: Verdict | None, new: Verdict) -> Verdict:
@@ -140,37 +144,3 @@ def _arguments(step: Step, made: Values, outside: Values) -> tuple[Any, Any]:
         return made[leaf.name] if leaf.name in made else outside[leaf.name]
 
     return map_aggregate(step.args, value), map_aggregate(dict(step.kwargs), value)
-
-
-class _Recorder(Interpreter):
-    """Runs one graph and the branches that it takes, and keeps the values of the nodes in `wanted`."""
-
-    def __init__(self, module: GraphModule, path: str, wanted: set[str], values: Values) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.path = path
-        self.wanted = wanted
-        self.values = values
-
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return _Branch(f"{self.path}{target}.", value) if isinstance(value, GraphModule) else value
-
-    def run_node(self, n: Node) -> Any:
-        value = self._branch(n) if n.target is torch.ops.higher_order.cond else super().run_node(n)
-        name = f"{self.path}{n.name}"
-        if name in self.wanted:
-            self.values[name] = value
-        return value
-
-    def _branch(self, node: Node) -> Any:
-        (predicate, when_true, when_false, operands), _ = self.fetch_args_kwargs_from_env(node)
-        branch = when_true if bool(predicate) else when_false
-        return _Recorder(branch.module, branch.path, self.wanted, self.values).run(*operands)
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """A sub-graph and the path of its nodes' names; keeps the interpreter from taking it for a value."""
-
-    path: str
-    module: GraphModule = field(repr=False)

@@ -192,6 +192,11 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
     raise FeedError(f"size {ast.unparse(node)!r} cannot be computed from {', '.join(sizes) or 'no sizes'}")
 
 
+def full_name(path: str, name: str) -> str:
+    """The name, unique in the program, of a node or attribute of the graph at `path`: "true_graph_0.linear"."""
+    return f"{path}.{name}" if path else name
+
+
 def placeholder_name(name: str) -> str:
     """The name of the graph's placeholder for an input or state of this name ("cache.0" -> "cache_0")."""
     text = re.sub(r"\W", "_", name, flags=re.ASCII)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Node
 from torch.utils import _pytree
 
+from graphopt.interpreter import ProgramInterpreter
 from graphopt.program import Program
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,7 +23,7 @@ def run_float64(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch
     """
     values = [widen(value) for value in (*inputs, *(item.initial for item in program.state))]
     with torch.no_grad():
-        return tuple(_Float64(program.graph_module, garbage_collect_values=True).run(*values))
+        return tuple(_Float64(program.graph_module).run(*values))
 
 
 def widen(value: Any) -> Any:
@@ -41,47 +41,30 @@ def call_float64(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     Raises one of CANNOT_RUN_FLOAT64 where the operator has no kernel for that.
     """
-    if isinstance(target, HigherOrderOperator):
-        return _run_control_flow(target, args, kwargs)
+    if target is torch.ops.higher_order.cond:
+        predicate, when_true, when_false, operands = args
+        branch = when_true if bool(predicate) else when_false
+        return tuple(_Float64(branch).run(*map(widen, operands)))
     args, kwargs = _pytree.tree_map(lambda value: _wide_type(widen(value)), (list(args), dict(kwargs)))
     return _pytree.tree_map(widen, target(*args, **kwargs))
 
 
-def _run_control_flow(target: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    if target is not torch.ops.higher_order.cond or kwargs:
-        raise NotImplementedError(f"control flow {target}")
-    predicate, when_true, when_false, operands = args
-    branch = when_true if bool(predicate) else when_false
-    module = branch.module if isinstance(branch, _Branch) else branch
-    return tuple(_Float64(module, garbage_collect_values=True).run(*map(widen, operands)))
-
-
-class _Float64(Interpreter):
-    """Runs one graph; `fetch_attr` and `run_node` are where values come into being."""
+class _Float64(ProgramInterpreter):
+    """Runs one graph in float64; `fetch_attr` and `compute` are where values come into being."""
 
     def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return _Branch(value) if isinstance(value, GraphModule) else widen(value)
+        return widen(super().fetch_attr(target))
 
-    def run_node(self, n: Node) -> Any:
-        if n.op != "call_function":
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
+    def compute(self, node: Node) -> Any:
+        if node.op != "call_function":
+            return super().compute(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
         try:
-            return call_float64(n.target, args, kwargs)
+            return call_float64(node.target, args, kwargs)
         except CANNOT_RUN_FLOAT64:
-            if isinstance(n.target, HigherOrderOperator):
-                raise
-            narrow = [_narrow(value, source) for value, source in zip(args, n.args, strict=True)]
-            named = {name: _narrow(value, n.kwargs[name]) for name, value in kwargs.items()}
-            return _pytree.tree_map(widen, n.target(*narrow, **named))  # type: ignore[operator]
-
-
-class _Branch:
-    """Keeps the interpreter from taking a sub-graph for a value."""
-
-    def __init__(self, module: GraphModule) -> None:
-        self.module = module
+            narrow = [_narrow(value, source) for value, source in zip(args, node.args, strict=True)]
+            named = {name: _narrow(value, node.kwargs[name]) for name, value in kwargs.items()}
+            return _pytree.tree_map(widen, node.target(*narrow, **named))  # type: ignore[operator]
 
 
 def _wide_type(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from graphopt.contract import Declined, NearMiss, Rewrite
 from graphopt.matcher import operator_name
-from graphopt.program import Program, get_attribute
+from graphopt.program import Program, full_name, get_attribute
 
 FORMAT = "1.0"
 
@@ -185,7 +185,7 @@ def count_parameters(program: Program) -> Parameters:
 def operators(program: Program) -> dict[str, str]:
     """The operator of every call in all graphs by the name of its node, "true_graph_0.linear" in a sub-graph."""
     return {
-        f"{path}.{node.name}".lstrip("."): operator_name(node.target)
+        full_name(path, node.name): operator_name(node.target)
         for path, module in program.graphs()
         for node in module.graph.nodes
         if node.op == "call_function"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
 
 from graphopt.accumulators import Accumulator, Moments, Statistics
 from graphopt.data import Sample
 from graphopt.errors import UnknownNameError, UsageError, VerificationError
-from graphopt.program import Program
+from graphopt.interpreter import ProgramInterpreter
+from graphopt.program import Program, full_name
 from graphopt.samples import CANNOT_RUN
 
 
@@ -39,7 +38,10 @@ def observe(
     whose value is no tensor, VerificationError where PyTorch cannot run a sample.
     """
     known = {
-        _path(path, node) for path, module in program.graphs() for node in module.graph.nodes if node.op != "output"
+        full_name(path, node.name)
+        for path, module in program.graphs()
+        for node in module.graph.nodes
+        if node.op != "output"
     }
     for name in accumulators:
         if name not in known:
@@ -49,7 +51,8 @@ def observe(
         program.bind(sample.inputs)
         try:
             with torch.no_grad():
-                _Observer(program.graph_module, watch).run(*sample.inputs, *(item.initial for item in program.state))
+                interpreter = ProgramInterpreter(program.graph_module, see=watch.show)
+                interpreter.run(*sample.inputs, *(item.initial for item in program.state))
         except CANNOT_RUN as e:
             raise VerificationError(f"{program.name} cannot run sample {index} of the data: {e}") from e
     return watch.seen
@@ -73,38 +76,3 @@ class _Watch:
                 accumulator.update(value)
             except (UsageError, *CANNOT_RUN) as e:
                 raise UsageError(f"statistics of node {name!r}: {e}") from e
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """Keeps the interpreter from taking a sub-graph for a value."""
-
-    path: str
-    module: GraphModule = field(repr=False)
-
-
-class _Observer(Interpreter):
-    """Runs one graph and the branches that it takes, freeing each value after its last use."""
-
-    def __init__(self, module: GraphModule, watch: _Watch, path: str = "") -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.watch = watch
-        self.path = path
-
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return _Branch(f"{self.path}.{target}".lstrip("."), value) if isinstance(value, GraphModule) else value
-
-    def run_node(self, n: Node) -> Any:
-        value = self._branch(n) if n.target is torch.ops.higher_order.cond else super().run_node(n)
-        self.watch.show(_path(self.path, n), value)
-        return value
-
-    def _branch(self, node: Node) -> Any:
-        (predicate, when_true, when_false, operands), _ = self.fetch_args_kwargs_from_env(node)
-        branch = when_true if bool(predicate) else when_false
-        return _Observer(branch.module, self.watch, branch.path).run(*operands)
-
-
-def _path(path: str, node: Node) -> str:
-    return f"{path}.{node.name}".lstrip(".")

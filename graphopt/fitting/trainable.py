@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree
 
 from graphopt.errors import UnknownNameError, UsageError
-from graphopt.program import Program, get_attribute, set_attribute
+from graphopt.program import Program, full_name, get_attribute, set_attribute
 
 Estimators = Mapping[str, Callable[..., Tensor]]
 
@@ -89,7 +89,7 @@ def _named_tensors(program: Program) -> Iterator[tuple[str, Tensor]]:
         for target in dict.fromkeys(str(node.target) for node in module.graph.find_nodes(op="get_attr")):
             value = get_attribute(module, target)
             if isinstance(value, Tensor):
-                yield f"{path}.{target}".lstrip("."), value
+                yield full_name(path, target), value
 
 
 class TrainingGraph:
@@ -128,7 +128,7 @@ def _take_branch(predicate: Any, when_true: GraphModule, when_false: GraphModule
 
 def _put_estimators(program: Program, estimators: Estimators) -> None:
     nodes = {
-        f"{path}.{node.name}".lstrip("."): node
+        full_name(path, node.name): node
         for path, module in program.graphs()
         for node in module.graph.nodes
         if node.op == "call_function"
@@ -172,7 +172,7 @@ def check_reach(program: Program, weights: tuple[Weight, ...], estimators: Estim
 def _reads(program: Program, weight: Weight) -> Iterator[tuple[str, Node]]:
     for path, module in program.graphs():
         for node in module.graph.find_nodes(op="get_attr"):
-            if f"{path}.{node.target}".lstrip(".") in weight.names:
+            if full_name(path, str(node.target)) in weight.names:
                 yield path, node
 
 
@@ -185,7 +185,7 @@ def _reaches_output(path: str, start: Node, estimators: Estimators, stops: dict[
             if user in seen:
                 continue
             seen.add(user)
-            name = f"{path}.{user.name}".lstrip(".")
+            name = full_name(path, user.name)
             if name in estimators or (_is_float(user) and user.target not in _FLAT):
                 pending.append(user)
             else:
