@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ INPUTS = (
     "recipe",
     "report",
 )  # what the verbs call the files that they read
-OUTPUTS = {"output": "-o", "json": "--json"}
+OUTPUTS = {"output": "-o", "json": "--json", "chart": "--chart"}
 
 
 @contextlib.contextmanager
@@ -58,8 +59,9 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         for source in read:
             if overwrites(path, source):
                 raise UsageError(f"{option} {path} would overwrite the input {source}; write to another file")
-    if len(given) > 1 and same_file(*given.values()):
-        raise UsageError(f"-o and --json both write {given['--json']}; name two files")
+    for (option, path), (other, second) in itertools.combinations(given.items(), 2):
+        if same_file(path, second):
+            raise UsageError(f"{option} and {other} both write {second}; name two files")
 
 
 def overwrites(output: str, source: str) -> bool:

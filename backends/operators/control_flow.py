@@ -24,7 +24,7 @@ def _cond(lowering: Lowering, node: Node) -> tuple[View, ...]:
     results = node.meta["val"]
     types = [relax.TensorType(lowering.sizes.shape(shape_of(r)), DTYPES[r.dtype]) for r in results]
     kind = types[0] if len(types) == 1 else relax.TupleType(types)
-    branches = [lowering.branch(graph, arguments, kind) for graph in (true_graph, false_graph)]
+    branches = [lowering.branch(graph, arguments, kind) for graph in (true_graph, false_graph)]  # type: ignore[arg-type]
     chosen = lowering.bind(relax.If(test.storage.variable, *branches), kind)
     variables = [chosen]
     if len(types) > 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.kernel import Code, Configuration, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.sizes import Shape, product
 from graphopt.backends.target import Target
@@ -27,7 +27,10 @@ def pointwise(value: Lazy | View, name: str, target: Target) -> Code:
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         (write_flat if flat else write_rows)(kernel, value, outputs[0])
 
-    configuration = {"lanes": target.lanes, **({"order": "flat", "block": _BLOCK} if flat else {"order": "rows"})}
+    configuration: Configuration = {
+        "lanes": target.lanes,
+        **({"order": "flat", "block": _BLOCK} if flat else {"order": "rows"}),
+    }
     return write_kernel(
         RULE,
         name,

@@ -11,11 +11,15 @@ import pytest
 from graphopt.artifact.write import write_artifact
 from graphopt.errors import ArtifactError, UnknownNameError
 from graphopt.runtime.archive import open_archive
-from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant, parse
+from graphopt.runtime.manifest import Bounds, Entry, KernelInfo, Manifest, TensorInfo, Variant, parse
 
 X = TensorInfo("x", "float32", ("n", 2))
 ENTRY = Entry((X,), (X,), (TensorInfo("total", "float32", (2,)),), {"n": Bounds(1, 8)})
-MANIFEST = Manifest("tiny", {"main": ENTRY}, (Variant("cpu", ("avx2",), "lib/cpu.so", {"main": ("w",)}),))
+KERNELS = {
+    "gemm": KernelInfo("packed-gemm", {"rows": 8, "split": "rows"}, "2*n", "8*n + 4", 4, {"main": ("linear", "relu")}),
+    "odd": KernelInfo("generic"),
+}
+MANIFEST = Manifest("tiny", {"main": ENTRY}, (Variant("cpu", ("avx2",), "lib/cpu.so", {"main": ("w",)}, KERNELS),))
 LIBRARIES = {"lib/cpu.so": b"\x7fELF"}
 WEIGHTS = {"w": np.ones(3, np.float32), "state.total": np.zeros(2, np.float32)}
 
@@ -78,6 +82,11 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
         (("entries", "main", "inputs", 0, "shape"), [True], "'True' should be a whole number"),
         (("variants", 0, "weights"), {}, "variant cpu has other entries than the manifest"),
         (("variants", 0, "library"), "lib/x.so", "files lacks lib/x.so"),
+        (("variants", 0, "kernels", "odd"), "generic", "string indices must be integers"),
+        (("variants", 0, "kernels", "odd", "flops"), -1, "'-1' should be a whole number"),
+        (("variants", 0, "kernels", "odd", "rule"), None, "'None' should be a string"),
+        (("variants", 0, "kernels", "gemm", "configuration"), {"rows": [8]}, "'[8]' should be a number, a string or"),
+        (("variants", 0, "kernels", "gemm", "nodes", "main"), "linear", "'linear' should be a list"),
     ],
 )
 def test_a_tampered_manifest_says_what_is_wrong(

@@ -1,0 +1,120 @@
+"""Two kernels that do nothing but work: multiply-adds in registers, and reading memory from one end to the other.
+
+How fast they run is the most that any kernel can ask of this machine: the roofs of a roofline (Williams, Waterman and
+Patterson, 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.cpu import build
+from graphopt.backends.rules.gemm import tile_for
+from graphopt.backends.target import Target, resolve_target
+
+MULTIPLY_ADD, READ = "graphopt_multiply_add", "graphopt_read"
+_READS = 8  # vectors of partial sums: independent, so that additions wait for memory only
+
+
+def build_roofs(threads: int) -> bytes:
+    """A library for this CPU with two functions over `threads` shares; `result` is float32 [threads, lanes].
+
+    graphopt_multiply_add(rounds, result): each share does `rounds` times `operations(target)` operations.
+    graphopt_read(rounds, data, result): reads `rounds` times data, float32 [n], n a multiple of 8 lanes times threads.
+    Raises CompileError where building fails.
+    """
+    target = target_here(threads)
+    functions = {relax.GlobalVar(MULTIPLY_ADD): _multiply_add(target), relax.GlobalVar(READ): _read(target)}
+    return build(tvm.IRModule(functions), target)
+
+
+def target_here(threads: int) -> Target:
+    """The best this CPU has."""
+    return resolve_target("cpu", threads)
+
+
+def operations(target: Target) -> int:
+    """Of one round of one share: each accumulator of a matrix product's tile gets a multiply-add in every lane."""
+    return 2 * _accumulators(target) * target.lanes
+
+
+def _accumulators(target: Target) -> int:
+    tile = tile_for(target)
+    return tile.rows * tile.columns // target.lanes
+
+
+def _multiply_add(target: Target) -> tirx.PrimFunc:
+    with IRBuilder() as builder:
+        with _function(MULTIPLY_ADD):
+            rounds = T.arg("rounds", tirx.Var("rounds", "int64"))
+            result = T.arg("result", T.buffer((target.threads, target.lanes), "float32", layout=None))
+            with T.parallel(_int64(0), _int64(target.threads)) as share:
+                totals = _totals(_accumulators(target), target)
+                with T.serial(_int64(0), rounds):
+                    for number in range(_accumulators(target)):
+                        with T.vectorized(_int64(0), _int64(target.lanes)) as lane:
+                            value = totals[number, lane] * _float32(0.999) + _float32(1e-4)
+                            T.buffer_store(totals, value, [number, lane])
+                _store_sum(totals, _accumulators(target), result, share, target)
+        return builder.get()
+
+
+def _read(target: Target) -> tirx.PrimFunc:
+    lanes, step = target.lanes, _READS * target.lanes
+    with IRBuilder() as builder:
+        with _function(READ):
+            rounds = T.arg("rounds", tirx.Var("rounds", "int64"))
+            size = tirx.Var("size", "int64")
+            data = T.arg("data", T.buffer((size,), "float32", layout=None))
+            result = T.arg("result", T.buffer((target.threads, lanes), "float32", layout=None))
+            steps = tirx.truncdiv(size, _int64(step * target.threads))
+            with T.parallel(_int64(0), _int64(target.threads)) as share:
+                totals = _totals(_READS, target)
+                with T.serial(_int64(0), rounds), T.serial(_int64(0), steps) as at:
+                    start = (share * steps + at) * step
+                    for number in range(_READS):
+                        with T.vectorized(_int64(0), _int64(lanes)) as lane:
+                            value = totals[number, lane] + data[start + number * lanes + lane]
+                            T.buffer_store(totals, value, [number, lane])
+                _store_sum(totals, _READS, result, share, target)
+        return builder.get()
+
+
+@contextmanager
+def _function(name: str) -> Iterator[None]:
+    with T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        yield
+
+
+def _totals(count: int, target: Target) -> Any:
+    totals = T.alloc_buffer((count, target.lanes), "float32", scope="local", layout=None)
+    for number in range(count):
+        with T.vectorized(_int64(0), _int64(target.lanes)) as lane:
+            T.buffer_store(totals, _float32(number), [number, lane])
+    return totals
+
+
+def _store_sum(totals: Any, count: int, result: Any, share: Any, target: Target) -> None:
+    """Every total is part of the result, or the compiler would leave it out."""
+    for number in range(1, count):
+        with T.vectorized(_int64(0), _int64(target.lanes)) as lane:
+            T.buffer_store(totals, totals[0, lane] + totals[number, lane], [0, lane])
+    with T.vectorized(_int64(0), _int64(target.lanes)) as lane:
+        T.buffer_store(result, totals[0, lane], [share, lane])
+
+
+def _int64(value: int) -> Any:
+    return tirx.const(value, "int64")
+
+
+def _float32(value: float) -> Any:
+    return tirx.const(value, "float32")

@@ -1,0 +1,112 @@
+"""The most this CPU does with a number of threads: multiply-adds, and bytes read from each of its memories."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt.runtime.library import ffi, open_library
+from graphopt.runtime.tensors import aligned_copy
+from graphopt.runtime.threads import Runner
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+USUAL = {1: 32 << 10, 2: 1 << 20, 3: 32 << 20}  # bytes, where the system does not say
+MOST_MEMORY = 512 << 20  # bytes of the longest array
+_TRIES = 25
+_ROUNDS = 50_000
+_LEAST_READ = 64 << 20  # bytes one call reads at least, about a millisecond
+
+
+@dataclass(frozen=True)
+class Level:
+    """A cache, or memory: working sets up to `capacity` bytes (None: any) are read at `bytes_per_second`."""
+
+    name: str
+    capacity: int | None
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Measured with `threads` threads; `levels` from the nearest to memory; a launch is a kernel that does nothing."""
+
+    threads: int
+    flops_per_second: float
+    levels: tuple[Level, ...]
+    launch_seconds: float
+
+
+def measure_roofs(threads: int) -> Roofs:
+    """Takes a few seconds, most of them for building. Raises MissingExtraError or CompileError where it cannot."""
+    from graphopt.optional import missing_extra
+
+    try:
+        from graphopt.backends import roofs
+    except ImportError as e:
+        raise missing_extra("the share of the machine's roofs", e) or e from e
+    target = roofs.target_here(threads)
+    code = roofs.build_roofs(threads)
+    library = open_library("roofs", code, hashlib.sha256(code).hexdigest())
+    multiply_add, read = (library.get_function(name, query_imports=True) for name in (roofs.MULTIPLY_ADD, roofs.READ))
+    result = ffi().from_dlpack(_zeros(threads * target.lanes).reshape(threads, target.lanes))
+    runner = Runner(threads)
+
+    def best(call: Callable[[], object]) -> float:
+        return runner.run(lambda: _best(call))
+
+    peak = _ROUNDS * threads * roofs.operations(target) / best(lambda: multiply_add(_ROUNDS, result))
+    launch = best(lambda: multiply_add(0, result))
+    levels = []
+    for name, capacity, size in working_sets(cache_sizes(), threads):
+        floats = size // 4 // (64 * 16 * threads) * (64 * 16 * threads)
+        data = ffi().from_dlpack(_zeros(floats))
+        rounds = max(1, _LEAST_READ // (4 * floats))
+        seconds = best(lambda data=data, rounds=rounds: read(rounds, data, result))  # type: ignore[misc]
+        levels.append(Level(name, capacity, rounds * 4 * floats / seconds))
+    return Roofs(threads, peak, tuple(levels), launch)
+
+
+def working_sets(caches: dict[int, int], threads: int) -> list[tuple[str, int | None, int]]:
+    """(name, capacity, bytes to read) of each level: half of a cache, so that it stays there, or four times the last.
+
+    Each thread has its own L1 and L2 and all share the L3, which is how most x86-64 CPUs are made.
+    """
+    sizes = {level: caches[level] * (threads if level < 3 else 1) for level in sorted(caches)}
+    found: list[tuple[str, int | None, int]] = [(f"L{level}", size, size // 2) for level, size in sizes.items()]
+    return [*found, ("memory", None, min(4 * max(sizes.values()), MOST_MEMORY))]
+
+
+def cache_sizes(folder: Path = CACHES) -> dict[int, int]:
+    """Bytes of the data cache of each level, as the system describes the first CPU."""
+    found: dict[int, int] = {}
+    for index in sorted(folder.glob("index*")):
+        try:
+            kind, level, text = ((index / name).read_text().strip() for name in ("type", "level", "size"))
+        except OSError:
+            continue
+        size = re.fullmatch(r"(\d+)([KM])", text)
+        if kind != "Instruction" and size and level in ("1", "2", "3"):
+            found[int(level)] = int(size[1]) << {"K": 10, "M": 20}[size[2]]
+    return found or dict(USUAL)
+
+
+def _zeros(count: int) -> Any:
+    return aligned_copy(np.zeros(count, np.float32), np.dtype(np.float32))
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of several calls after one that warms up."""
+    call()
+    times = []
+    for _ in range(_TRIES):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
