@@ -212,3 +212,67 @@ def test_a_rewrite_that_changes_a_shape_on_purpose_is_judged_by_the_whole() -> N
     program = captured(Net(), torch.randn(4, 3))
     result = graphopt.optimize(program, [Fixed()]).report.passes[0]
     assert not result.rolled_back and len(result.rewrites) == 1
+
+
+class Nested(nn.Module):
+    """sin of a positive value on three ways through two conditions, of any value on one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(v: Tensor) -> Tensor:
+            result: Tensor = torch.cond(v.sum() > 1e9, lambda w: (w - 1).abs(), lambda w: w.exp().abs(), (v,))
+            return result
+
+        outcome: Tensor = torch.cond(x.sum() > 1e9, inner, lambda v: v.exp().abs(), (x,))
+        return outcome
+
+
+def test_a_wrong_rewrite_in_a_branch_of_a_branch_is_named() -> None:
+    @dataclass(frozen=True)
+    class Hasty(RewritePass):
+        name = "hasty"
+        rules = (WrongForNegative,)
+
+    program = captured(Nested(), torch.randn(4, 3))
+    (report,) = graphopt.optimize(program, [Hasty()]).report.passes
+    (wrong,) = report.rolled_back
+    assert wrong.node.count("true_graph") == 2 and wrong.local
+    assert len(report.rewrites) == 2
+
+
+def test_a_size_of_the_examples_written_as_a_number_is_named() -> None:
+    @dataclass(frozen=True)
+    class Baked(Pass):
+        name = "baked"
+
+        def run(self, program: Program, context: PassContext) -> PassResult:
+            edit = Edit(program, context, self.name)
+            for editor in edit.graphs():
+                for node in editor.nodes():
+                    if node.target is aten.sym_size.int:
+                        editor.replace("baked", [node], lambda builder: [4])
+            return edit.finish()
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.shape[0]
+
+    program = captured(Scaled(), torch.randn(4, 3), dynamic={"x": {0: "batch"}})
+    (report,) = graphopt.optimize(program, [Baked()]).report.passes
+    assert not report.rewrites and "is 4 instead of 1" in report.rolled_back[0].reason
+
+
+def test_state_is_followed() -> None:
+    class Sum(nn.Module):
+        total: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.total.add_(x.sum(0).sin())
+            return torch.relu(self.total)
+
+    (report,) = graphopt.optimize(captured(Sum(), torch.randn(4, 3)), [Planted()]).report.passes
+    assert [item.rule for item in report.rewrites] == ["planted/right"]
+    assert [item.rule for item in report.rolled_back] == ["planted/wrong-sign"]
