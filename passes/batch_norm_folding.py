@@ -34,7 +34,9 @@ PRODUCERS = CONVOLUTIONS | TRANSPOSED | {aten.linear.default}
 NORMS = frozenset(
     {aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.native_batch_norm.default}
 )
+OF_THE_BATCH = frozenset({aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats})
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+BATCH_STATISTICS = "it normalizes with the statistics of the batch (training=True)"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class BatchNormFolding(Pass):
     name = "batch-norm-folding"
 
     def starts_at(self) -> frozenset[Any]:
-        return NORMS
+        return NORMS | OF_THE_BATCH
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)
@@ -52,13 +54,15 @@ class BatchNormFolding(Pass):
             for node in editor.nodes():
                 if node.target in NORMS:
                     self._try(editor, node)
+                elif node.target in OF_THE_BATCH:
+                    editor.decline(self.name, node, BATCH_STATISTICS)
         return edit.finish()
 
     def _try(self, editor: GraphEditor, norm: Node) -> None:
         producer = norm.args[0]
         if not isinstance(producer, Node) or producer.target not in PRODUCERS:
-            reason = f"its input is {describe(producer)}, neither a convolution nor a linear"
-            editor.near_miss(self.name, norm, reason, 1, 2)
+            found = f"its input is {describe(producer)}, neither a convolution nor a linear"
+            editor.near_miss(self.name, norm, found, 1, 2)
             return
         result = _result(norm)
         reason = "its batch statistics are used too" if result is None else why_not(editor, norm, producer)
@@ -98,7 +102,7 @@ def why_not(editor: GraphEditor, norm: Node, producer: Node) -> str | None:
     """The first condition of folding that `norm` and its `producer` fail."""
     name, others = producer.name, [user.name for user in producer.users if user is not norm]
     if norm.target is not aten._native_batch_norm_legit_no_training.default and argument(norm, "training"):
-        return "it normalizes with the statistics of the batch (training=True)"
+        return BATCH_STATISTICS
     if others:
         return f"{name} is also used by {others[0]}"
     if producer.target is aten.linear.default and producer.meta["val"].dim() != 2:

@@ -21,7 +21,7 @@ def package_files() -> set[str]:
     names = {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in (ROOT / "graphopt").rglob("*.py")}
     names |= {f"graphopt/{path.relative_to(ROOT)}" for link in LINKS for path in (ROOT / link).rglob("*.py")}
     names |= {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in (ROOT / "graphopt").rglob("*.yaml")}
-    return names | {"graphopt/py.typed"}
+    return names | {"graphopt/py.typed", "graphopt/report.schema.json"}
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

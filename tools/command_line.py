@@ -32,6 +32,7 @@ VERBS = {
     "doctor": "doctor",
     "optimize": "optimize",
     "run-pass": "run_pass",
+    "explain": "explain",
     "compile": "compile",
     "run": "run",
     "compare": "compare",

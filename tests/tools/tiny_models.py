@@ -16,6 +16,21 @@ class Dense(nn.Module):
         return torch.relu(self.linear(x))
 
 
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.left, self.right, self.norm = nn.Linear(8, 4), nn.Linear(8, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x).clone()
+        return self.norm(self.left(y) + self.right(y))
+
+
+def branching() -> tuple[nn.Module, tuple[Tensor]]:
+    return Branching().eval(), (torch.randn(3, 8),)
+
+
 def dense() -> tuple[nn.Module, tuple[Tensor]]:
     return Dense(1).eval(), (torch.randn(3, 8),)
 
