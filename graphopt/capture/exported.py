@@ -19,6 +19,7 @@ from graphopt.capture.dynamic import name_axes, read_request
 from graphopt.capture.expressions import size_range, size_text
 from graphopt.capture.hoist import hoisted
 from graphopt.capture.limits import Limits
+from graphopt.capture.linear_export import linear_export
 from graphopt.capture.names import join, output_names, spec_paths
 from graphopt.capture.normal_form import Flat, fake_mode, flatten, same_storage_view
 from graphopt.capture.quiet import quiet
@@ -77,7 +78,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
-    with quiet():
+    with quiet(), linear_export():
         try:
             decomposed: ExportedProgram = hoisted(exported).run_decompositions({})
             return decomposed

@@ -20,6 +20,7 @@ from graphopt.capture import source_line
 from graphopt.capture.dynamic import Request, distinct_sizes, example_sizes, name_axes, read_request, resize
 from graphopt.capture.exported import Known, from_exported, user_values
 from graphopt.capture.limits import Limits
+from graphopt.capture.linear_export import linear_export
 from graphopt.capture.names import argument_names, join, leaf_paths
 from graphopt.capture.quiet import quiet
 from graphopt.errors import CaptureError, UnknownNameError
@@ -210,7 +211,7 @@ def _shapes(
 def _run_export(module: torch.nn.Module, arguments: Arguments, shapes: Any) -> ExportedProgram:
     args, kwargs = arguments
     try:
-        with quiet(), source_line.guards_located(__file__):
+        with quiet(), linear_export(), source_line.guards_located(__file__):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class _Flattener:
                 continue
             self.values[node] = self._placeholder(name, node)
             kept.append(name)
-        duplicates = sorted({name for name in kept if kept.count(name) > 1})
+        duplicates = sorted(name for name, count in Counter(kept).items() if count > 1)
         if duplicates:
             raise CaptureError(f"two inputs are called {duplicates[0]!r}; give forward's arguments different names")
         return kept
@@ -99,18 +100,19 @@ class _Flattener:
     def _state(self, inputs: Sequence[str]) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = {}
         mutated = self._mutated()
+        taken = set(map(placeholder_name, inputs))
         for spec in self.signature.input_specs:
             if spec.kind in _WEIGHTS and spec.target in mutated:
                 name = placeholder_name(str(spec.target))
-                while name in (*map(placeholder_name, inputs), *state):
+                while name in taken or name in state:
                     name += "_state"
                 state[name] = self._tensor(str(spec.target)).detach().clone()
                 node = self.placeholders[spec.arg.name]
                 self.values[node] = self._placeholder(name, node)
         return state
 
-    def _mutated(self) -> list[str]:
-        return [str(spec.target) for spec in self.signature.output_specs if spec.kind in _MUTATIONS]
+    def _mutated(self) -> set[str]:
+        return {str(spec.target) for spec in self.signature.output_specs if spec.kind in _MUTATIONS}
 
     def _tensor(self, target: str) -> torch.Tensor:
         found = self.exported.state_dict.get(target)
