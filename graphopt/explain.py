@@ -15,6 +15,8 @@ from graphopt.errors import UnknownNameError, UsageError
 
 Outcome = Literal["applied", "declined", "near miss", "rolled back", "slower", "untouched", "removed", "gone"]
 OUTCOMES: tuple[Outcome, ...] = ("applied", "declined", "near miss", "rolled back", "slower")
+NUMBERED = re.compile(r"_\d+\b")  # makes relu_3 and relu one word
+NUMBER = re.compile(r"\d[\d.]*(e[-+]?\d+)?")
 SHOWN = 4  # names in a sentence; the rest is counted
 Json = Mapping[str, Any]
 
@@ -89,7 +91,7 @@ def group(answers: Iterable[Answer]) -> list[Group]:
     found: dict[tuple[Any, ...], list[Answer]] = {}
     for answer in answers:
         kind = answer.sentence if answer.outcome != "applied" else ""
-        masked = re.sub(r"\d+", "#", re.sub(r"_\d+\b", "", kind))  # "relu_3" and "relu" are both the operator's name
+        masked = NUMBER.sub("#", NUMBERED.sub("", kind))
         key = answer.entry, answer.position, answer.outcome, answer.rule, masked
         found.setdefault(key, []).append(answer)
     groups = [Group(len(alike), alike[0]) for alike in found.values()]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "run passes over a model and write the result"
 OUTPUTS = (".pt2", ".onnx")
+REASONS = 3  # kinds of reasons in the summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checking_options(parser)
     help = "print the passes, options and settings and where each comes from; MODEL is not read and nothing is written"
     parser.add_argument("--dry-run", action="store_true", help=help)
+    help = "also print how often each operator stands in the model before and after"
+    parser.add_argument("--verbose", action="store_true", help=help)
     add_json_option(parser)
 
 
@@ -69,6 +72,8 @@ def optimize_and_write(arguments: argparse.Namespace, recipe: Recipe, title: str
     write_json(arguments, report)
     if wants_text(arguments):
         print_passes(report)
+        if getattr(arguments, "verbose", False):
+            print_operators(report)
         print(f"wrote {arguments.output}")
     return 0
 
@@ -118,12 +123,13 @@ def write_program(program: Program, path: str) -> None:
 
 
 def print_passes(report: dict[str, Any]) -> None:
-    """One line a pass; what did not fire is counted, `--json` has the reasons."""
+    """One line a pass, then what was taken back, and the most frequent reasons for leaving something alone."""
     rows = [
         {
             "pass": item["name"],
             "rewrites": len(item["rewrites"]),
             "declined": len(item["declined"]),
+            "taken back": len(item["rolled_back"]) + sum(len(slower["ids"]) for slower in item["slower"]),
             "nodes before": item["nodes_before"],
             "after": item["nodes_after"],
             "seconds": round(item["seconds"], 2),
@@ -133,6 +139,34 @@ def print_passes(report: dict[str, Any]) -> None:
     if rows:
         print(format_table(rows))
     print(f"nodes  {report['nodes_before']} -> {report['nodes_after']}")
+    if reasons := top_reasons(report):
+        print(f"\n{format_table(reasons)}\n(`graphopt explain` tells the rest, from what --json FILE writes)\n")
+
+
+def top_reasons(report: dict[str, Any]) -> list[dict[str, Any]]:
+    from graphopt.explain import explain, group
+
+    groups = group(answer for answer in explain(report) if answer.outcome not in ("applied", "near miss"))
+    declined = sorted((item for item in groups if item.example.outcome == "declined"), key=lambda item: -item.count)
+    shown = [*(item for item in groups if item.example.outcome != "declined"), *declined[:REASONS]]
+    return [
+        {
+            "pass": item.example.pass_name,
+            "outcome": item.example.outcome,
+            "times": item.count,
+            "node": item.example.node,
+            "why": item.example.sentence,
+        }
+        for item in shown
+    ]
+
+
+def print_operators(report: dict[str, Any]) -> None:
+    """How often each operator stands in the model before and after, where that changed."""
+    before, after = report["before"]["operators"], report["after"]["operators"]
+    names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    rows = [{"operator": name, "before": before.get(name, 0), "after": after.get(name, 0)} for name in names]
+    print(f"\n{format_table(rows)}\n" if rows else "every operator is there as often as before")
 
 
 if __name__ == "__main__":

@@ -133,3 +133,28 @@ def test_a_recipe_and_passes(cli: Cli) -> None:
 
 def test_the_schema_of_recipes(cli: Cli) -> None:
     assert cli("list-passes", "--schema").json["title"] == "graphopt recipe"
+
+
+BRANCHING = "tests.tools.tiny_models:branching"
+
+
+def test_the_summary_names_the_most_frequent_reasons(cli: Cli) -> None:
+    outcome = cli("optimize", TINY, "-o", "out.pt2")
+    assert "merge-linears  declined      1  linear  no other linear reads the same input" in outcome.out
+    assert "graphopt explain" in outcome.out
+    assert "operator" not in outcome.out
+
+
+def test_verbose_counts_operators(cli: Cli) -> None:
+    outcome = cli("optimize", BRANCHING, "-o", "out.pt2", "--verbose")
+    rows = [line.split() for line in outcome.out.splitlines()]
+    assert ["aten.linear.default", "2", "1"] in rows and ["aten.clone.default", "1", "0"] in rows
+    assert "every operator" in cli("optimize", BRANCHING, "-o", "out.pt2", "-O0", "--verbose").out
+
+
+def test_what_was_taken_back_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from graphopt.tools.optimize import print_passes
+    from tests.test_explain import Doubling, report_of
+
+    print_passes(report_of(lambda model, x: x.relu() + x.sin().relu(), Doubling()))
+    assert "doubling  rolled back      2  relu  wrong on its own: " in capsys.readouterr().out
