@@ -208,7 +208,7 @@ def test_bars_are_the_most_expensive_kernels_and_all_slow_ones() -> None:
     times = {"all": (1.0, 1.0), "tiny": (1.0, 1e-6), "tiny generic": (1.0, 1e-6)}
     kernels = {"tiny generic": KernelInfo("generic")}
     labels = [bar.label for bar in chart.bars(make_profile(times, kernels, "main", {}, 1.0, ROOFS))]
-    assert labels == ["all", "tiny generic", "1 other kernels", "outside kernels"]
+    assert labels == ["all", "tiny generic", "1 other kernel", "outside kernels"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def bars(profile: Profile) -> list[Bar]:
     others = [row for row in profile.rows if row not in worth]
     found = [kernel_bar(row) for row in shown]
     if others:
-        found.append(rest_bar(f"{len(others)} other kernels", sum(row.seconds for row in others), profile.seconds))
+        label = f"{len(others)} other kernel{'s' * (len(others) > 1)}"
+        found.append(rest_bar(label, sum(row.seconds for row in others), profile.seconds))
     return [*found, rest_bar("outside kernels", profile.outside_seconds, profile.seconds)]
 
 
