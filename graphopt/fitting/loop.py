@@ -20,6 +20,7 @@ from graphopt.fitting.losses import Objective
 from graphopt.fitting.options import FitOptions
 from graphopt.fitting.order import seed_of, step_samples
 from graphopt.fitting.trainable import TrainingGraph
+from graphopt.progress import tell
 
 MOMENTUM = 0.9
 
@@ -206,11 +207,12 @@ class Loop:
                 self.best = [master.detach().clone() for master in self.masters]
 
     def _report(self, loss: float, elapsed: float) -> None:
-        if self.task.progress is None:
-            return
         at, total = self.at, self.task.total
         left = elapsed / (at.step - self.began_at) * (total - at.step)
-        self.task.progress(FitProgress(at.step, total, loss, at.history[-1].held_out, left))
+        progress = FitProgress(at.step, total, loss, at.history[-1].held_out, left)
+        tell(f"fitting, {progress}", at.step - 1, total)
+        if self.task.progress is not None:
+            self.task.progress(progress)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

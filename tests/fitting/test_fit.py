@@ -15,6 +15,7 @@ from graphopt.fit import FitProgress
 from graphopt.fitting.options import EPOCHS
 from graphopt.gradient_estimators import straight_through_round, straight_through_step
 from graphopt.program import set_attribute
+from graphopt.progress import told_to
 from tests.fitting.cases import Feeds, Gated, feeds, perturbed, same, square, tensors
 from tests.models import program
 
@@ -244,6 +245,14 @@ def test_sixteen_bit_weights_learn_small_changes() -> None:
     )  # fmt: skip
     weight = tensors(result.program)["weight"]
     assert weight.dtype is torch.bfloat16 and not torch.equal(weight, module.weight)
+
+
+def test_a_listener_hears_loss_and_time_left() -> None:
+    heard: list[tuple[str, int, int]] = []
+    with told_to(lambda *at: heard.append(at)):
+        fit(program("mlp"), feeds(5), train=["*"], teacher=program("mlp"), options=FitOptions(steps=3))
+    assert [(done, total) for _, done, total in heard] == [(0, 3), (1, 3), (2, 3)]
+    assert all("loss" in stage and "s left" in stage for stage, _, _ in heard)
 
 
 def test_progress() -> None:
