@@ -181,4 +181,5 @@ class _Attempt:
 
 def _rolled_back(result: PassResult, identity: str, reason: str | None, local: bool) -> RolledBack:
     rewrite = next(item for item in result.rewrites if item.id == identity)
-    return RolledBack(identity, rewrite.rule, identity.removeprefix(f"{rewrite.rule}@"), reason or "", local)
+    node = identity.removeprefix(f"{rewrite.rule}@")
+    return RolledBack(identity, rewrite.rule, node, reason or "", local, rewrite.before)

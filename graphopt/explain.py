@@ -207,7 +207,8 @@ def _pass_on(
 ) -> tuple[list[Answer], list[str]]:
     """The answers of one pass for the nodes that are `here`, and those that are there after it."""
     now = dict.fromkeys(here)
-    answers = [item for item in _left_alone(account, position, record) if item.node in now]
+    answers = list(_taken_back_around(account, position, record, now))
+    answers += [item for item in _left_alone(account, position, record) if item.node in now]
     for rewrite in record["rewrites"]:
         hit = [name for name in rewrite["before"] if name in now]
         if hit:
@@ -225,6 +226,15 @@ def _pass_on(
             sentence = "nothing reads it any more after the rewrites of this pass"
             answers.append(Answer(account.entry, position, record["name"], name, "removed", "", sentence))
     return [replace(item, sentence=_through(node, item)) for item in answers], list(now)
+
+
+def _taken_back_around(account: Account, position: int, record: Json, now: Mapping[str, None]) -> Iterator[Answer]:
+    """Rewrites taken back that would have taken out one of the nodes, and are recorded at another."""
+    for item in record["rolled_back"]:
+        inside = [name for name in item["before"] if name in now]
+        if inside and item["node"] not in now:
+            sentence = f"with {item['node']}, which was wrong: {item['reason']}"
+            yield Answer(account.entry, position, record["name"], inside[0], "rolled back", item["rule"], sentence)
 
 
 def _through(node: str, answer: Answer) -> str:

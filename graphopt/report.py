@@ -23,7 +23,8 @@ FORMAT = "1.0"
 class RolledBack:
     """A rewrite that was made, found wrong and taken back. `reason` says on which inputs and by how much.
 
-    `local` tells whether it is wrong on its own, or only together with what is around it.
+    `local` tells whether it is wrong on its own, or only together with what is around it; `before` are the nodes that
+    it took out.
     """
 
     id: str
@@ -31,6 +32,7 @@ class RolledBack:
     node: str
     reason: str
     local: bool
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

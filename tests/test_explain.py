@@ -367,9 +367,36 @@ class Doubling(RewritePass):
     rules = (Doubled,)
 
 
+@dataclass(frozen=True)
+class Swapped(Rule):
+    """Wrong on purpose: a difference the other way round."""
+
+    @staticmethod
+    def pattern(x: Any, y: Any) -> Any:
+        return aten.sub.Tensor(aten.exp.default(x), y)
+
+    @staticmethod
+    def rewrite(x: Any, y: Any) -> Any:
+        return aten.sub.Tensor(y, aten.exp.default(x))
+
+
+@dataclass(frozen=True)
+class WrongDifference(RewritePass):
+    name = "wrong-difference"
+    rules = (Swapped,)
+
+
 def test_a_rewrite_that_was_taken_back_says_by_how_much_it_was_wrong() -> None:
-    (answer,) = at(report_of(lambda model, x: x.relu(), Doubling()), "relu")
+    report = report_of(lambda model, x: x.relu(), Doubling())
+    (answer,) = at(report, "relu")
     assert answer[0] == "rolled back" and answer[1].startswith("wrong on its own: ") and "off by" in answer[1]
+
+
+def test_a_node_inside_a_rewrite_that_was_taken_back() -> None:
+    report = report_of(lambda model, x: x.sin().exp() - model.weight, WrongDifference())
+    assert report["passes"][0]["rolled_back"][0]["node"] == "sub"
+    (answer,) = at(report, "exp")
+    assert answer[0] == "rolled back" and answer[1].startswith("with sub, which was wrong: ")
 
 
 def test_a_rewrite_that_was_slower_says_the_times() -> None:
