@@ -102,7 +102,7 @@ def chain(body: Body, count: int) -> Program:
 def fan(count: int) -> Program:
     """Equal views of the input, and no-ops on it, that meet in a tree of sums."""
     g = Growing()
-    values = []
+    values: list[Node] = []
     while len(g.graph.nodes) < count // 2:
         view = g.call(aten.view.default, g.x, [2, WIDTH])
         values.append(g.call(aten.mul.Tensor, g.call(aten.view.default, view, [WIDTH, 2]), float(len(values))))

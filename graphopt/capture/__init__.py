@@ -11,10 +11,10 @@ import torch
 from torch.export import ExportedProgram
 
 from graphopt.capture.exported import Known, from_exported
-from graphopt.capture.limits import Limits
 from graphopt.capture.module import from_module
 from graphopt.errors import CaptureError
 from graphopt.program import Program
+from graphopt.untrusted.limits import Limits
 
 __all__ = ["Limits", "capture"]
 

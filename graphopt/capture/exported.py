@@ -14,19 +14,22 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.asked_memory import refuse_large_constants, refuse_large_inputs
 from graphopt.capture.domains import infer_domains
 from graphopt.capture.dynamic import name_axes, read_request
 from graphopt.capture.expressions import size_range, size_text
 from graphopt.capture.hoist import hoisted
-from graphopt.capture.limits import Limits
+from graphopt.capture.inputs import draw_examples, drawn_sizes
 from graphopt.capture.linear_export import linear_export
-from graphopt.capture.names import join, output_names, spec_paths
+from graphopt.capture.names import spec_paths
 from graphopt.capture.normal_form import Flat, fake_mode, flatten, same_storage_view
 from graphopt.capture.quiet import quiet
 from graphopt.capture.source_line import is_user_file, location
 from graphopt.capture.table_bounds import limit_by_tables
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
 from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
+from graphopt.untrusted.limits import Limits
+from graphopt.untrusted.names import join, output_names
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
     _refuse_input_mutation(decomposed, inputs)
     flat = flatten(decomposed, inputs, outputs)
     _refuse_nodes(flat.graph_module, limits)
+    refuse_large_constants(flat.graph_module, limits)
     symbols, sizes = _sizes(flat, known)
     sizes = limit_by_tables(flat.graph_module, symbols, sizes)
     specs = [_spec(n, v, symbols) for n, v in zip((*flat.inputs, *flat.state), _placeholders(flat), strict=True)]
@@ -74,7 +78,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
         name=name,
         history=known.history,
     )
-    return replace(program, examples=_examples(program, exported, known))
+    return replace(program, examples=_examples(program, exported, known, limits))
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
@@ -207,22 +211,25 @@ def _sizes(flat: Flat, known: Known) -> tuple[dict[str, str], dict[str, SizeRang
     return symbols, sizes
 
 
-def _examples(program: Program, exported: ExportedProgram, known: Known) -> tuple[torch.Tensor, ...]:
-    from graphopt.capture.inputs import draw_examples
-
+def _examples(program: Program, exported: ExportedProgram, known: Known, limits: Limits) -> tuple[torch.Tensor, ...]:
     found: Sequence[Any] | None = known.examples
     if found is None and exported.example_inputs is not None:
         found = [leaf for leaf in pytree.tree_leaves(exported.example_inputs) if isinstance(leaf, torch.Tensor)]
     if found is None or len(found) != len(program.inputs):
-        return draw_examples(program)
+        return _drawn(program, limits)
     examples = tuple(value.detach().clone() for value in found)
     try:
         program.bind(examples)
     except FeedError as error:
         if known.examples is None:
-            return draw_examples(program)
+            return _drawn(program, limits)
         raise CaptureError(f"example_inputs do not fit the model: {error}") from error
     return examples
+
+
+def _drawn(program: Program, limits: Limits) -> tuple[torch.Tensor, ...]:
+    refuse_large_inputs(program, drawn_sizes(program), limits)
+    return draw_examples(program)
 
 
 def with_request(

@@ -24,8 +24,12 @@ def draw_inputs(program: Program, sizes: Mapping[str, int], seed: int) -> tuple[
 
 def draw_examples(program: Program) -> tuple[torch.Tensor, ...]:
     """Inputs for a program that came without examples: unnamed sizes are small, floats are standard normal."""
-    sizes = {name: _clamp(_DEFAULT_SIZE + index, bounds) for index, (name, bounds) in enumerate(program.sizes.items())}
-    return draw_inputs(program, sizes, seed=0)
+    return draw_inputs(program, drawn_sizes(program), seed=0)
+
+
+def drawn_sizes(program: Program) -> dict[str, int]:
+    """The sizes of `draw_examples`."""
+    return {name: _clamp(_DEFAULT_SIZE + index, bounds) for index, (name, bounds) in enumerate(program.sizes.items())}
 
 
 def check_sizes(program: Program) -> list[dict[str, int]]:

@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 from graphopt.capture import source_line
 from graphopt.capture.dynamic import Request, distinct_sizes, example_sizes, name_axes, read_request, resize
 from graphopt.capture.exported import Known, from_exported, user_values
-from graphopt.capture.limits import Limits
 from graphopt.capture.linear_export import linear_export
-from graphopt.capture.names import argument_names, join, leaf_paths
+from graphopt.capture.names import argument_names, leaf_paths
 from graphopt.capture.quiet import quiet
 from graphopt.errors import CaptureError, UnknownNameError
 from graphopt.program import Program, SizeRange, evaluate_size
+from graphopt.untrusted.limits import Limits
+from graphopt.untrusted.names import join
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

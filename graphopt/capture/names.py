@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +20,6 @@ def _key_text(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
-
-
-def join(path: Sequence[str]) -> str:
-    """ "a", "a.b", "a.0": the name of a leaf below a named argument or field."""
-    return ".".join(path)
 
 
 def spec_paths(spec: pytree.TreeSpec) -> list[tuple[str, ...]]:
@@ -47,21 +41,6 @@ def _index_paths(spec: pytree.TreeSpec, prefix: tuple[str, ...]) -> list[tuple[s
     keys = spec.context if isinstance(spec.context, list) and len(spec.context) == len(children) else None
     names = [str(key) for key in (keys or range(len(children)))]
     return [path for name, child in zip(names, children, strict=True) for path in _index_paths(child, (*prefix, name))]
-
-
-def output_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """Names of outputs: keys or fields joined with "."; otherwise `output`, or `output_0`, `output_1`, ..."""
-    if paths == [()]:
-        return ["output"]
-    names = []
-    for path in paths:
-        indexed = bool(path) and path[0].isdigit()
-        if indexed and len(paths) == 1:
-            path = ("output", *path[1:])
-        elif indexed:
-            path = (f"output_{path[0]}", *path[1:])
-        names.append(join(path))
-    return names
 
 
 def argument_names(module: torch.nn.Module, count: int) -> list[str]:

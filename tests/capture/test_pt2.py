@@ -14,8 +14,8 @@ import torch
 from torch.export import Dim
 
 from graphopt.capture import Limits, capture
-from graphopt.capture.pt2_graph import _TARGET, _check_expression
 from graphopt.errors import CaptureError
+from graphopt.untrusted.pt2_graph import _TARGET, _check_expression
 from tests import models
 
 Edit = Callable[[str, bytes], bytes]

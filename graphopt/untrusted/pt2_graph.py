@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from graphopt.capture.names import join, output_names
 from graphopt.errors import CaptureError
+from graphopt.untrusted.limits import Limits
+from graphopt.untrusted.names import join, output_names
 
 _MOST_POWER = 8
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -46,11 +47,13 @@ _KEPT_METADATA = ("stack_trace", "custom")
 _MAX_DEPTH = 200
 
 
-def clean_graph(text: bytes) -> tuple[dict[str, Any], list[str], list[str]]:
+def clean_graph(text: bytes, limits: Limits) -> tuple[dict[str, Any], list[str], list[str]]:
     """The graph description ready for torch, and the names of its inputs and outputs. Raises CaptureError."""
     try:
         model = json.loads(text.decode("utf-8"))
-        _check(model, 0)
+        count = _check(model, 0)
+        if count > limits.max_nodes:
+            raise CaptureError(f"it has {count} nodes, over the limit of {limits.max_nodes}; raise Limits.max_nodes")
         module = model["graph_module"]
         entry = next(entry for entry in module["module_call_graph"] if entry["fqn"] == "")
         signature = module["signature"]
@@ -69,19 +72,22 @@ def clean_graph(text: bytes) -> tuple[dict[str, Any], list[str], list[str]]:
     return model, names, results
 
 
-def _check(value: Any, depth: int) -> None:
+def _check(value: Any, depth: int) -> int:
+    """Check and clean a part of the description; returns how many nodes of graphs it holds."""
     if depth > _MAX_DEPTH:
         raise CaptureError(f"the graph in the .pt2 is nested deeper than {_MAX_DEPTH} levels")
+    nodes = 0
     if isinstance(value, dict):
+        nodes = len(value["nodes"]) if isinstance(value.get("nodes"), list) else 0
         if isinstance(value.get("metadata"), dict):
             value["metadata"] = _kept_metadata(value["metadata"])
         for key, item in value.items():
             _check_key(key, item)
             if key != "metadata":
-                _check(item, depth + 1)
+                nodes += _check(item, depth + 1)
     elif isinstance(value, list):
-        for item in value:
-            _check(item, depth + 1)
+        nodes = sum(_check(item, depth + 1) for item in value)
+    return nodes
 
 
 def _kept_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
