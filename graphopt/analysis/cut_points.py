@@ -3,11 +3,13 @@
 In the residual stream of a network these are the sums (and what follows them before the stream forks again). Every
 stream is a path of the post-dominator tree over data. Weights and constants are no paths. A second input, such as an
 attention mask, that goes around a cut point does not hide it: it starts a stream of its own, and what it brings in is
-reported as a side input of the place where it enters.
+reported as a side input of the place where it enters. So does a condition (a boolean tensor) computed from values that
+also flow on without it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,8 @@ from graphopt.analysis.post_dominators import PostDominatorTree
 from graphopt.analysis.view import Kind, node_kinds, read_contents, tensors
 from graphopt.errors import UnknownNameError
 from graphopt.program import Program
+
+Rank = tuple[bool, int, int]
 
 
 @dataclass(frozen=True)
@@ -38,29 +42,41 @@ class CutPoint:
 
 @dataclass(frozen=True)
 class Stream:
-    """Consecutive cut points by their nodes, in order of execution; the first is where the stream starts."""
+    """Consecutive cut points by their nodes, in order of execution; the first is where the stream starts.
+
+    `join` is the cut point of a larger stream that this one runs into, None where it reaches the outputs by itself.
+    """
 
     path: tuple[Node, ...]
+    join: Node | None
     _flow: Flow
 
     def cut_points(self) -> Iterator[CutPoint]:
-        """In order, without the first when it is an input; time is linear in the nodes of the segments."""
-        before = None
+        """In order, without the first when it is an input; time is linear in the nodes of the segments.
+
+        The join is among them where the segment before it is no larger than the largest: that of a mask, which is all
+        that comes after it, is not.
+        """
+        largest, before = 1, None
         for node in self.path:
             if before is not None or node.op != "placeholder":
-                yield self._flow.cut_point(before, node)
+                cut = self._flow.cut_point(before, node)
+                largest = max(largest, len(cut.segment))
+                yield cut
             before = node
+        if self.join and before and self._flow.distance(before, self.join, largest) <= largest:
+            yield self._flow.cut_point(before, self.join)
 
 
 def cut_points(program: Program, path: str = "", outputs: Sequence[str] | None = None) -> tuple[CutPoint, ...]:
     """The cut points of the main stream of the graph at `path`, in order of execution.
 
-    The main stream is the one that is cut into the smallest pieces: it leaves the least weights between two cut points
-    or aside. Where it starts at an input every path from this input to the outputs runs through every cut point; where
-    the input itself goes around (ids that a mask is computed from) it starts at the first value after, and this value
-    is the first cut point. `outputs` names those to count (in the main graph; default all): a model that also
-    returns what its blocks compute inside, such as keys and values, has cut points for its other outputs only. New
-    state is never counted. Raises UnknownNameError.
+    Every path from where it starts to the outputs runs through every one of them. It starts at an input; or where
+    something else computed from this input goes around (ids that a mask is made of), at the first floating-point
+    value, which then is the first cut point. Of several inputs it is the one that leaves the least weights in one piece
+    or aside. `outputs` names those to count (in the main graph; default all): a model that also returns what its blocks
+    compute inside, such as keys and values, has cut points for its other outputs only. New state is never counted.
+    Raises UnknownNameError.
     """
     stream = next(iter(Flow(program, path, outputs).streams()), None)
     return tuple(stream.cut_points()) if stream else ()
@@ -81,16 +97,31 @@ class Flow:
     def __init__(self, program: Program, path: str = "", outputs: Sequence[str] | None = None) -> None:
         self.kinds = node_kinds(program, path)
         self._ends = _counted(program, path, outputs, self.kinds)
-        reached = _reaching(self._ends, self.kinds)
-        self._nodes = [node for node, kind in self.kinds.items() if node in reached and kind in ("input", "data")]
+        self._state = {item.spec.name for item in program.state} if not path else set()
+        reached = self._reaching(through_conditions=True)
+        self._nodes = [node for node in self.kinds if node in reached]
         self._index = {node: index for index, node in enumerate(self._nodes)}
         self._successors = self._find_successors()
 
+    def _reaching(self, through_conditions: bool) -> set[Node]:
+        found: set[Node] = set()
+        pending = [node for node in self._ends if self.kinds[node] in ("input", "data")]
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                if through_conditions or not _is_condition(node):
+                    pending.extend(a for a in read_contents(node) if self.kinds[a] in ("input", "data"))
+        return found
+
     def _find_successors(self) -> list[list[int]]:
+        """Who reads each node; what makes a condition only, where the node has no other way to the outputs."""
+        unconditional = self._reaching(through_conditions=False)
         successors: list[list[int]] = [[] for _ in self._nodes]
         for index, node in enumerate(self._nodes):
+            aside = unconditional if _is_condition(node) or node not in unconditional else ()
             for argument in read_contents(node):
-                if argument in self._index:
+                if argument in self._index and argument not in aside:
                     successors[self._index[argument]].append(index)
         for node in self._ends:
             if node in self._index:
@@ -99,13 +130,12 @@ class Flow:
 
     def streams(self) -> list[Stream]:
         """All of them, each value in one; the main stream is the first, the others follow by the same measure."""
-        paths = sorted(self._paths(), key=lambda item: item[0], reverse=True)
-        return [Stream(path, self) for _, path in paths]
+        return [stream for _, stream in sorted(self._ranked_streams(), key=lambda item: item[0], reverse=True)]
 
-    def _paths(self) -> Iterator[tuple[tuple[int, int], tuple[Node, ...]]]:
+    def _ranked_streams(self) -> Iterator[tuple[Rank, Stream]]:
         tree, end = self._tree, len(self._nodes)
         best = self._rank()
-        above = [(-1, 0)] * (end + 1)  # the best rank of the nodes that the tree has over each
+        above = [(False, -1, 0)] * (end + 1)  # the best rank of the nodes that the tree has over each
         chosen = [-1] * (end + 1)
         for node in range(end):
             best[node] = max(best[node], above[node])
@@ -113,46 +143,43 @@ class Flow:
             if best[node] > above[parent]:
                 above[parent], chosen[parent] = best[node], node
         for node in range(end):
-            if chosen[tree.parent[node]] != node or tree.parent[node] == end:
+            parent = tree.parent[node]
+            if chosen[parent] != node or parent == end:
                 found = [node]
-                while (node := chosen[node]) >= 0:
-                    found.append(node)
-                yield best[found[0]], tuple(self._nodes[index] for index in reversed(found))
+                while (above_it := chosen[found[-1]]) >= 0:
+                    found.append(above_it)
+                join = None if parent == end else self._nodes[parent]
+                yield best[node], Stream(tuple(self._nodes[index] for index in reversed(found)), join, self)
 
     @cached_property
     def _tree(self) -> PostDominatorTree:
         return PostDominatorTree(self._successors)
 
-    def _rank(self) -> list[tuple[int, int]]:
+    def _rank(self) -> list[Rank]:
         """How good a stream is that starts at each node: the weights on it less those of its largest piece.
 
-        A mask has few weights ahead of it; ids that also make the mask have all of them in one piece. Between a piece
-        and its inside the piece is right: inputs, and values that are the first to be floating, get half of all
-        weights on top.
+        A mask has few weights ahead of it; ids that also make the mask have all of them in one piece. What starts
+        inside a piece, or at state, comes after what starts before it: origins are inputs, conditions, and the first
+        floating-point values.
         """
         tree, end = self._tree, len(self._nodes)
-        ahead, own = self._weights_ahead(), set(self._readers)
-        bonus = max(ahead, default=0) // 2
+        ahead, own, origins = self._weights_ahead(), set(self._readers), self._origins()
         largest = [0] * (end + 1)
-        rank = [(0, 0)] * (end + 1)
+        rank = [(False, 0, 0)] * (end + 1)
         for node in range(end - 1, -1, -1):
             parent = tree.parent[node]
             largest[node] = max(largest[parent], ahead[node] - ahead[parent])
-            rank[node] = (ahead[node] + (node in own) - largest[node], -node)
-        for node in self._origins():
-            rank[node] = (rank[node][0] + bonus, -node)
+            rank[node] = (node in origins, ahead[node] + (node in own) - largest[node], -node)
         return rank
 
-    def _origins(self) -> list[int]:
-        floating: set[Node] = set()  # floating values and what is computed from them
-        found = []
-        for index, node in enumerate(self._nodes):
-            derived = any(argument in floating for argument in node.all_input_nodes)
-            if derived or _is_floating(node):
-                floating.add(node)
-            if node.op == "placeholder" or (not derived and node in floating):
-                found.append(index)
-        return found
+    def _origins(self) -> set[int]:
+        floating = [_is_floating(node) for node in self._nodes]
+        inner = [False] * (len(self._nodes) + 1)  # has a predecessor, which for floating values must be floating
+        for node, successors in enumerate(self._successors):
+            for successor in successors:
+                if successor < len(floating) and (floating[node] or not floating[successor]):
+                    inner[successor] = True
+        return {i for i, node in enumerate(self._nodes) if not inner[i] and node.target not in self._state}
 
     def _weights_ahead(self) -> list[int]:
         """For each node how many others that read a weight it reaches."""
@@ -193,16 +220,20 @@ class Flow:
         side = tuple(value for value in border.inputs if value is not before)
         return CutPoint(node, tuple(sorted(inside)), side)
 
-    def _between(self, start: Node, end: Node) -> set[Node]:
+    def _between(self, start: Node, end: Node, limit: int = sys.maxsize) -> set[Node]:
         found = {end}
         pending = [self._index[start]]
         last = self._index[end]
-        while pending:
+        while pending and len(found) <= limit:
             for successor in self._successors[pending.pop()]:
                 if successor != last and (node := self._nodes[successor]) not in found:
                     found.add(node)
                     pending.append(successor)
         return found
+
+    def distance(self, start: Node, end: Node, limit: int) -> int:
+        """How many nodes are computed between a node and the next of its stream; any number above `limit` if more."""
+        return len(self._between(start, end, limit))
 
 
 def _counted(program: Program, path: str, outputs: Sequence[str] | None, kinds: Mapping[Node, Kind]) -> list[Node]:
@@ -217,20 +248,13 @@ def _counted(program: Program, path: str, outputs: Sequence[str] | None, kinds: 
     return [results[names.index(name)] for name in outputs]
 
 
-def _reaching(ends: Sequence[Node], kinds: Mapping[Node, Kind]) -> set[Node]:
-    found: set[Node] = set()
-    pending = [node for node in ends if kinds[node] in ("input", "data")]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(a for a in read_contents(node) if kinds[a] in ("input", "data"))
-    return found
-
-
 def _may_be_trained(weight: Node) -> bool:
     value = weight.meta.get("val")
     return _is_floating(weight) or (isinstance(value, torch.Tensor) and value.dtype in (torch.int8, torch.uint8))
+
+
+def _is_condition(node: Node) -> bool:
+    return any(leaf.dtype == torch.bool for leaf in tensors(node))
 
 
 def _is_floating(node: Node) -> bool:
