@@ -79,6 +79,26 @@ def _ordered(statement: Any) -> Any:
     return tirx.SeqStmt(sorted(statement.seq, key=lambda store: int(store.indices[0])))
 
 
+@tvm.transform.module_pass(opt_level=0)
+def plan_memory(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    """One plan for the intermediate values of each function that has no branches.
+
+    TVM's plan lets what follows a branch, and the other branch, use memory that is allocated inside the first one: it
+    does not exist when that one is not taken. Functions with branches allocate each value from the pool.
+    """
+    planned = relax.transform.StaticPlanBlockMemory()(module)
+    for variable, function in module.functions.items():
+        if isinstance(function, relax.Function) and _branches(function):
+            planned.update_func(planned.get_global_var(variable.name_hint), function)
+    return planned
+
+
+def _branches(function: relax.Function) -> bool:
+    found = []
+    relax.analysis.post_order_visit(function, lambda e: found.append(e) if isinstance(e, relax.If) else None)
+    return bool(found)
+
+
 def finalize() -> tvm.transform.Pass:
     """From kernel calls to VM code: calls by destination, a static memory plan, shape arithmetic as functions."""
     passes = relax.transform
@@ -89,7 +109,7 @@ def finalize() -> tvm.transform.Pass:
             passes.ToNonDataflow(),
             passes.RemovePurityChecking(),
             passes.CallTIRRewrite(),
-            passes.StaticPlanBlockMemory(),
+            plan_memory,
             passes.LowerAllocTensor(),
             passes.KillAfterLastUse(),
             passes.LowerRuntimeBuiltin(),

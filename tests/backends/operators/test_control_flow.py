@@ -64,6 +64,25 @@ def test_nested_conditions(agree: Check) -> None:
     agree(cases, [x], None, [(x + 2,), (-x,)])
 
 
+def test_no_memory_is_shared_between_branches(agree: Check) -> None:
+    """Values of one branch that are stored must not lie where only the other branch allocates."""
+
+    def times(count: int) -> Callable[[Tensor], Tensor]:
+        def apply(v: Tensor) -> Tensor:
+            for _ in range(count):
+                v = v.softmax(-1)
+            return v
+
+        return apply
+
+    def sequence(x: Tensor) -> Tensor:
+        first = torch.cond(x.sum() > 0, times(2), times(4), (x,))
+        return torch.cond(first[0, 0] > x[0, 0], times(3), times(2), (times(2)(first),))
+
+    x = torch.rand(2, 3)
+    agree({"sequence": sequence}, [x], [{0: "batch"}], [(-x,), (x + 1,)])
+
+
 def test_state_lives_from_call_to_call(compiled: Callable[..., Any]) -> None:
     module, examples, _ = models.counter()
     run = compiled(module, examples, [{0: "batch"}])
