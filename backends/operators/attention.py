@@ -27,9 +27,12 @@ def _attention(lowering: Lowering, node: Node) -> View | Lazy:
     q, k, v, mask, dropout, causal, scale, grouped = arguments(node).values()
     if dropout:
         raise CompileError(f"{node.name} drops attention weights out; capture the model in eval mode")
-    query, key, value = (_rows_of_vectors(lowering, x) for x in (q, k, v))
     shape = shape_of(node.meta["val"])
-    batch, heads = (1, shape[0]) if len(shape) == 3 else shape[:2]
+    flat = len(shape) == 3
+    query, key, value = (_rows_of_vectors(lowering, x, grouped) for x in (q, k, v))
+    batch, heads = shape[:2] if not flat else (1, shape[0]) if grouped else (shape[0], 1)
+    if not isinstance(heads, int):
+        raise CompileError(f"{node.name} attends with {heads} heads; a fixed number of heads has a lowering")
     groups = max(key.shape[1], value.shape[1]) if grouped else heads
     query = expand(lowering, query, (batch, heads, *query.shape[2:]))
     key, value = (expand(lowering, x, (batch, groups, *x.shape[2:])) for x in (key, value))
@@ -39,17 +42,29 @@ def _attention(lowering: Lowering, node: Node) -> View | Lazy:
         )
     scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     bias = None if mask is None else lowering.view(mask)
+    if bias is not None and flat and len(bias.shape) == 3 and not grouped:
+        bias = _with_one_head(bias)
     (stored,) = lowering.call(attention(query, key, value, bias, float(scale), bool(causal), lowering.target))
     _, rows, _, depth = stored.shape
     result = View(stored.storage, (batch, heads, rows, depth), (rows * heads * depth, depth, heads * depth, 1))
     return reshape(lowering, result, shape)
 
 
-def _rows_of_vectors(lowering: Lowering, argument: Any) -> View:
-    """In memory with the last axis contiguous and four axes: three are heads without a batch."""
+def _rows_of_vectors(lowering: Lowering, argument: Any, grouped: bool) -> View:
+    """In memory with the last axis contiguous and four axes: three are a batch of one head, or heads in groups."""
     view = lowering.view(argument)
     view = view if view.strides[-1] == 1 else lowering.store(view)
-    return view if len(view.shape) == 4 else View(view.storage, (1, *view.shape), (0, *view.strides), view.offset)
+    if len(view.shape) != 3:
+        return view
+    if grouped:
+        return View(view.storage, (1, *view.shape), (0, *view.strides), view.offset)
+    return _with_one_head(view)
+
+
+def _with_one_head(view: View) -> View:
+    """[B, S, D] as [B, 1, S, D]."""
+    (batch, *shape), (first, *strides) = view.shape, view.strides
+    return View(view.storage, (batch, 1, *shape), (first, 0, *strides), view.offset)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {aten.scaled_dot_product_attention.default: _attention}

@@ -32,6 +32,7 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "flags": lambda q, k, v: attend(q, k, v, attn_mask=mask_of(q, k)),
     "bias": lambda q, k, v: attend(q, k, v, attn_mask=mask_of(q, k).float()[None] * 2),
     "rank_3": lambda q, k, v: attend(q[0], k[0], v[0]),
+    "rank_3_mask": lambda q, k, v: attend(q[0], k[0], v[0], attn_mask=q[0] @ k[0].mT),
     "nothing_to_see": lambda q, k, v: attend(
         q, k, v, attn_mask=mask_of(q, k) & (torch.arange(q.shape[-2]) > 0)[:, None]
     ),
@@ -54,6 +55,19 @@ def test_shared_heads_and_causal(agree: Check) -> None:
     more = [(torch.randn(n, 4, s, 8), torch.randn(n, 2, s, 8)) for n, s in [(1, 1), (3, 33)]]
     axes = {0: "batch", 2: "seq"}
     agree(cases, [torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)], [axes, axes], more)
+
+
+def test_a_dynamic_batch_of_one_head(agree: Check) -> None:
+    cases: dict[str, Callable[[Tensor], Any]] = {
+        "rank_3": lambda x: attend(x, x, x),
+        "mask": lambda x: attend(x, x, x, attn_mask=x @ x.mT),
+    }
+    agree(cases, [torch.randn(3, 5, 8)], [{0: "batch", 1: "seq"}], [(torch.randn(1, 9, 8),)])
+
+
+def test_a_dynamic_number_of_heads_is_refused(compiled: Callable[..., Any]) -> None:
+    with pytest.raises(CompileError, match="a fixed number of heads"):
+        compiled({"attention": lambda q: attend(q, q, q)}, [torch.randn(1, 3, 5, 8)], [{1: "heads"}])
 
 
 def test_float64_is_refused(compiled: Callable[..., Any]) -> None:
