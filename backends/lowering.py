@@ -56,7 +56,7 @@ class Weights:
         if identity not in self.names:
             exact = tensor.float() if tensor.dtype is torch.bfloat16 else tensor  # numpy has no bfloat16
             array = exact.detach().numpy()
-            array = np.ascontiguousarray(array if pack is None else pack(array))
+            array = np.asarray(array if pack is None else pack(array), order="C")  # rank 0 stays rank 0
             name = base = f"{label}.{key}" if key else label
             while name in self.arrays:
                 name = f"{base}_{len(self.arrays)}"

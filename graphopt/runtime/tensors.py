@@ -25,6 +25,8 @@ def to_device(array: np.ndarray, dtype: str) -> Any:
         array = array.view(carrier) if array.dtype.itemsize == carrier.itemsize and array.dtype.kind == "V" else array
     if array.dtype != carrier or not array.flags.c_contiguous:
         array = aligned_copy(array, carrier)
+    if not array.size:  # numpy's strides of an empty array are not those that kernels expect
+        return _viewed(_wrap(array.reshape(-1)), array.shape, dtype)
     tensor = _wrap(array)
     if tensor.data_ptr() % ALIGNMENT:
         tensor = _wrap(aligned_copy(array, carrier))

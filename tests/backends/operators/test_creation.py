@@ -40,3 +40,14 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
 
 def test_made_tensors(agree: Check) -> None:
     agree(CASES, [torch.randn(4, 3)], [{0: "batch"}], [(torch.randn(n, 3),) for n in (1, 2, 17)])
+
+
+def test_an_output_that_is_a_constant_of_rank_0(compiled: Callable[..., Any]) -> None:
+    scale = torch.tensor(2.5)
+    run = compiled({"number": lambda x: scale.clone(), "sum": lambda x: x + scale}, [torch.ones(2)])
+    number, total = run(torch.ones(2))
+    assert number.shape == () and float(number) == 2.5 and total.tolist() == [3.5, 3.5]
+
+
+def test_empty_inputs(agree: Check) -> None:
+    agree({"sum": lambda x: x.sum(1), "sin": lambda x: torch.sin(x) + 1}, [torch.ones(2, 0, 4)])
