@@ -6,6 +6,7 @@ an edit that the users of a value cannot take is undone and recorded as declined
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from graphopt.instance import Instance, record
 from graphopt.program import PROVENANCE, Program, full_name, get_attribute, provenance
 from graphopt.propagate import changes_downstream, evaluate, fake_constant, find_mode
 
+SYMBOL = re.compile(r"\b[su]\d+\b")
 INHERITED = ("stack_trace", "nn_module_stack")
 
 
@@ -38,6 +40,7 @@ class Edit:
         self.instances: list[Instance] = []
         self.notes: list[str] = []
         self.mode = find_mode(self.program.graph_module)
+        self.sizes = size_names(program)
 
     def graphs(self) -> Iterator[GraphEditor]:
         """An editor for the main graph and for each sub-graph."""
@@ -149,11 +152,15 @@ class GraphEditor:
 
     def decline(self, rule: str, node: Node, reason: str) -> None:
         """Record that `rule` matched at `node` and left it alone."""
-        self.edit.declined.append(Declined(rule, self.full_name(node), reason))
+        self.edit.declined.append(Declined(rule, self.full_name(node), self._with_size_names(reason)))
 
     def near_miss(self, rule: str, node: Node, reason: str, matched: int, total: int) -> None:
         """Record that only a part of what `rule` looks for was found at `node`."""
+        reason = self._with_size_names(reason)
         self.edit.near_misses.append(NearMiss(rule, self.full_name(node), reason, matched, total))
+
+    def _with_size_names(self, reason: str) -> str:
+        return SYMBOL.sub(lambda found: self.edit.sizes.get(found[0], found[0]), reason) if self.edit.sizes else reason
 
     def replace(
         self, rule: str, outputs: Sequence[Node], build: Build, *, inner: Sequence[Node] = (), at: Node | None = None
@@ -298,6 +305,17 @@ def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     if not place:  # empty tensors share the null address
         place = id(tensor)
     return place, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def size_names(program: Program) -> dict[str, str]:
+    """What the user calls a symbolic size, by the name that torch gave it ("s43")."""
+    names: dict[str, str] = {}
+    placeholders = program.graph_module.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, program.inputs, strict=False):  # the rest are of state
+        for size, own in zip(node.meta["val"].shape, spec.shape, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(own, str) and own.isidentifier():
+                names[str(size.node.expr)] = own
+    return names
 
 
 def is_control_flow(node: Node) -> bool:

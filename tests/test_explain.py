@@ -300,6 +300,13 @@ def chain(model: Function, x: Tensor) -> Tensor:
 LEVEL = (DeadCode(), ConstantFolding(), NoOpRemoval(), CommonSubexpressions(), MergeLinears())
 
 
+def test_sizes_have_the_names_that_the_user_gave() -> None:
+    program = program_of(lambda model, x: x.reshape(-1, 2, 2), dynamic={"x": {0: "rows"}})
+    report = graphopt.optimize(program, [NoOpRemoval()]).report.to_json()
+    ((_, sentence),) = at(report, "view")
+    assert sentence.endswith("the shape changes from [rows, 4] to [rows, 2, 2]")
+
+
 def test_a_node_is_followed_to_what_stands_in_its_place() -> None:
     report = report_of(chain, *LEVEL)
     assert at(report, "clone") == [
