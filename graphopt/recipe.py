@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "keep-if-faster": bool,
     "seed": int,
     "target": str,
-    "metric": str,
+    "metric": Literal["accuracy", "cosine", "snr"],
 }
 KEYS = ("graphopt", "description", "include", "passes", *SETTINGS)
 

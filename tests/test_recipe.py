@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -13,6 +13,7 @@ import yaml
 import tests.models
 from graphopt.errors import RecipeError, UsageError
 from graphopt.levels import LEVELS
+from graphopt.metric import open_metric
 from graphopt.optimize import choose_passes, optimize
 from graphopt.recipe import SETTINGS, is_recipe, read_recipe, shipped_recipes
 from graphopt.recipe_schema import SETTING_HELP, recipe_schema
@@ -196,6 +197,7 @@ def test_optimize_takes_a_recipe_and_arguments_win(write: Write) -> None:
 def test_settings_are_arguments_of_optimize() -> None:
     parameters = inspect.signature(optimize).parameters
     assert {name.replace("-", "_") for name in SETTINGS} <= set(parameters) and set(SETTINGS) == set(SETTING_HELP)
+    assert [open_metric(name).name for name in get_args(SETTINGS["metric"])] == list(get_args(SETTINGS["metric"]))
 
 
 def test_the_published_schema_is_current() -> None:
