@@ -79,7 +79,8 @@ def find_repeats(program: Program, path: str = "", outputs: Sequence[str] | None
 
     All streams are searched, the main one first: both halves of an encoder-decoder, both towers of a pair. Of
     overlapping repetitions the one that covers most nodes counts; a repetition within one block is in its `inner`. A
-    block has at most 1024 cut points. `outputs` is as in `cut_points`: those that paths are counted to. Raises
+    block has at most 1024 cut points; a first block whose input also goes around all of its followers, as in one skip
+    over a whole tower, is not found. `outputs` is as in `cut_points`: those that paths are counted to. Raises
     UnknownNameError. Time is linear in the graph, up to a logarithm.
     """
     flow = Flow(program, path, outputs)

@@ -29,6 +29,14 @@ class PostNorm(Residual):
         return self.norm(x + self.second(torch.relu(self.first(x) * gate)))
 
 
+class Thresholded(Residual):
+    """Makes a condition of its own inside."""
+
+    def forward(self, x: Tensor, gate: Tensor | float = 1.5) -> Tensor:
+        hidden = self.first(self.norm(x))
+        return x + self.second(torch.where(hidden > 0, hidden * gate, hidden * 0.1))
+
+
 class Stack(nn.Module):
     """The blocks one after the other, all with the same gate."""
 

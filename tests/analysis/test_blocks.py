@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 
 from graphopt.analysis.blocks import Block, Repeat, find_repeats
 from graphopt.analysis.view import module_path
 from graphopt.errors import UnknownNameError
-from graphopt.program import Program
+from graphopt.program import Program, TensorSpec
 from tests import models
 from tests.analysis.anonymous import anonymous
 from tests.analysis.residual_models import (
@@ -24,12 +26,15 @@ from tests.analysis.residual_models import (
     Shared,
     Skipped,
     Stack,
+    Thresholded,
     captured,
     encoder_decoder,
     gated,
     self_masked,
     towers,
 )
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,40 @@ def test_what_differs_at_the_side_stays_at_the_side() -> None:
 
 def test_an_input_around_all_blocks_hides_the_first() -> None:
     assert _counts(captured(lambda: Skipped(*(Residual() for _ in range(4))))) == [3]
+
+
+def test_a_condition_made_inside_a_block_belongs_to_it() -> None:
+    (repeat,) = find_repeats(captured(lambda: Stack(*(Thresholded() for _ in range(3)))))
+    assert len(repeat.blocks) == 3
+    _check(repeat)
+    assert "aten.gt.Scalar" in {str(node.target) for node in repeat.blocks[0].nodes}
+
+
+def _deep(layers: int) -> Program:
+    """x -> x + linear(relu(x)) many times, written straight into a graph."""
+    mode, root, graph = FakeTensorMode(), nn.Module(), Graph()
+    with mode:
+        activation, weight = torch.empty(2, 8), torch.empty(8, 8)
+
+    def noted(node: Node, value: torch.Tensor) -> Node:
+        node.meta["val"] = value
+        return node
+
+    x = noted(graph.placeholder("x"), activation)
+    for layer in range(layers):
+        root.register_buffer(f"w{layer}", torch.zeros(8, 8))
+        matrix = noted(graph.get_attr(f"w{layer}"), weight)
+        relu = noted(graph.call_function(aten.relu.default, (x,)), activation)
+        linear = noted(graph.call_function(aten.linear.default, (relu, matrix)), activation)
+        x = noted(graph.call_function(aten.add.Tensor, (x, linear)), activation)
+    graph.output((x,))
+    specs = [TensorSpec(name, torch.float32, (2, 8)) for name in "xy"]
+    return Program(GraphModule(root, graph), (specs[0],), (specs[1],), (torch.zeros(2, 8),))
+
+
+def test_thousands_of_blocks() -> None:
+    (repeat,) = find_repeats(_deep(2500))
+    assert len(repeat.blocks) == 2500 and len(repeat.rows()) == 5
 
 
 def test_counterparts() -> None:
