@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 
 from graphopt.interpreter import ProgramInterpreter
@@ -45,8 +46,9 @@ def call_float64(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         predicate, when_true, when_false, operands = args
         branch = when_true if bool(predicate) else when_false
         return tuple(_Float64(branch).run(*map(widen, operands)))
-    args, kwargs = _pytree.tree_map(lambda value: _wide_type(widen(value)), (list(args), dict(kwargs)))
-    return _pytree.tree_map(widen, target(*args, **kwargs))
+    args, kwargs = map_aggregate((tuple(args), dict(kwargs)), lambda value: _wide_type(widen(value)))
+    result = target(*args, **kwargs)
+    return widen(result) if isinstance(result, torch.Tensor) else _pytree.tree_map(widen, result)
 
 
 class _Float64(ProgramInterpreter):
