@@ -77,7 +77,7 @@ EXPECTED = {
     ],
 }
 
-SLOW = ("llama", "t5_encoder", "mobilenet_v2")  # seconds each to capture
+SLOW = ("llama", "t5_encoder", "mobilenet_v2", "vit", "convnext")  # seconds each to capture
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXPECTED]
 
 

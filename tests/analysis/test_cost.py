@@ -36,7 +36,7 @@ def _macs_by_torch(program: Program) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-SLOW = ("llama", "t5_encoder", "mobilenet_v2")
+SLOW = ("llama", "t5_encoder", "mobilenet_v2", "vit", "convnext")  # seconds each to capture
 NAMES = ["mlp", "conv_net", "branching", "tied", "bert", "gpt2", "resnet", *models.ZOO]
 
 
