@@ -271,6 +271,27 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], Pass, str, str, str]] = {
         "near miss",
         "1 of 2 parts of the pattern are there: aten.mul.Tensor with 2.0 changes values",
     ),
+    "a value of which nothing is known": (
+        lambda model, x: torch.where(x.to(torch.int64).ge(2), x, -x),
+        DecidedConditions(),
+        "ge",
+        "near miss",
+        "1 of 2 parts of the pattern are there: nothing is known of the values of _to_copy (aten._to_copy.default)",
+    ),
+    "two conditions that are open": (
+        lambda model, x: torch.where(x.gt(0) & x.lt(1), x, -x),
+        DecidedConditions(),
+        "and_1",
+        "near miss",
+        "1 of 2 parts of the pattern are there: neither gt nor lt is known to be the same everywhere",
+    ),
+    "old weights that would stay": (
+        lambda model, x: model.first(x) + model.second(x) + model.first.weight + model.second.weight,
+        MergeLinears(max_bytes=100),
+        "linear_1",
+        "declined",
+        "128 bytes of old weights would stay beside the merged one, over max-bytes=100",
+    ),
     "a range that leaves it open": (
         decided,
         DecidedConditions(),
