@@ -47,7 +47,7 @@ class ConstantFolding(Pass):
 
     def _fold(self, editor: GraphEditor, left: int) -> int:
         constants = find_constants(editor, self.name, self.max_bytes)
-        values: dict[Node, Any] = {}
+        values = _Values(editor, constants)
         for node in editor.nodes():
             if node not in constants or not _is_worth_storing(node, constants):
                 continue
@@ -55,9 +55,10 @@ class ConstantFolding(Pass):
             if grows > left:
                 editor.decline(self.name, node, f"memory would grow by {grows} bytes; {left} of max-bytes are left")
                 continue
-            result = _value(node, editor, values).clone(memory_format=torch.contiguous_format)
+            result = values.of(node).clone(memory_format=torch.contiguous_format)
             if editor.replace(self.name, [node], lambda builder, result=result: [builder.constant(result)]):  # type: ignore[misc]
                 left -= max(grows, 0)
+                values.forget(node)
         return left
 
 
@@ -145,20 +146,44 @@ def _bytes_freed(node: Node, constants: set[Node]) -> int:
     return freed
 
 
-def _value(node: Node, editor: GraphEditor, values: dict[Node, Any]) -> Any:
-    """The real value of a constant node; each is computed once."""
-    pending = [node]
-    with torch.no_grad():
-        while pending:
-            current = pending[-1]
-            missing = [argument for argument in current.all_input_nodes if argument not in values]
-            if missing:
-                pending.extend(missing)
-                continue
-            pending.pop()
-            if current.op == "get_attr":
-                values[current] = editor.constant_value(current)
-            elif current not in values:
-                args, kwargs = map_arg((current.args, current.kwargs), values.__getitem__)
-                values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
-    return values[node]
+class _Values:
+    """Real values of constant nodes, each computed once and kept until the last constant that reads it is there."""
+
+    def __init__(self, editor: GraphEditor, constants: set[Node]) -> None:
+        self._editor = editor
+        self._constants = constants
+        self._kept: dict[Node, Any] = {}
+        self._readers: dict[Node, int] = {}
+
+    def of(self, node: Node) -> Any:
+        """The value of one node; what it is computed from is computed first."""
+        pending = [node]
+        with torch.no_grad():
+            while pending:
+                current = pending[-1]
+                missing = [argument for argument in current.all_input_nodes if argument not in self._kept]
+                if current in self._kept or not missing:
+                    pending.pop()
+                    self._compute(current)
+                else:
+                    pending.extend(missing)
+        return self._kept[node]
+
+    def forget(self, node: Node) -> None:
+        """Free the value of a node that has been replaced."""
+        del self._kept[node]
+
+    def _compute(self, node: Node) -> None:
+        if node in self._kept:
+            return
+        if node.op == "get_attr":
+            self._kept[node] = self._editor.constant_value(node)
+            return
+        args, kwargs = map_arg((node.args, node.kwargs), self._kept.__getitem__)
+        self._kept[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for argument in node.all_input_nodes:
+            if argument not in self._readers:
+                self._readers[argument] = sum(user in self._constants for user in argument.users)
+            self._readers[argument] -= 1
+            if not self._readers[argument]:
+                del self._kept[argument]

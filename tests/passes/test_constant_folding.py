@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch.fx import Node
 
+from graphopt.passes import constant_folding
 from graphopt.passes.constant_folding import ConstantFolding
 from graphopt.program import Program
 from tests.passes.checking import captured, check_pass, targets
@@ -117,3 +120,33 @@ def test_size_nodes_with_a_known_value_become_numbers() -> None:
     assert [item.rule for item in result.rewrites] == ["constant-folding/size"]
     (folded,) = (node for node in result.program.nodes() if node.target is torch.ops.aten.view.default)
     assert folded.args[1][1] == 4 and isinstance(folded.args[1][0], torch.fx.Node)  # type: ignore[index]
+
+
+def test_a_long_chain_keeps_few_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of description must not hold every step of a chain in memory at once."""
+    most = 0
+    compute = constant_folding._Values._compute
+
+    def watch(values: constant_folding._Values, node: Node) -> None:
+        nonlocal most
+        compute(values, node)
+        most = max(most, len(values._kept))
+
+    monkeypatch.setattr(constant_folding._Values, "_compute", watch)
+
+    class Chain(nn.Module):
+        weight: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            value = self.weight
+            for _ in range(50):
+                value = torch.sin(value) + value
+            return x + value
+
+    result = check_pass(captured(Chain(), torch.ones(4)), ConstantFolding(), rewrites=1)
+    assert targets(result.program) == ["aten.add"]
+    assert most <= 4
