@@ -72,8 +72,9 @@ def _read_all(call: Node, wanted: Sequence[Any], given: Sequence[Any], reading: 
         return reading.differs(
             f"{operator_name(call.target)} has {len(given)} arguments where the pattern has {len(wanted)}"
         )
-    overload = isinstance(call.target, OpOverload)
-    names = parameter_names(call.target) if overload else [f"argument {index}" for index in range(len(wanted))]
+    names = tuple(f"argument {index}" for index in range(len(wanted)))
+    if isinstance(call.target, OpOverload):
+        names = parameter_names(call.target)
     for name, pattern, value in zip(names, wanted, given, strict=True):
         place = "input" if name == "self" else name
         reading = _read(pattern, value, reading, f"{place} of {reading.found[call].name} is ")
