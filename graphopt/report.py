@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
+from graphopt.analysis.storage import stored_weights
 from graphopt.contract import Declined, NearMiss, Rewrite
 from graphopt.matcher import operator_name
-from graphopt.program import Program, full_name, get_attribute
+from graphopt.program import Program, full_name
 
 FORMAT = "1.0"
 
@@ -169,19 +168,9 @@ class Report:
 def count(program: Program) -> Counts:
     """Calls by operator in all graphs, and the weights."""
     operators = Counter(operator_name(node.target) for node in program.nodes() if node.op == "call_function")
-    return Counts(dict(sorted(operators.items())), count_parameters(program))
-
-
-def count_parameters(program: Program) -> Parameters:
-    """Elements and bytes of all weights that some node reads; overlapping views of one storage count once."""
-    storages: dict[int, tuple[int, int]] = {}
-    for _, module in program.graphs():
-        for node in module.graph.find_nodes(op="get_attr"):
-            value = get_attribute(module, str(node.target))
-            if isinstance(value, torch.Tensor) and value.numel():
-                storage = value.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes() // value.element_size(), storage.nbytes()
-    return Parameters(sum(item[0] for item in storages.values()), sum(item[1] for item in storages.values()))
+    weights = stored_weights(program)
+    parameters = Parameters(sum(item.elements for item in weights), sum(item.bytes for item in weights))
+    return Counts(dict(sorted(operators.items())), parameters)
 
 
 def operators(program: Program) -> dict[str, str]:

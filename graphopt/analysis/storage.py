@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.program import Program, get_attribute
+from graphopt.program import Program, full_name, get_attribute
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def stored_weights(program: Program) -> tuple[Stored, ...]:
             if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes():
                 place = value.untyped_storage().data_ptr()
                 tensors.setdefault(place, value)
-                names.setdefault(place, []).append(f"{path}.{node.target}".lstrip("."))
+                names.setdefault(place, []).append(full_name(path, str(node.target)))
     return tuple(_stored(names[place], tensor) for place, tensor in tensors.items())
 
 
