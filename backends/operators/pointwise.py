@@ -223,7 +223,7 @@ def _power(lowering: Lowering, node: Node) -> Lazy:
         return element_wise(lowering, node, [base], lambda x: _whole_power(x, int(number)))
     if not node.meta["val"].dtype.is_floating_point:
         raise CompileError(f"{node.name} raises integers to a power that varies; convert them to float first")
-    if number in (0.5, -0.5):
+    if isinstance(number, float) and number in (0.5, -0.5):
         roots = {0.5: tirx.sqrt, -0.5: lambda x: like(x, 1) / tirx.sqrt(x)}
         return element_wise(lowering, node, [base], roots[number])
     return element_wise(lowering, node, [base, exponent], tirx.power)
@@ -335,7 +335,9 @@ TABLE: dict[Any, Lower] = {
     **_overloads({aten.maximum: simple(maximum, 2), aten.minimum: simple(minimum, 2)}, "default"),
     **_overloads({aten.max: simple(maximum, 2), aten.min: simple(minimum, 2)}, "other"),
     **_overloads({aten.pow: _power}, "Tensor_Scalar", "Tensor_Tensor", "Scalar"),
-    **_overloads({aten.clamp: _clamp, aten.clamp_min: _clamp, aten.clamp_max: _clamp}, "default", "Tensor"),
+    **_overloads(
+        {aten.clamp: _clamp, aten.clip: _clamp, aten.clamp_min: _clamp, aten.clamp_max: _clamp}, "default", "Tensor"
+    ),
     **_overloads({getattr(aten, n): _compare(e) for n, e in _COMPARISONS.items()}, "Tensor", "Scalar"),
     **_overloads({getattr(aten, f"__{n}__"): lower for n, lower in _BITWISE.items()}, "Tensor", "Scalar"),
     **_overloads({getattr(aten, f"bitwise_{n}"): lower for n, lower in _BITWISE.items()}, "Tensor", "Scalar"),
