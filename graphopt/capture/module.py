@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture import source_line
 from graphopt.capture.dynamic import Request, distinct_sizes, example_sizes, name_axes, read_request, resize
 from graphopt.capture.exported import Known, from_exported, user_values
+from graphopt.capture.least_sizes import raise_least_sizes
 from graphopt.capture.linear_export import linear_export
 from graphopt.capture.names import argument_names, leaf_paths
 from graphopt.capture.quiet import quiet
@@ -55,7 +56,7 @@ def from_module(
         sizes=sizes,
         examples=[example for example in examples if example is not None],
     )
-    return from_exported(exported, known, name=name, limits=limits)
+    return raise_least_sizes(from_exported(exported, known, name=name, limits=limits), request.low)
 
 
 def read_examples(module: torch.nn.Module, example_inputs: Any) -> Arguments:

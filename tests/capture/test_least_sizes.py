@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import graphopt
+from graphopt.errors import CaptureError
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+LAST_TWO: list[Callable[[Tensor], Tensor]] = [lambda x: x[-2:], lambda x: x[-2:].sum(0), lambda x: x[:2] * 2]
+ANY_SIZE: list[Callable[[Tensor], Tensor]] = [lambda x: x[-1:], lambda x: x.sum(0), lambda x: x[:1]]
+
+
+@pytest.mark.parametrize("function", LAST_TWO)
+def test_a_shape_that_holds_from_two_on_raises_the_bound(function: Callable[[Tensor], Tensor]) -> None:
+    program = graphopt.capture(Function(function), (torch.randn(3, 4),), dynamic_shapes={"x": {0: "batch"}})
+    assert program.sizes["batch"].low == 2
+
+
+@pytest.mark.parametrize("function", ANY_SIZE)
+def test_other_sizes_may_be_one(function: Callable[[Tensor], Tensor]) -> None:
+    program = graphopt.capture(Function(function), (torch.randn(3, 4),), dynamic_shapes={"x": {0: "batch"}})
+    assert program.sizes["batch"].low == 1
+    assert program(torch.ones(1, 4))[0].shape == function(torch.ones(1, 4)).shape
+
+
+def test_a_least_value_of_one_that_does_not_hold_is_refused() -> None:
+    with pytest.raises(CaptureError, match="size 'batch' may be 1"):
+        shapes = {"x": {0: Dim("batch", min=1, max=9)}}
+        graphopt.capture(Function(LAST_TWO[0]), (torch.randn(3, 4),), dynamic_shapes=shapes)
