@@ -104,6 +104,5 @@ def _limit(limits: Limits) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for kind, value in wanted.items():
-        highest = resource.getrlimit(kind)[1]
-        value = value if highest == resource.RLIM_INFINITY else min(value, highest)
+        value = min(value, *(known for known in resource.getrlimit(kind) if known != resource.RLIM_INFINITY), value)
         resource.setrlimit(kind, (value, value))
