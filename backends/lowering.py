@@ -21,6 +21,7 @@ from graphopt.backends.fusion import epilogue
 from graphopt.backends.kernel import BOUND, Code
 from graphopt.backends.kernel_report import Kernels
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
+from graphopt.backends.operators.element_wise import constant
 from graphopt.backends.rules.pointwise import pointwise
 from graphopt.backends.sizes import Sizes, product, shape_of, size_of
 from graphopt.backends.target import Target
@@ -120,6 +121,9 @@ class Lowering:
         lower = OPERATORS.get(node.target)
         if lower is None:
             raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
+        if isinstance(value, torch.Tensor) and 0 in (shape := shape_of(value)):  # nothing to compute, nothing to divide
+            dtype = DTYPES[value.dtype]
+            return Lazy(shape, dtype, (), lambda kernel, index: constant(0, dtype))
         self._current = name = (self._path + node.name,)
         try:
             result = lower(self, node)

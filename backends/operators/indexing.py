@@ -128,7 +128,7 @@ def _cat(lowering: Lowering, node: Node) -> Lazy:
     parts = [lowering.view(part) for part in tensors]
     shape = shape_of(node.meta["val"])
     axis = int(axis) % len(shape)
-    parts = [part for part in parts if len(part.shape) == len(shape)]
+    parts = [part for part in parts if len(part.shape) == len(shape) and part.shape[axis] != 0]
     return joined(parts, axis, shape, DTYPES[node.meta["val"].dtype])
 
 

@@ -50,4 +50,13 @@ def test_an_output_that_is_a_constant_of_rank_0(compiled: Callable[..., Any]) ->
 
 
 def test_empty_inputs(agree: Check) -> None:
-    agree({"sum": lambda x: x.sum(1), "sin": lambda x: torch.sin(x) + 1}, [torch.ones(2, 0, 4)])
+    cases: dict[str, Callable[[torch.Tensor], Any]] = {
+        "sum": lambda x: x.sum(1),
+        "sin": lambda x: torch.sin(x) + 1,
+        "cat": lambda x: torch.cat([x, x], 1),
+        "cat_more": lambda x: torch.cat([x, torch.ones(2, 3, 4), x[:, :0]], 1),
+        "repeat": lambda x: x.repeat(1, 2, 2).roll(1, 1),
+        "linear": lambda x: torch.relu(x @ torch.ones(4, 3)),
+        "whole": lambda x: torch.nn.functional.pad(x.long(), (0, 0, 1, 1)),
+    }
+    agree(cases, [torch.ones(2, 0, 4)])
