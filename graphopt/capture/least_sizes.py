@@ -69,7 +69,9 @@ class _Checker(Interpreter):
         return result
 
     def _fits(self, real: torch.Size, noted: torch.Size) -> bool:
-        return all(size == self._value(other) for size, other in zip(real, noted, strict=True))
+        return len(real) == len(noted) and all(
+            size == self._value(other) for size, other in zip(real, noted, strict=True)
+        )
 
     def _value(self, size: Any) -> Any:
         """A noted size as a number; where a name in it is unknown, it stays an expression and equals nothing."""

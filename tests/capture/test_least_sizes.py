@@ -20,7 +20,12 @@ class Function(nn.Module):
         return self.function(x)
 
 
-LAST_TWO: list[Callable[[Tensor], Tensor]] = [lambda x: x[-2:], lambda x: x[-2:].sum(0), lambda x: x[:2] * 2]
+LAST_TWO: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x[-2:],
+    lambda x: x[-2:].sum(0),
+    lambda x: x[:2] * 2,
+    lambda x: x.squeeze(0),
+]
 ANY_SIZE: list[Callable[[Tensor], Tensor]] = [lambda x: x[-1:], lambda x: x.sum(0), lambda x: x[:1]]
 
 
