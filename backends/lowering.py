@@ -115,9 +115,7 @@ class Lowering:
             value, torch.Tensor
         ):
             return size_of(value)
-        for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
-                raise CompileError(f"{node.name} is {tensor.dtype}, which has no lowering; make it float32")
+        _check_dtypes(node, value)
         lower = OPERATORS.get(node.target)
         if lower is None:
             raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
@@ -284,6 +282,12 @@ class Lowering:
         shape = self.sizes.shape(view.shape)
         kind = relax.TensorType(shape, view.dtype)
         return self.bind(relax.op.reshape(view.storage.variable, relax.ShapeExpr(shape)), kind)
+
+
+def _check_dtypes(node: Node, value: Any) -> None:
+    for tensor in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
+            raise CompileError(f"{node.name} is {tensor.dtype}, which has no lowering; make it float32")
 
 
 def count_reads(node: Node) -> int:
