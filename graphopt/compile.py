@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt.artifact.write import write_artifact
+from graphopt.checking.output_check import check_session
 from graphopt.errors import UsageError
 from graphopt.optional import missing_extra
-from graphopt.output_check import check_session
 from graphopt.program import Program, TensorSpec
 from graphopt.registry import find_backend
 from graphopt.report import FORMAT, PassReport

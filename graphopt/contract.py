@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from graphopt.data import Dataset
+    from graphopt.data.dataset import Dataset
+    from graphopt.data.metric import Metric
     from graphopt.instance import Instance
-    from graphopt.metric import Metric
     from graphopt.program import Program
 
 Preserves = Literal["exact", "quantized", "approximate"]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from graphopt.data import Dataset, open_data
+from graphopt.data.dataset import Dataset, open_data
 from graphopt.errors import UsageError
 from graphopt.fitting import checkpoint as checkpoints
 from graphopt.fitting.loop import Evaluation, FitProgress, Loop, Task
@@ -53,8 +53,8 @@ def fit(
     """Train the weights that `train` names; the program that comes in stays as it is, and the rest is shared.
 
     train: names or patterns (`*`, `?`, `[...]`) of parameters; buffers are trained under their full names only.
-    data: what `graphopt.data.open_data` takes, or a Dataset; samples to fit on are held in memory, in the order of
-        `options.seed`.
+    data: what `graphopt.data.dataset.open_data` takes, or a Dataset; samples to fit on are held in memory, in the order
+        of `options.seed`.
     loss: "cross-entropy" of the first output (logits along its last axis) and integer labels; a function of (outputs,
         label), a tuple of tensors in the program's order and a tensor or None, that returns a tensor of one number;
         or, with a `teacher` that takes the program's inputs, "mse" (the default then), "kl", "cosine" or a

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from graphopt.checked_run import Checked
+from graphopt.checking.checked_run import Checked
 from graphopt.program import Program
 from graphopt.race import Outcome, Race
 from graphopt.report import Slower

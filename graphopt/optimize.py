@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graphopt.contract import Pass, PassContext
-from graphopt.data import open_data
+from graphopt.data.dataset import open_data
+from graphopt.data.metric import open_metric
 from graphopt.errors import UsageError
 from graphopt.levels import is_level, level_passes
-from graphopt.metric import open_metric
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
 from graphopt.progress import tell
 from graphopt.race import measure_on, race_on
-from graphopt.recipe import is_recipe, read_recipe
+from graphopt.recipes.recipe import is_recipe, read_recipe
 from graphopt.registry import check_target
 from graphopt.report import Report
 from graphopt.spec_string import parse_spec

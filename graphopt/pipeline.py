@@ -6,11 +6,11 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from graphopt.checked_run import Checked, Checker
+from graphopt.checking.checked_run import Checked, Checker
 from graphopt.contract import Pass, PassContext
+from graphopt.data.metric import measure
 from graphopt.keep_if_faster import keep_faster
 from graphopt.matcher import operator_name
-from graphopt.metric import measure
 from graphopt.program import Program
 from graphopt.race import Race
 from graphopt.report import MetricReport, PassReport, Report, Slower, count, created, operators

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.schema:
-        from graphopt.recipe_schema import recipe_schema
+        from graphopt.recipes.recipe_schema import recipe_schema
 
         print(json.dumps(recipe_schema(), indent=1))
         return 0

@@ -22,7 +22,7 @@ from graphopt.tools.table import add_json_option, format_table, wants_text, writ
 
 if TYPE_CHECKING:
     from graphopt.program import Program
-    from graphopt.recipe import Recipe
+    from graphopt.recipes.recipe import Recipe
 
 SUMMARY = "run passes over a model and write the result"
 OUTPUTS = (".pt2", ".onnx")
@@ -94,7 +94,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     import inspect
 
     from graphopt.optimize import optimize
-    from graphopt.recipe import SETTINGS
+    from graphopt.recipes.recipe import SETTINGS
     from graphopt.spec_string import pass_options
 
     parameters = inspect.signature(optimize).parameters

@@ -11,7 +11,7 @@ from graphopt.errors import UsageError
 from graphopt.tools.model_argument import FUNCTION, find_function
 
 if TYPE_CHECKING:
-    from graphopt.recipe import Recipe
+    from graphopt.recipes.recipe import Recipe
 
 LEVELS = ("0", "1", "2", "3")
 EXAMPLE = "batch-norm-folding,constant-folding{max-bytes=1024}"
@@ -91,7 +91,7 @@ def chosen_passes(arguments: argparse.Namespace) -> str:
 
 def chosen_recipe(arguments: argparse.Namespace) -> Recipe:
     """The passes and settings that --recipe, --passes or -O come to, with the options that are given beside it."""
-    from graphopt.recipe import read_recipe
+    from graphopt.recipes.recipe import read_recipe
 
     if arguments.recipe is not None:
         return with_options(read_recipe(arguments.recipe), arguments)
@@ -102,14 +102,14 @@ def chosen_recipe(arguments: argparse.Namespace) -> Recipe:
 def spelled_recipe(passes: str, origin: str, arguments: argparse.Namespace) -> Recipe:
     """As `chosen_recipe`, for a level or spec string that comes from `origin`."""
     from graphopt.optimize import choose_passes
-    from graphopt.recipe import Recipe, Step
+    from graphopt.recipes.recipe import Recipe, Step
 
     return with_options(Recipe(tuple(Step(item, origin) for item in choose_passes(passes)), {}), arguments)
 
 
 def with_options(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
     """`recipe` with the settings that the command line gives in place of its own."""
-    from graphopt.recipe import SETTINGS, Recipe, Setting
+    from graphopt.recipes.recipe import SETTINGS, Recipe, Setting
 
     given = {key: getattr(arguments, key.replace("-", "_"), None) for key in (*SETTINGS, "data")}
     settings = {key.replace("-", "_"): Setting(value, f"--{key}") for key, value in given.items() if value is not None}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graphopt.data import Sample
+from graphopt.data.dataset import Sample
 from graphopt.errors import FitError, UsageError
 from graphopt.fitting import checkpoint
 from graphopt.fitting.losses import Objective

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graphopt.data import Sample
+from graphopt.data.dataset import Sample
 from graphopt.fitting.options import FitOptions
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt import CaptureError, CompileError, GraphoptError, Program, VerificationError
-from graphopt.output_check import Check, check_cases
+from graphopt.checking.output_check import Check, check_cases
 from graphopt.passes import PASSES
 from tests.fuzz.generator import Case
 from tests.fuzz.judge import Verdict, verdicts

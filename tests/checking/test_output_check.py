@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from graphopt.checking.output_check import check_cases, check_session
 from graphopt.errors import VerificationError
-from graphopt.output_check import check_cases, check_session
 from graphopt.program import Program
 from graphopt.runtime.session import InferenceSession
 from tests import models

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphopt import optimize
-from graphopt.branches import conditions, forced, search_branches, side_choices, sides_taken
+from graphopt.checking.branches import conditions, forced, search_branches, side_choices, sides_taken
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.errors import VerificationError
 from graphopt.program import Program

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.accumulators import Accumulator, Histogram, Moments, SecondMoment, Statistics
-from graphopt.data import Sample
+from graphopt.data.accumulators import Accumulator, Histogram, Moments, SecondMoment, Statistics
+from graphopt.data.dataset import Sample
+from graphopt.data.statistics import collect, observe
 from graphopt.errors import UnknownNameError, UsageError, VerificationError
-from graphopt.statistics import collect, observe
 from tests.models import program
 from tests.passes.checking import captured
 

@@ -25,9 +25,9 @@ from typing import Any, Literal
 from graphopt.contract import Pass
 from graphopt.errors import MissingExtraError, RecipeError, UnknownNameError, UsageError
 from graphopt.levels import is_level, level_passes
+from graphopt.recipes.yaml_tree import Located, parse_yaml
 from graphopt.registry import check_target, find_pass
 from graphopt.spec_string import build_pass, convert, read_option, read_spec
-from graphopt.yaml_tree import Located, parse_yaml
 
 FORMAT = "1.0"
 FORMATS = re.compile(r"1\.\d+")
@@ -75,7 +75,7 @@ class Recipe:
 
 def shipped_recipes() -> tuple[str, ...]:
     """The names of the recipes that are installed with graphopt."""
-    names = (item.name for item in (resources.files("graphopt") / "recipes").iterdir())
+    names = (item.name for item in resources.files(__package__).iterdir())
     return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
 
 
@@ -113,7 +113,7 @@ def _find(source: str, folder: str) -> _File:
         if source not in shipped:
             hint = f"the name of a file ends in {' or '.join(SUFFIXES)}"
             raise UsageError(f"{UnknownNameError('recipe', source, shipped)} ({hint})")
-        text = (resources.files("graphopt") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+        text = (resources.files(__package__) / f"{source}.yaml").read_text(encoding="utf-8")
         return _File(source, source, text)
     path = os.path.normpath(os.path.join(folder, source))
     try:

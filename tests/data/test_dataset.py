@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from graphopt.data import View, held_out_count, open_data
+from graphopt.data.dataset import View, held_out_count, open_data
 from graphopt.errors import FeedError, UsageError
 from tests.models import program
 from tests.passes.checking import captured

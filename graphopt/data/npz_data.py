@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from graphopt.data import LABEL, Sample, held_out_count
+from graphopt.data.dataset import LABEL, Sample, held_out_count
+from graphopt.data.feeds import cast, check_names, read_inputs, read_label, read_tensor
+from graphopt.data.npz_rows import Array, NpzFile, RowReader, open_npz
 from graphopt.errors import FeedError, UsageError
-from graphopt.feeds import cast, check_names, read_inputs, read_label, read_tensor
-from graphopt.npz_rows import Array, NpzFile, RowReader, open_npz
 from graphopt.program import Program
 
 _BATCH_SIZE = 16

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
-from graphopt.data import Sample, View
+from graphopt.checking.reference import widen
+from graphopt.checking.samples import CANNOT_RUN
+from graphopt.data.dataset import Sample, View
 from graphopt.errors import UsageError, VerificationError
 from graphopt.program import Program
-from graphopt.reference import widen
-from graphopt.samples import CANNOT_RUN
 
 Outputs = tuple[torch.Tensor, ...]
 _NAMES = ("accuracy", "cosine", "snr")

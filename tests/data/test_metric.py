@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.data import Dataset, Sample, View, open_data
+from graphopt.data.dataset import Dataset, Sample, View, open_data
+from graphopt.data.metric import measure, open_metric
 from graphopt.errors import UsageError, VerificationError
-from graphopt.metric import measure, open_metric
 from graphopt.program import Program
 from tests.models import program
 from tests.passes.checking import captured

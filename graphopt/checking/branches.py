@@ -10,9 +10,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphopt.capture.inputs import check_sizes, draw_inputs
+from graphopt.checking.samples import CANNOT_RUN, Drawn, failure
 from graphopt.interpreter import ProgramInterpreter
 from graphopt.program import Program, full_name, set_attribute
-from graphopt.samples import CANNOT_RUN, Drawn, failure
 
 Sides = tuple[bool, ...]  # the side taken by the conditions of the main graph, of its branches, of theirs
 Taken = frozenset[tuple[str, bool]]  # (condition by its path, side)

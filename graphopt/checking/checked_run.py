@@ -12,26 +12,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from graphopt.bisection import find_wrong
-from graphopt.branches import conditions
+from graphopt.checking.bisection import find_wrong
+from graphopt.checking.branches import conditions
+from graphopt.checking.evidence import Evidence, check_exact, check_types, make_samples, results_of
+from graphopt.checking.exactness import Verdict
+from graphopt.checking.local_check import check_instances
+from graphopt.checking.samples import CANNOT_RUN
+from graphopt.checking.structure import find_defect
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.errors import GraphoptError, PassError, PostconditionError, PreconditionError, VerificationError
-from graphopt.exactness import Verdict
-from graphopt.local_check import check_instances
 from graphopt.program import Program
 from graphopt.report import RolledBack
-from graphopt.samples import CANNOT_RUN
-from graphopt.verify import Sample, check_exact, check_types, find_defect, make_samples, results_of
-
-Results = tuple[tuple[torch.Tensor, ...], ...]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The samples that a program is held against, and what it makes of them."""
-
-    samples: tuple[Sample, ...] = ()
-    results: Results = ()
 
 
 @dataclass(frozen=True)

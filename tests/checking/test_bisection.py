@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from graphopt.bisection import find_wrong
+from graphopt.checking.bisection import find_wrong
 
 IDS = [str(number) for number in range(100)]
 

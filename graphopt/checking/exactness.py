@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.reference import largest_error, magnitude
+from graphopt.checking.reference import largest_error, magnitude
 
 FACTOR, RELATIVE = 4.0, 1e-6
 

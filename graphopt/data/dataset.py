@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from graphopt.data.feeds import read_inputs, read_label
 from graphopt.errors import FeedError, UsageError
-from graphopt.feeds import read_inputs, read_label
 from graphopt.program import Program
 
 LABEL = "label"
@@ -83,7 +83,7 @@ def open_data(data: Any, program: Program, *, batch_size: int | None = None) -> 
     exactly. Raises UsageError, or FeedError with the file or sample (counted from 0), for anything else.
     """
     if isinstance(data, (str, os.PathLike)):
-        from graphopt.npz_data import open_npz_data
+        from graphopt.data.npz_data import open_npz_data
 
         source, first_held_out, count, notes = open_npz_data(os.fspath(data), program, batch_size)
         return _split(source, first_held_out, count, source.labelled, notes)

@@ -11,16 +11,16 @@ import pytest
 import yaml
 
 import tests.models
+from graphopt.data.metric import open_metric
 from graphopt.errors import RecipeError, UsageError
 from graphopt.levels import LEVELS
-from graphopt.metric import open_metric
 from graphopt.optimize import choose_passes, optimize
-from graphopt.recipe import SETTINGS, is_recipe, read_recipe, shipped_recipes
-from graphopt.recipe_schema import SETTING_HELP, recipe_schema
+from graphopt.recipes.recipe import SETTINGS, is_recipe, read_recipe, shipped_recipes
+from graphopt.recipes.recipe_schema import SETTING_HELP, recipe_schema
 from graphopt.registry import pass_locations
 from graphopt.spec_string import format_spec
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Write = Callable[..., str]
 
 

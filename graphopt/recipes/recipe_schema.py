@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graphopt.contract import Pass
 from graphopt.levels import LEVELS
-from graphopt.recipe import FORMATS, SETTINGS
+from graphopt.recipes.recipe import FORMATS, SETTINGS
 from graphopt.registry import describe_pass, find_pass, list_targets, pass_locations
 
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}

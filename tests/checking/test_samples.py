@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from graphopt.samples import draw_samples
-from graphopt.verify import make_samples
+from graphopt.checking.evidence import make_samples
+from graphopt.checking.samples import draw_samples
 from tests.passes.checking import captured
 
 

@@ -17,14 +17,14 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 
-from graphopt.branches import forced
-from graphopt.exactness import Verdict, judge
+from graphopt.checking.branches import forced
+from graphopt.checking.evidence import Sample
+from graphopt.checking.exactness import Verdict, judge
+from graphopt.checking.reference import CANNOT_RUN_FLOAT64, call_float64, widen
+from graphopt.checking.samples import CANNOT_RUN
 from graphopt.instance import Instance, Step, Value
 from graphopt.interpreter import ProgramInterpreter
 from graphopt.program import Program
-from graphopt.reference import CANNOT_RUN_FLOAT64, call_float64, widen
-from graphopt.samples import CANNOT_RUN
-from graphopt.verify import Sample
 
 Values = dict[str, Any]
 

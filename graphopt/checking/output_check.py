@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from graphopt.branches import search_branches
+from graphopt.checking.branches import search_branches
+from graphopt.checking.reference import largest_error, magnitude, run_float64
+from graphopt.checking.samples import Drawn, draw_samples
 from graphopt.errors import VerificationError
 from graphopt.program import Program, TensorSpec
-from graphopt.reference import largest_error, magnitude, run_float64
 from graphopt.runtime.session import InferenceSession
-from graphopt.samples import Drawn, draw_samples
 
 # A compiled program may be this much farther from float64 than PyTorch is, plus a share of the largest value: its
 # polynomials and the order of its sums are its own.

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from graphopt.exactness import judge
+from graphopt.checking.exactness import judge
 
 ONES = torch.ones(4, dtype=torch.float64)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from graphopt.accumulators import Accumulator, Moments, Statistics
-from graphopt.data import Sample
+from graphopt.checking.samples import CANNOT_RUN
+from graphopt.data.accumulators import Accumulator, Moments, Statistics
+from graphopt.data.dataset import Sample
 from graphopt.errors import UnknownNameError, UsageError, VerificationError
 from graphopt.interpreter import ProgramInterpreter
 from graphopt.program import Program, full_name
-from graphopt.samples import CANNOT_RUN
 
 
 def collect(

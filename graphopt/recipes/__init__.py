@@ -1,0 +1,1 @@
+"""Passes and settings in YAML files; the shipped ones lie here."""
