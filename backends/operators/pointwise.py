@@ -5,6 +5,7 @@ Comparisons and selections are written so that NaN comes out where PyTorch gives
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -121,20 +122,52 @@ def _add(sign: int, reverse: bool = False) -> Lower:
 
         def expression(a: Any, b: Any) -> Any:
             b = b if alpha == 1 else b * like(b, alpha)
-            return add(a, b) if sign > 0 else a - b
+            return add(a, b) if sign > 0 else subtract(a, b)
 
         return element_wise(lowering, node, [left, right], expression)
 
     return lower
 
 
+def subtract(a: Any, b: Any) -> Any:
+    """TVM takes x - x for 0 and (x + 1) - x for 1, which they are not for NaN, infinities and large numbers.
+
+    It leaves a + (-b) alone, and LLVM makes one subtraction of it.
+    """
+    if not is_float(dtype_of(a)) or isinstance(a, tirx.FloatImm) or isinstance(b, tirx.FloatImm):
+        return a - b
+    return a + b * like(b, -1)
+
+
 def multiply(a: Any, b: Any) -> Any:
-    return tirx.all(a, b) if dtype_of(a) == "bool" else a * b
+    if dtype_of(a) == "bool":
+        return tirx.all(a, b)
+    for number, other in ((a, b), (b, a)):
+        if isinstance(number, tirx.FloatImm) and float(number.value) == 0.0:
+            return _times_zero(other, math.copysign(1.0, float(number.value)) < 0)
+    return a * b
+
+
+def _is_negative(x: Any) -> Any:
+    """Whether the sign is set, of zeros too."""
+    return tirx.any(x < like(x, 0), like(x, 1) / x < like(x, 0))
+
+
+def _times_zero(x: Any, negative: bool) -> Any:
+    """x * 0, which TVM takes for 0: NaN stays, infinities become NaN, and the sign is that of the product."""
+    sign = -math.inf if negative else math.inf
+    signed = like(x, 1) / tirx.Select(_is_negative(x), like(x, -sign), like(x, sign))  # to TVM, -0.0 and 0.0 are one
+    return tirx.Select(tirx.abs(x) < like(x, math.inf), signed, like(x, math.nan))
+
+
+def divide(a: Any, b: Any) -> Any:
+    """a / b; of 0 / b by way of 1 / b, since TVM takes it for 0."""
+    return multiply(a, like(b, 1) / b) if isinstance(a, tirx.FloatImm) and float(a.value) == 0.0 else a / b
 
 
 def _divide(lowering: Lowering, node: Node) -> Lazy:
     left, right, *mode = arguments(node).values()
-    forms = {None: lambda a, b: a / b, "floor": _floor_divide, "trunc": _truncating_divide}
+    forms = {None: divide, "floor": _floor_divide, "trunc": _truncating_divide}
     return element_wise(lowering, node, [left, right], forms[mode[0] if mode else None])
 
 
@@ -258,7 +291,7 @@ def _multiply_add(lowering: Lowering, node: Node) -> Lazy:
 
 def _lerp(start: Any, end: Any, weight: Any) -> Any:
     """From the nearer end, as PyTorch does."""
-    distance = end - start
+    distance = subtract(end, start)
     return tirx.Select(
         tirx.abs(weight) < like(weight, 0.5), start + weight * distance, end - distance * (like(weight, 1) - weight)
     )
@@ -305,7 +338,7 @@ def _bitwise(on_flags: Expression, on_integers: Expression) -> Lower:
 
 
 _COMPARISONS: dict[str, Expression] = {
-    "eq": tirx.EQ,
+    "eq": lambda a, b: tirx.Not(not_equal(a, b)) if is_float(dtype_of(a)) else tirx.EQ(a, b),
     "ne": not_equal,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
@@ -352,7 +385,7 @@ TABLE: dict[Any, Lower] = {
     aten.isnan.default: _predicate(approximations.is_nan),
     aten.isinf.default: _predicate(lambda x: tirx.EQ(tirx.abs(x), like(x, float("inf")))),
     aten.isfinite.default: _predicate(lambda x: tirx.abs(x) < like(x, float("inf"))),
-    aten.signbit.default: _predicate(lambda x: tirx.any(x < like(x, 0), like(x, 1) / x < like(x, 0))),
+    aten.signbit.default: _predicate(_is_negative),
     aten.addcmul.default: _multiply_add,
     aten.lerp.Scalar: simple(_lerp, 3),
     aten.lerp.Tensor: simple(_lerp, 3),

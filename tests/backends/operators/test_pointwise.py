@@ -365,3 +365,23 @@ def test_denormals_may_be_zero(compiled: Callable[..., Any]) -> None:
     run = compiled(cases, [tiny])
     for result, want in zip(run(tiny), run.program(tiny), strict=True):
         assert ((result == want) | (result == 0)).all()
+
+
+def test_nothing_cancels_that_may_be_nan(compiled: Callable[..., Any]) -> None:
+    """Algebra of the reals that floats do not obey; a sign of zero shows in the reciprocal."""
+    cases: dict[str, Callable[[Tensor], Any]] = {
+        "minus_itself": lambda x: x - x,
+        "equal": lambda x: x == x,
+        "times_zero": lambda x: 1 / (x * 0),
+        "times_minus_zero": lambda x: 1 / (-0.0 * x),
+        "zero_over": lambda x: 1 / (0.0 / x),
+        "minus_later": lambda x: (x + 1) - x,
+        "minus_from_zero": lambda x: 1 / (0 - x),
+        "lerp": lambda x: torch.lerp(x, x, 0.25),
+        "filtered": lambda x: torch.where(x == x, x, 2.0),
+    }
+    x = torch.tensor([1.5, math.nan, math.inf, -math.inf, 0.0, -0.0, -3e37, 1e-3])
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        run = compiled(cases, [x.to(dtype)])
+        for spec, result, want in zip(run.program.outputs, run(x.to(dtype)), run.program(x.to(dtype)), strict=True):
+            assert torch.equal(torch.nan_to_num(result, 7), torch.nan_to_num(want, 7)), (spec.name, result, want)
