@@ -10,7 +10,7 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of
+from graphopt.backends.operators.element_wise import computed_in, convert
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy
 
@@ -21,17 +21,13 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _float32(number: float) -> Any:
-    return tirx.const(number, "float32")
-
-
-def _scale(kernel: Kernel, size: Any, result: Any, factor: float | None, corners: bool) -> Any:
-    """Input elements a step of the output, in float32 as PyTorch has it."""
+def _scale(kernel: Kernel, size: Any, result: Any, factor: float | None, corners: bool, dtype: str = "float32") -> Any:
+    """Input elements a step of the output, in the dtype that PyTorch computes positions in."""
     if factor is not None and not corners:
-        return _float32(1 / factor)
+        return tirx.const(1 / factor, dtype)
     size, result = (kernel.size(s) - (1 if corners else 0) for s in (size, result))
-    ratio = size.astype("float32") / tirx.max(result, tirx.const(1, "int64")).astype("float32")
-    return tirx.Select(result > 0, ratio, _float32(0))
+    ratio = size.astype(dtype) / tirx.max(result, tirx.const(1, "int64")).astype(dtype)
+    return tirx.Select(result > 0, ratio, tirx.const(0, dtype))
 
 
 def _nearest(lowering: Lowering, node: Node) -> Lazy:
@@ -60,16 +56,18 @@ def _linear(lowering: Lowering, node: Node) -> Lazy:
     lead = 2
     spatial = len(shape) - lead
     each = list(factors) if factors else [None] * spatial
+    compute = computed_in(view.dtype)
+    zero, half, one = (tirx.const(number, compute) for number in (0.0, 0.5, 1.0))
 
     def neighbours(kernel: Kernel, index: Index, n: int) -> list[tuple[Any, Any]]:
         """The two elements along one axis and their weights."""
         size = view.shape[lead + n]
-        step = _scale(kernel, size, shape[lead + n], each[n], corners)
-        at = index.axis(lead + n).astype("float32")
-        place = at * step if corners else tirx.max((at + _float32(0.5)) * step - _float32(0.5), _float32(0))
+        step = _scale(kernel, size, shape[lead + n], each[n], corners, compute)
+        at = index.axis(lead + n).astype(compute)
+        place = at * step if corners else tirx.max((at + half) * step - half, zero)
         first = tirx.min(place.astype("int64"), kernel.size(size) - 1)
-        share = place - first.astype("float32")
-        return [(first, _float32(1) - share), (tirx.min(first + 1, kernel.size(size) - 1), share)]
+        share = place - first.astype(compute)
+        return [(first, one - share), (tirx.min(first + 1, kernel.size(size) - 1), share)]
 
     def element(kernel: Kernel, index: Index) -> Any:
         pairs = [neighbours(kernel, index, n) for n in range(spatial)]
@@ -77,12 +75,10 @@ def _linear(lowering: Lowering, node: Node) -> Lazy:
 
         def blend(axes: tuple[Any, ...], left: list[list[tuple[Any, Any]]]) -> Any:
             if not left:
-                loaded = kernel.load(view, Index(view.shape, kernel.sizes, axes=axes))
-                return convert(loaded, computed_in(view.dtype))
+                return convert(kernel.load(view, Index(view.shape, kernel.sizes, axes=axes)), compute)
             (low, low_share), (high, high_share) = left[0]
             below, above = blend((*axes, low), left[1:]), blend((*axes, high), left[1:])
-            dtype = dtype_of(below)
-            return below * low_share.astype(dtype) + above * high_share.astype(dtype)
+            return below * low_share + above * high_share
 
         return convert(blend(first, pairs), view.dtype)
 

@@ -28,6 +28,10 @@ def test_sizes_and_modes(agree: Check) -> None:
     agree(CASES, [torch.randn(2, 3, 5, 6)], atol=1e-5)
 
 
+def test_positions_in_float64(agree: Check) -> None:
+    agree({name: CASES[name] for name in ("bilinear_smaller", "linear")}, [torch.randn(2, 3, 7, 5).double()])
+
+
 def test_symbolic_image(agree: Check) -> None:
     names = ("nearest", "bilinear", "bilinear_corners", "nearest_size")
     more = [(torch.randn(1, 2, h, w),) for h, w in [(4, 9), (8, 4)]]
