@@ -31,8 +31,8 @@ def _attention(lowering: Lowering, node: Node) -> View | Lazy:
     flat = len(shape) == 3
     query, key, value = (_rows_of_vectors(lowering, x, grouped) for x in (q, k, v))
     batch, heads = shape[:2] if not flat else (1, shape[0]) if grouped else (shape[0], 1)
-    if not isinstance(heads, int):
-        raise CompileError(f"{node.name} attends with {heads} heads; a fixed number of heads has a lowering")
+    if not all(isinstance(size, int) for size in (heads, query.shape[-1], value.shape[-1])):
+        raise CompileError(f"{node.name} attends with a dynamic number of heads or depth; fixed ones have a lowering")
     groups = max(key.shape[1], value.shape[1]) if grouped else heads
     query = expand(lowering, query, (batch, heads, *query.shape[2:]))
     key, value = (expand(lowering, x, (batch, groups, *x.shape[2:])) for x in (key, value))

@@ -17,7 +17,7 @@ from graphopt.backends.operators.element_wise import computed_in, constant, conv
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules import rows
 from graphopt.backends.rules.generic import reduce_generic, scan_generic
-from graphopt.backends.sizes import Shape, product, shape_of
+from graphopt.backends.sizes import Shape, Size, product, shape_of
 from graphopt.backends.values import Index, Lazy, View, whole
 from graphopt.errors import CompileError
 
@@ -81,7 +81,16 @@ def _prepared(lowering: Lowering, node: Node) -> tuple[Any, list[int], str]:
 
 def _mean_of(value: Any, axes: list[int]) -> Finish:
     count = product(value.shape[axis] for axis in axes)
-    return lambda kernel, total: total / kernel.size(count).astype(dtype_of(total))
+    return lambda kernel, total: _over(kernel, total, count, 0)
+
+
+def _over(kernel: Kernel, total: Any, count: Size, correction: float) -> Any:
+    """total / max(count - correction, 0); TVM refuses to divide by a constant 0."""
+    if isinstance(count, int):
+        divisor = max(count - correction, 0)
+        return total / like(total, divisor) if divisor else total * like(total, math.inf)
+    left = kernel.size(count).astype(dtype_of(total)) - like(total, correction)
+    return total / tirx.Select(left < like(left, 0), like(left, 0), left)
 
 
 def _simple(combine: str) -> Callable[[Lowering, Node], View]:
@@ -173,9 +182,7 @@ def _spread(lowering: Lowering, node: Node, root: bool) -> tuple[View, View]:
         return distance * distance
 
     def finish(kernel: Kernel, total: Any) -> Any:
-        sizes = (stored.shape[axis] for axis in axes)
-        count = kernel.size(product(sizes)).astype(dtype_of(total)) - like(total, correction)
-        result = total / tirx.Select(count < like(count, 0), like(count, 0), count)
+        result = _over(kernel, total, product(stored.shape[axis] for axis in axes), correction)
         return tirx.sqrt(result) if root else result
 
     squares = Lazy(stored.shape, stored.dtype, (stored, mean), element)

@@ -65,9 +65,10 @@ def test_a_dynamic_batch_of_one_head(agree: Check) -> None:
     agree(cases, [torch.randn(3, 5, 8)], [{0: "batch", 1: "seq"}], [(torch.randn(1, 9, 8),)])
 
 
-def test_a_dynamic_number_of_heads_is_refused(compiled: Callable[..., Any]) -> None:
-    with pytest.raises(CompileError, match="a fixed number of heads"):
-        compiled({"attention": lambda q: attend(q, q, q)}, [torch.randn(1, 3, 5, 8)], [{1: "heads"}])
+@pytest.mark.parametrize("axis", [1, 3])
+def test_a_dynamic_number_of_heads_or_depth_is_refused(axis: int, compiled: Callable[..., Any]) -> None:
+    with pytest.raises(CompileError, match="fixed ones have a lowering"):
+        compiled({"attention": lambda q: attend(q, q, q)}, [torch.randn(1, 3, 5, 8)], [{axis: "size"}])
 
 
 def test_float64_is_refused(compiled: Callable[..., Any]) -> None:

@@ -52,6 +52,9 @@ def test_an_output_that_is_a_constant_of_rank_0(compiled: Callable[..., Any]) ->
 def test_empty_inputs(agree: Check) -> None:
     cases: dict[str, Callable[[torch.Tensor], Any]] = {
         "sum": lambda x: x.sum(1),
+        "mean": lambda x: x.mean(1),
+        "var": lambda x: x.var(1),
+        "var_of_one": lambda x: x.sum(1, keepdim=True).var(1),
         "sin": lambda x: torch.sin(x) + 1,
         "cat": lambda x: torch.cat([x, x], 1),
         "cat_more": lambda x: torch.cat([x, torch.ones(2, 3, 4), x[:, :0]], 1),
