@@ -157,9 +157,9 @@ def branch(s: Source) -> object:
 
 def _contiguous(s: Source, name: str) -> str:
     """torch.cond wants the results of both branches to lie alike in memory."""
-    if all(world[name].is_contiguous() for world in s.worlds):
+    if all(world[name].stride() == torch.empty(world[name].shape).stride() for world in s.worlds):
         return name
-    made = s.add(f"{name}.contiguous()")
+    made = s.add(f"{name}.clone(memory_format=torch.contiguous_format)")
     return made[0] if made else name
 
 
