@@ -205,7 +205,10 @@ def _remainder_of_floats(a: Any, b: Any) -> Any:
 def _floor_of_floats(a: Any, b: Any) -> Any:
     """Through the remainder, since a / b may round up to the next whole number."""
     zero = like(a, 0)
-    quotient = (a - _remainder_of_floats(a, b)) / b
+    rest = _fmod(a, b)
+    quotient = subtract(a, rest) / b
+    lower = tirx.all(tirx.NE(rest, zero), not_equal(b < zero, rest < zero))
+    quotient = tirx.Select(lower, quotient - like(a, 1), quotient)
     below = tirx.floor(quotient)
     rounded = tirx.Select(quotient - below > like(a, 0.5), below + like(a, 1), below)
     return tirx.Select(tirx.EQ(b, zero), a / b, rounded)

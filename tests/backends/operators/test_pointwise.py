@@ -378,6 +378,7 @@ def test_nothing_cancels_that_may_be_nan(compiled: Callable[..., Any]) -> None:
         "minus_later": lambda x: (x + 1) - x,
         "minus_from_zero": lambda x: 1 / (0 - x),
         "lerp": lambda x: torch.lerp(x, x, 0.25),
+        "floored": lambda x: torch.div(torch.tensor([-1.5]), x.abs(), rounding_mode="floor"),
         "filtered": lambda x: torch.where(x == x, x, 2.0),
     }
     x = torch.tensor([1.5, math.nan, math.inf, -math.inf, 0.0, -0.0, -3e37, 1e-3])
