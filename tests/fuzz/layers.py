@@ -69,8 +69,8 @@ def normalization(s: Source) -> object:
     value, sizes = s.value(name), s.sizes(name)
     width, dtype = sizes[-1], value.dtype
     if value.dim() > 1 and (channels := sizes[1]) and dtype is torch.float32 and s.rng.random() < 0.5:
-        affine = f"{s.weight([channels])}, {s.weight([channels])}" if s.rng.random() < 0.7 else "None, None"
-        statistics = f"{s.weight([channels])}, {s.positive([channels])}"
+        affine = f"{s.finite([channels])}, {s.finite([channels])}" if s.rng.random() < 0.7 else "None, None"
+        statistics = f"{s.finite([channels])}, {s.positive([channels])}"
         if s.rng.random() < 0.6:
             return s.add(f"F.batch_norm({name}, {statistics}, {affine}, False, 0.1, 1e-5)")
         groups = s.rng.choice([n for n in (1, 2, 4) if channels % n == 0])
@@ -105,8 +105,8 @@ def convolution(s: Source) -> object:
         weight = s.weight([count, channels // groups, *kernel], spread=0.4)
         made = s.add(f"F.conv{rank}d({name}, {weight}, {bias}, {options})")
     if made and s.rng.random() < 0.6:
-        statistics = f"{s.weight([count])}, {s.positive([count])}"
-        affine = f"{s.weight([count])}, {s.weight([count])}"
+        statistics = f"{s.finite([count])}, {s.positive([count])}"
+        affine = f"{s.finite([count])}, {s.finite([count])}"
         made = s.add(f"F.batch_norm({made[0]}, {statistics}, {affine}, False, 0.1, 1e-5)")
     if made and s.rng.random() < 0.5:
         made = s.add(fill(s.rng.choice(SAME_SHAPE), made[0]))

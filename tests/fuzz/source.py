@@ -130,6 +130,12 @@ class Source:
         self.module.register_buffer(name, torch.rand(list(shape), generator=self.generator) + 0.5)
         return f"self.{name}"
 
+    def finite(self, shape: Sequence[int]) -> str:
+        """A buffer of ordinary numbers, such as a mean: what infinite statistics give is nobody's business."""
+        name = f"m{len(self.module._buffers)}"
+        self.module.register_buffer(name, torch.randn(list(shape), generator=self.generator))
+        return f"self.{name}"
+
     def state(self, shape: Sequence[int], dtype: torch.dtype) -> str:
         """A buffer that forward writes to."""
         name = f"s{len(self.module._buffers)}"
