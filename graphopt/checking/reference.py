@@ -91,16 +91,27 @@ def _narrow(value: Any, source: Any) -> Any:
     return value
 
 
-def largest_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """max |result - reference|; equal infinities and NaN in both places count as no error, other NaN as infinite."""
-    if result.numel() == 0:
-        return 0.0
+def errors(result: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """|result - reference| of every element, float64: 0 for equal infinities and for NaN in both, inf for other NaN."""
     left, right = widen(result), widen(reference)
-    if left.dtype == torch.bool or not (left.is_floating_point() or left.is_complex()):
+    equal = same_elements(left, right)
+    whole = not (left.is_floating_point() or left.is_complex())
+    if whole:
         left, right = left.double(), right.double()
-    same = (left == right) | (left.isnan() & right.isnan())
-    difference = torch.where(same, torch.zeros_like(left), left - right).abs()
-    return float(torch.where(difference.isnan(), torch.full_like(difference, torch.inf), difference).max())
+    difference = torch.where(equal, torch.zeros_like(left), left - right).abs()
+    if whole:  # float64 cannot tell neighbours above 2**53 apart
+        difference = torch.where(equal, difference, difference.clamp_min(1.0))
+    return torch.where(difference.isnan(), torch.full_like(difference, torch.inf), difference)
+
+
+def same_elements(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Where two tensors are equal, NaN being equal to NaN."""
+    return (left == right) | (left.isnan() & right.isnan())
+
+
+def largest_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest of `errors`; 0 for empty tensors."""
+    return float(errors(result, reference).max()) if result.numel() else 0.0
 
 
 def magnitude(reference: torch.Tensor) -> float:
