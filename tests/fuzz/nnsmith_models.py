@@ -67,10 +67,12 @@ def generate(seed: int) -> Case:
 
 def _attempt(seed: int) -> Case | None:
     available = operators()
+    import z3
     from nnsmith.error import ConstraintError, InternalError
     from nnsmith.graph_gen import model_gen
     from nnsmith.materialize.torch import TorchModelCPU
 
+    z3.z3._main_ctx = None  # what the solver answers depends on what it was asked before
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
