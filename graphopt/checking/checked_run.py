@@ -7,6 +7,7 @@ program, on the same samples. What is wrong is refused and the pass runs again, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -106,7 +107,10 @@ class _Attempt:
     place: str
 
     def run(self, verify: str, refused: Collection[str], allowed: Collection[str] | None = None) -> PassResult:
-        """Run the pass without the ids in `refused`, with only those in `allowed` where given."""
+        """Run the pass without the ids in `refused`, with only those in `allowed` where given.
+
+        Raises PassError where it crashes, PostconditionError where the result or its account is ill-formed.
+        """
 
         def allow(identity: str) -> bool:
             wanted = allowed is None or identity in allowed
@@ -120,6 +124,9 @@ class _Attempt:
             raise PassError(f"pass {self.place}: {type(error).__name__}: {error}") from error
         if not isinstance(result, PassResult):
             raise PassError(f"pass {self.place}: run returned {type(result).__name__}; return a PassResult")
+        defect = _account_defect(self.program, result, refused)
+        if defect is not None:
+            raise PostconditionError(f"pass {self.place}: {defect}")
         if verify != "off":
             defect = self.item.ensures(result.program)
             if defect is None and result.program is not self.program:
@@ -165,9 +172,23 @@ class _Attempt:
             return attempt.program is not self.program and self.check_whole(attempt.program)[1].reason is not None
 
         found = find_wrong(ids, fails) if ids else None
-        if found is None or found in refused:
+        if found is None:
             raise VerificationError(f"pass {self.place}: {reason}; no rewrite that it asked for makes the difference")
         return [_rolled_back(result, found, reason, False)]
+
+
+def _account_defect(before: Program, result: PassResult, refused: Collection[str]) -> str | None:
+    """What the account of rewrites has that no pass may say, or None."""
+    ids = Counter(rewrite.id for rewrite in result.rewrites)
+    if ids and result.program is before:
+        return "it returned the program that it was given together with rewrites; edit a copy and return that"
+    for identity, number in ids.items():
+        if number > 1:
+            return f"{number} rewrites have the id {identity}; give each its own"
+        if identity in refused:
+            return f"it made the rewrite {identity}, which was refused; ask context.allow before each rewrite"
+    strange = next((instance.id for instance in result.instances if instance.id not in ids), None)
+    return None if strange is None else f"its instance {strange} is none of its rewrites; give it the id of one"
 
 
 def _rolled_back(result: PassResult, identity: str, reason: str | None, local: bool) -> RolledBack:

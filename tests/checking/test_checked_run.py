@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Edit
-from graphopt.errors import VerificationError
+from graphopt.errors import PostconditionError, VerificationError
 from graphopt.program import Program
 from graphopt.rewrite import RewritePass, Rule
 from tests.passes.checking import captured, targets
@@ -276,3 +277,43 @@ def test_state_is_followed() -> None:
     (report,) = graphopt.optimize(captured(Sum(), torch.randn(4, 3)), [Planted()]).report.passes
     assert [item.rule for item in report.rewrites] == ["planted/right"]
     assert [item.rule for item in report.rolled_back] == ["planted/wrong-sign"]
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+@dataclass(frozen=True)
+class Deaf(Pass):
+    """Never asks; `change` is made to what it says of its rewrites."""
+
+    name = "deaf"
+    change: Callable[[Program, PassResult], PassResult] = lambda program, result: result
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edit = Edit(program, PassContext(), self.name)
+        for editor in edit.graphs():
+            for node in editor.nodes():
+                if node.target is aten.sin.default:
+                    source = node.args[0]
+                    editor.replace("cosine", [node], lambda builder, x=source: [builder.call(aten.cos.default, x)])
+        return self.change(program, edit.finish())
+
+
+def with_instance_of(_: Program, result: PassResult) -> PassResult:
+    return replace(result, instances=tuple(replace(item, id="other@sin") for item in result.instances))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda program, result: result, "it made the rewrite cosine@sin, which was refused; ask context.allow"),
+        (with_instance_of, "its instance other@sin is none of its rewrites"),
+        (lambda program, result: replace(result, rewrites=result.rewrites * 2), "2 rewrites have the id cosine@sin"),
+        (lambda program, result: replace(result, program=program), "it returned the program that it was given"),
+    ],
+)
+def test_an_account_that_cannot_be_true_is_an_error(change: Callable[..., PassResult], words: str) -> None:
+    with pytest.raises(PostconditionError, match=f"pass deaf: {words}"):
+        graphopt.optimize(captured(Sine(), torch.randn(3)), [Deaf(change)])
