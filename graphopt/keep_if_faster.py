@@ -7,6 +7,7 @@ more together. What is not faster is refused, and the pass runs again without it
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from graphopt.checking.checked_run import Checked
 from graphopt.program import Program
@@ -15,9 +16,12 @@ from graphopt.report import Slower
 
 
 def keep_faster(
-    checked: Checked, before: Program, run_without: Callable[[Collection[str]], Checked], race: Race
+    checked: Checked, before: Program, run_only: Callable[[Collection[str]], Checked], race: Race
 ) -> tuple[Checked, tuple[Slower, ...]]:
-    """What remains of `checked`, and what was taken back; `run_without` runs the pass without the given ids."""
+    """What remains of `checked`, and what was taken back; `run_only` runs the pass with no rewrites but the given ids.
+
+    What another rule would make of a place that is free again is not tried: it would have to be measured anew.
+    """
     by_rule: dict[str, list[str]] = {}
     for rewrite in checked.result.rewrites:
         by_rule.setdefault(rewrite.rule, []).append(rewrite.id)
@@ -27,28 +31,33 @@ def keep_faster(
     if outcome.faster:
         return checked, ()
     if len(by_rule) == 1:
-        return run_without(by_rule[next(iter(by_rule))]), _all_slower(by_rule, outcome)
-    slower = _slower_rules(by_rule, before, run_without, race)
-    if len(slower) < len(by_rule):
-        rest = run_without([identity for item in slower for identity in item.ids])
+        return _remaining(checked, run_only(())), _all_slower(by_rule, outcome)
+    slower = _slower_rules(by_rule, before, run_only, race)
+    known = {item.rule for item in slower}
+    others = {rule: ids for rule, ids in by_rule.items() if rule not in known}
+    if others:
+        rest = run_only([identity for ids in others.values() for identity in ids])
         outcome = race(before, rest.result.program)
         if outcome.faster:
-            return rest, slower
-        known = {item.rule for item in slower}
-        slower = (*slower, *_all_slower({rule: ids for rule, ids in by_rule.items() if rule not in known}, outcome))
-    return run_without([identity for ids in by_rule.values() for identity in ids]), slower
+            return _remaining(checked, rest), slower
+        slower = (*slower, *_all_slower(others, outcome))
+    return _remaining(checked, run_only(())), slower
 
 
 def _slower_rules(
-    by_rule: dict[str, list[str]], before: Program, run_without: Callable[[Collection[str]], Checked], race: Race
+    by_rule: dict[str, list[str]], before: Program, run_only: Callable[[Collection[str]], Checked], race: Race
 ) -> tuple[Slower, ...]:
     found: list[Slower] = []
     for rule, ids in by_rule.items():
-        others = [identity for other, identities in by_rule.items() if other != rule for identity in identities]
-        outcome = race(before, run_without(others).result.program)
+        outcome = race(before, run_only(ids).result.program)
         if not outcome.faster:
             found.extend(_all_slower({rule: ids}, outcome))
     return tuple(found)
+
+
+def _remaining(checked: Checked, rest: Checked) -> Checked:
+    """`rest` with what was found wrong before, too, which it never made."""
+    return replace(rest, rolled_back=(*checked.rolled_back, *rest.rolled_back))
 
 
 def _all_slower(by_rule: dict[str, list[str]], outcome: Outcome) -> tuple[Slower, ...]:

@@ -79,8 +79,8 @@ class Pipeline:
         slower: tuple[Slower, ...] = ()
         if self.race is not None and item.measured:
             self.context.progress(f"{item.name}: measuring", 0, 1)
-            run_without = _Without(checker, item, program, self.context, place)
-            checked, slower = keep_faster(checked, program, run_without, self.race)
+            run_only = _Only(checker, item, program, self.context, place)
+            checked, slower = keep_faster(checked, program, run_only, self.race)
         seconds = time.perf_counter() - start
         checker.accept(item, checked)
         result = checked.result
@@ -106,8 +106,8 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class _Without:
-    """Runs one pass again without some rewrites."""
+class _Only:
+    """Runs one pass again with some of its rewrites, and none that it did not make before."""
 
     checker: Checker
     item: Pass
@@ -116,8 +116,13 @@ class _Without:
     place: str
 
     def __call__(self, ids: Collection[str]) -> Checked:
-        refused = frozenset(ids)
-        context = replace(self.context, allow=lambda identity: identity not in refused)
-        checked = self.checker.run(self.item, self.program, context, self.place)
+        refused: set[str] = set()
+
+        def allow(identity: str) -> bool:
+            if identity not in ids:
+                refused.add(identity)
+            return identity in ids and self.context.allow(identity)
+
+        checked = self.checker.run(self.item, self.program, replace(self.context, allow=allow), self.place)
         declined = (item for item in checked.result.declined if f"{item.rule}@{item.node}" not in refused)
         return replace(checked, result=replace(checked.result, declined=tuple(declined)))

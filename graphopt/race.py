@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graphopt.contract import Timing
-from graphopt.errors import ArtifactError, UsageError
+from graphopt.errors import ArtifactError, CompileError, UsageError
 from graphopt.program import Program
 
 if TYPE_CHECKING:
@@ -33,10 +33,16 @@ Race = Callable[[Program, Program], Outcome]
 
 
 def race_on(target: str, threads: int | None) -> Race:
-    """A race on this machine; it raises UsageError where code for `target` does not run here."""
+    """A race on this machine.
+
+    It raises UsageError where code for `target` does not run here, CompileError where a program has no lowering for it.
+    """
 
     def race(first: Program, second: Program) -> Outcome:
-        runs = [_prepare(program, target, threads) for program in (first, second)]
+        try:
+            runs = [_prepare(program, target, threads) for program in (first, second)]
+        except CompileError as error:
+            raise CompileError(f"keep_if_faster cannot measure {second.name}: {error}; leave it out") from error
         times = _take_turns(*runs)
         ratios = [after / before for before, after in zip(*times, strict=True)]
         before, after = (Timing(statistics.median(side), len(side)) for side in times)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.contract import PassContext, Timing
-from graphopt.errors import UsageError
+from graphopt.contract import Pass, PassContext, Timing
+from graphopt.errors import CompileError, UsageError
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
 from graphopt.race import Outcome
@@ -60,7 +60,7 @@ class Net(nn.Module):
 COSTS = {"aten.relu": 10.0, "aten.square": 10.0}
 
 
-def run(**costs: float) -> tuple[Program, PassReport]:
+def run(item: Pass | None = None, **costs: float) -> tuple[Program, PassReport]:
     """Optimize with a race that adds up the cost of every operator."""
     prices = {**COSTS, **{f"aten.{name}": cost for name, cost in costs.items()}}
 
@@ -71,7 +71,7 @@ def run(**costs: float) -> tuple[Program, PassReport]:
         before, after = seconds(first), seconds(second)
         return Outcome(Timing(before, 1), Timing(after, 1), after < before)
 
-    pipeline = Pipeline((Both(),), PassContext(), "numeric", strict=False, race=race)
+    pipeline = Pipeline((item or Both(),), PassContext(), "numeric", strict=False, race=race)
     program, report = pipeline.run(captured(Net(), torch.randn(3)))
     return program, report.passes[0]
 
@@ -96,6 +96,46 @@ def test_all_go_where_none_is_faster() -> None:
     program, report = run(clamp_min=10.0, mul=10.0)
     assert not report.rewrites and {item.rule for item in report.slower} == {"both/to-clamp", "both/to-product"}
     assert targets(program) == targets(captured(Net(), torch.randn(3)))
+
+
+class ToClampAtOne(Rule):
+    """Wrong: relu(x) is not the largest of x and 1."""
+
+    @staticmethod
+    def pattern(x: Any) -> Any:
+        return aten.relu.default(x)
+
+    @staticmethod
+    def rewrite(x: Any) -> Any:
+        return aten.clamp_min.default(x, 1.0)
+
+
+class ToMaximum(ToClamp):
+    """Another way to write relu, for where ToClamp is refused."""
+
+    @staticmethod
+    def rewrite(x: Any) -> Any:
+        return aten.maximum.default(x, aten.mul.Tensor(x, 0.0))
+
+
+@dataclass(frozen=True)
+class Choice(RewritePass):
+    """Three rules for one place, the first of them wrong."""
+
+    name = "choice"
+    rules = (ToClampAtOne, ToClamp, ToMaximum)
+
+
+def test_where_a_rule_is_slower_no_other_takes_its_place_unmeasured() -> None:
+    program, report = run(Choice(), clamp_min=10.0)
+    assert not report.rewrites and {item.rule for item in report.slower} == {"choice/to-clamp"}
+    assert targets(program).count("aten.relu") == 2 and "aten.maximum" not in targets(program)
+    assert not report.declined
+
+
+def test_what_was_wrong_stays_in_the_account_when_the_rest_is_slower() -> None:
+    report = run(Choice(), clamp_min=10.0)[1]
+    assert [item.rule for item in report.rolled_back] == ["choice/to-clamp-at-one"] * 2
 
 
 def test_passes_that_only_take_work_away_are_not_measured() -> None:
@@ -125,6 +165,16 @@ def test_the_real_race_compiles_both_and_decides() -> None:
     assert len(report.rewrites) + len(report.slower) == 1
     for item in report.slower:
         assert item.seconds_with > 0 and item.seconds_without > 0
+
+
+def test_an_operator_without_a_lowering_cannot_be_measured() -> None:
+    class Singular(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(torch.linalg.svdvals(x))
+
+    program = captured(Singular(), torch.randn(3, 3))
+    with pytest.raises(CompileError, match=r"keep_if_faster cannot measure .*: aten.*svd.* has no lowering .*; leave"):
+        graphopt.optimize(program, [Both()], keep_if_faster=True, threads=1)
 
 
 def test_a_target_of_another_machine_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
