@@ -76,6 +76,10 @@ def optimize(
         raise UsageError(f"threads={threads!r} has no effect where nothing is measured; leave it out")
     chosen = choose_passes(passes)
     _check_arguments(program, chosen, verify, data, metric)
+    if strict and verify != "numeric":
+        raise UsageError(f"strict has no effect with verify={verify!r}, which takes nothing back; leave it out")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UsageError(f"seed={seed!r} is none; give an integer from 0 to 2**63 - 1")
     check_target(target)
     pipeline = Pipeline(
         passes=chosen,
@@ -97,6 +101,8 @@ def optimize(
 def choose_passes(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes that this argument of `optimize` means. Raises UsageError and UnknownNameError."""
     if not isinstance(passes, str):
+        if not isinstance(passes, Sequence):
+            raise UsageError(f"passes is {passes!r}; give a list of passes, or text such as 'O2' or 'dead-code'")
         for item in passes:
             if not isinstance(item, Pass):
                 raise UsageError(f"passes holds {item!r}, which is no Pass; give instances, such as DeadCode()")
