@@ -100,9 +100,9 @@ def optimize(
 
 def choose_passes(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes that this argument of `optimize` means. Raises UsageError and UnknownNameError."""
+    if not isinstance(passes, Sequence):
+        raise UsageError(f"passes is {passes!r}; give a list of passes, or text such as 'O2' or 'dead-code'")
     if not isinstance(passes, str):
-        if not isinstance(passes, Sequence):
-            raise UsageError(f"passes is {passes!r}; give a list of passes, or text such as 'O2' or 'dead-code'")
         for item in passes:
             if not isinstance(item, Pass):
                 raise UsageError(f"passes holds {item!r}, which is no Pass; give instances, such as DeadCode()")

@@ -18,7 +18,7 @@ from graphopt.checking.branches import conditions
 from graphopt.checking.evidence import Evidence, check_exact, check_types, make_samples, results_of
 from graphopt.checking.exactness import Verdict
 from graphopt.checking.local_check import check_instances
-from graphopt.checking.samples import CANNOT_RUN
+from graphopt.checking.samples import CANNOT_RUN, first_line
 from graphopt.checking.structure import find_defect
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.errors import GraphoptError, PassError, PostconditionError, PreconditionError, VerificationError
@@ -159,7 +159,7 @@ class _Attempt:
         try:
             results = results_of(after, evidence.samples)
         except CANNOT_RUN as error:
-            return evidence, Verdict(math.inf, f"the result does not run: {next(iter(str(error).splitlines()), '')}")
+            return evidence, Verdict(math.inf, f"the result does not run: {first_line(error)}")
         check = check_exact if self.item.preserves == "exact" else check_types
         return Evidence(evidence.samples, results), check(evidence.results, results, evidence.samples, names)
 

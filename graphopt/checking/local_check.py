@@ -17,11 +17,10 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 
-from graphopt.checking.branches import forced
-from graphopt.checking.evidence import Sample
-from graphopt.checking.exactness import Verdict, judge
-from graphopt.checking.reference import CANNOT_RUN_FLOAT64, call_float64, widen
-from graphopt.checking.samples import CANNOT_RUN
+from graphopt.checking.evidence import Sample, prepare
+from graphopt.checking.exactness import RELATIVE, Verdict, judge
+from graphopt.checking.reference import call_float64, widen
+from graphopt.checking.samples import CANNOT_RUN, first_line
 from graphopt.instance import Instance, Step, Value
 from graphopt.interpreter import ProgramInterpreter
 from graphopt.program import Program
@@ -39,7 +38,7 @@ def check_instances(program: Program, instances: Sequence[Instance], samples: Se
     wanted = set().union(*(instance.reads() for instance in checkable)) if checkable else set()
     verdicts: dict[str, Verdict] = {}
     for sample in samples if checkable else ():
-        values = record_values(forced(program, sample.sides) if sample.sides else program, sample.inputs, wanted)
+        values = record_values(prepare(program, sample), sample.inputs, wanted)
         for instance in checkable:
             verdict = _check(instance, values, wanted)
             if verdict is not None:
@@ -81,7 +80,7 @@ def _check(instance: Instance, values: Values, wanted: set[str]) -> Verdict | No
         try:
             new = _run(instance.new, values)
         except CANNOT_RUN as error:
-            return Verdict(math.inf, f"does not run: {next(iter(str(error).splitlines()), '')}")
+            return Verdict(math.inf, f"does not run: {first_line(error)}")
     values.update((name, value) for name, value in new.items() if name in wanted)
     found = ChainMap(new, old, values)
     results = [found[item.name] if isinstance(item, Value) else item for item in instance.new_outputs]
@@ -100,13 +99,21 @@ def _compare(old: Any, new: Any, reference: Any) -> Verdict | None:
     if len(leaves[0]) != len(leaves[1]):
         return None
     for left, right, exact in zip(*leaves, strict=True):
+        if type(left) is not type(right) and not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
+            return None
         if not isinstance(left, torch.Tensor):
-            worst = _worse(worst, Verdict(0.0) if left == right else Verdict(math.inf, f"is {right} instead of {left}"))
-        elif isinstance(right, torch.Tensor) and (left.dtype, left.shape) == (right.dtype, right.shape):
+            worst = _worse(worst, _judge_numbers(left, right))
+        elif (left.dtype, left.shape) == (right.dtype, right.shape):
             worst = _worse(worst, judge(left, right, exact))
         else:
             return None
     return worst
+
+
+def _judge_numbers(old: Any, new: Any) -> Verdict:
+    """Sizes and what is computed of them: Python has them in float64 already."""
+    equal = math.isclose(old, new, rel_tol=RELATIVE) if isinstance(old, float) else old == new
+    return Verdict(0.0) if equal else Verdict(math.inf, f"is {new} instead of {old}")
 
 
 def _run(steps: Sequence[Step], outside: Values) -> Values:
@@ -130,7 +137,7 @@ def _run_float64(steps: Sequence[Step], outside: Values, own: Values) -> Values:
         args, kwargs = _arguments(step, made, outside)
         try:
             made[step.name] = call_float64(step.target, args, kwargs)
-        except CANNOT_RUN_FLOAT64:
+        except CANNOT_RUN:
             made[step.name] = _pytree.tree_map(widen, own[step.name])
     return made
 

@@ -7,13 +7,13 @@ and at primes; a program with state is followed for some calls.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from graphopt.checking.branches import search_branches
 from graphopt.checking.reference import largest_error, magnitude, run_float64
-from graphopt.checking.samples import Drawn, draw_samples
+from graphopt.checking.samples import Drawn, draw_samples, from_state
 from graphopt.errors import VerificationError
 from graphopt.program import Program, TensorSpec
 from graphopt.runtime.session import InferenceSession
@@ -47,7 +47,7 @@ def check_session(session: InferenceSession, entries: Mapping[str, Program]) -> 
                 feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, case.inputs, strict=True)}
                 results = [torch.from_numpy(array) for array in session.run(None, feed, entry=name)]
                 outputs, following = program.step(case.inputs, state)
-                exact = run_float64(_from_state(program, state), case.inputs)
+                exact = run_float64(from_state(program, state), case.inputs)
                 for spec, result, eager, reference in zip(program.outputs, results, outputs, exact, strict=False):
                     worst = max(worst, _compare(name, spec, case.sizes, result, eager, reference))
                 state = following
@@ -61,11 +61,6 @@ def check_cases(program: Program) -> tuple[list[Drawn], list[str]]:
     cases = [Drawn(program.bind(program.examples), program.examples), *drawn]
     branches, missing = search_branches(program, [case.inputs for case in cases])
     return [*cases, *branches], [*skipped, *missing]
-
-
-def _from_state(program: Program, state: tuple[torch.Tensor, ...]) -> Program:
-    items = tuple(replace(item, initial=value) for item, value in zip(program.state, state, strict=True))
-    return replace(program, state=items)
 
 
 def _compare(

@@ -10,21 +10,26 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 
+from graphopt.checking.samples import CANNOT_RUN
 from graphopt.interpreter import ProgramInterpreter
 from graphopt.program import Program
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
-CANNOT_RUN_FLOAT64 = (RuntimeError, NotImplementedError, TypeError)
 
 
 def run_float64(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Outputs, then new state, with every floating-point value and constant in float64.
 
-    An operator without a float64 kernel runs in the program's own types; its result is widened again.
+    An operator without a float64 kernel runs in the program's own types; its result is widened again. So are the
+    program's own results where it does not run as a whole: an index that rounds otherwise may be out of range.
     """
     values = [widen(value) for value in (*inputs, *(item.initial for item in program.state))]
-    with torch.no_grad():
-        return tuple(_Float64(program.graph_module).run(*values))
+    try:
+        with torch.no_grad():
+            return tuple(_Float64(program.graph_module).run(*values))
+    except CANNOT_RUN:
+        outputs, state = program.step(tuple(inputs))
+        return tuple(map(widen, (*outputs, *state)))
 
 
 def widen(value: Any) -> Any:
@@ -40,7 +45,7 @@ def widen(value: Any) -> Any:
 def call_float64(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """One call with its floating-point values, and the types among its arguments, in float64.
 
-    Raises one of CANNOT_RUN_FLOAT64 where the operator has no kernel for that.
+    Raises one of CANNOT_RUN where the operator has no kernel for that.
     """
     if target is torch.ops.higher_order.cond:
         predicate, when_true, when_false, operands = args
@@ -63,7 +68,7 @@ class _Float64(ProgramInterpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         try:
             return call_float64(node.target, args, kwargs)
-        except CANNOT_RUN_FLOAT64:
+        except CANNOT_RUN:
             narrow = [_narrow(value, source) for value, source in zip(args, node.args, strict=True)]
             named = {name: _narrow(value, node.kwargs[name]) for name, value in kwargs.items()}
             return _pytree.tree_map(widen, node.target(*narrow, **named))  # type: ignore[operator]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from graphopt.capture.inputs import check_sizes, draw_inputs
 from graphopt.program import Program
 
-CANNOT_RUN = (RuntimeError, IndexError)  # what PyTorch raises where values or sizes do not fit together
+# What PyTorch raises where values or sizes do not fit together, and Python where the arithmetic on sizes does not.
+CANNOT_RUN = (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class Drawn:
 
     sizes: Mapping[str, int]
     inputs: tuple[torch.Tensor, ...]
+    masks: str = ""  # what its masks are, where that is not drawn
 
     @property
     def label(self) -> str:
-        return f"drawn inputs{' with ' + named(self.sizes) if self.sizes else ''}"
+        details = [part for part in (named(self.sizes), self.masks) if part]
+        return f"drawn inputs{' with ' + ' and '.join(details) if details else ''}"
 
 
 def named(sizes: Mapping[str, int]) -> str:
@@ -46,12 +49,38 @@ def draw_samples(program: Program, seed: int) -> tuple[list[Drawn], list[str]]:
     return drawn, skipped
 
 
+def with_empty_masks(program: Program, drawn: Drawn) -> Drawn | None:
+    """The same inputs with masks of zeros only; None where there is no mask, or PyTorch cannot run it.
+
+    An input counts as a mask by its domain, and without one where its example holds whole numbers from 0 to 1.
+    """
+    masks = [
+        spec.domain.kind == "mask" or (spec.domain.kind == "any" and _holds_bits(example))
+        for spec, example in zip(program.inputs, program.examples, strict=True)
+    ]
+    inputs = tuple(
+        torch.zeros_like(value) if is_mask else value for value, is_mask in zip(drawn.inputs, masks, strict=True)
+    )
+    return Drawn(drawn.sizes, inputs, "masks of zeros") if any(masks) and not failure(program, inputs) else None
+
+
+def _holds_bits(example: torch.Tensor) -> bool:
+    whole = not (example.is_floating_point() or example.is_complex())
+    return whole and bool(((example == 0) | (example == 1)).all())
+
+
+def from_state(program: Program, state: tuple[torch.Tensor, ...]) -> Program:
+    """The program with another initial state."""
+    items = tuple(replace(item, initial=value) for item, value in zip(program.state, state, strict=True))
+    return replace(program, state=items)
+
+
 def _draw(program: Program, sizes: Mapping[str, int], seed: int) -> tuple[tuple[torch.Tensor, ...] | None, str]:
     """Inputs that run, or None and why there are none."""
     try:
         first = draw_inputs(program, sizes, seed)
     except RuntimeError as error:  # an axis such as "past - 1" has no size here
-        return None, _first_line(error)
+        return None, first_line(error)
     reasons = []
     for inputs in _candidates(program, first):
         reasons.append(failure(program, inputs))
@@ -65,11 +94,12 @@ def failure(program: Program, inputs: tuple[torch.Tensor, ...]) -> str:
     try:
         program.step(inputs)
     except CANNOT_RUN as error:
-        return _first_line(error)
+        return first_line(error)
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What PyTorch says first, without the trace that follows."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

@@ -58,7 +58,11 @@ def output_is_flat(before: Program, after: Program) -> Iterator[str]:
     else:
         for spec, value in zip(after.outputs, values, strict=False):
             assert isinstance(value, Node)
-            dtype, rank = value.meta["val"].dtype, value.meta["val"].dim()
+            fake = value.meta["val"]
+            if not isinstance(fake, torch.Tensor):
+                yield f"output {spec.name} is {fake}, which is no tensor"
+                continue
+            dtype, rank = fake.dtype, fake.dim()
             if (dtype, rank) != (spec.dtype, len(spec.shape)):
                 yield f"output {spec.name} is {dtype} with {rank} axes instead of {spec.dtype} with {len(spec.shape)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -317,3 +318,67 @@ def with_instance_of(_: Program, result: PassResult) -> PassResult:
 def test_an_account_that_cannot_be_true_is_an_error(change: Callable[..., PassResult], words: str) -> None:
     with pytest.raises(PostconditionError, match=f"pass deaf: {words}"):
         graphopt.optimize(captured(Sine(), torch.randn(3)), [Deaf(change)])
+
+
+def test_a_number_computed_of_sizes_may_round_otherwise() -> None:
+    @dataclass(frozen=True)
+    class Reciprocal(Pass):
+        name = "reciprocal"
+        factor: float
+
+        def run(self, program: Program, context: PassContext) -> PassResult:
+            edit = Edit(program, context, self.name)
+            for editor in edit.graphs():
+                for node in editor.nodes():
+                    if node.target is operator.truediv:
+                        source = node.args[0]
+                        editor.replace("r", [node], lambda b, s=source: [b.call(operator.mul, s, self.factor)])
+            return edit.finish()
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (x.shape[0] / 3)
+
+    program = captured(Scaled(), torch.randn(4, 3), dynamic={"x": {0: "batch"}})
+    assert (
+        len(graphopt.optimize(program, [Reciprocal(1 / 3)]).report.passes[0].rewrites) == 1
+    )  # 7 / 3 is not 7 * (1 / 3)
+    assert len(graphopt.optimize(program, [Reciprocal(0.3334)]).report.passes[0].rolled_back) == 1
+
+
+def test_what_is_wrong_only_after_the_first_call_is_taken_back() -> None:
+    class Phase(nn.Module):
+        phase: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("phase", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result = self.phase.sin() + x
+            self.phase.add_(x)
+            return result
+
+    (report,) = graphopt.optimize(captured(Phase(), torch.randn(3)), [Planted()]).report.passes
+    assert "called again" in report.rolled_back[0].reason and not report.rewrites
+
+
+def test_an_output_that_is_no_tensor_is_ill_formed() -> None:
+    @dataclass(frozen=True)
+    class OnlySize(Pass):
+        name = "only-size"
+
+        def run(self, program: Program, context: PassContext) -> PassResult:
+            copy = program.copy()
+            nodes = copy.graph_module.graph.nodes
+            (size,) = (node for node in nodes if node.target is aten.sym_size.int)
+            next(iter(reversed(nodes))).args = ((size,),)
+            return PassResult(copy)
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.shape[0]
+
+    program = captured(Scaled(), torch.randn(4, 3), dynamic={"x": {0: "batch"}})
+    with pytest.raises(PostconditionError, match=r"output output is s.*, which is no tensor"):
+        graphopt.optimize(program, [OnlySize()])
