@@ -115,7 +115,8 @@ class PassReport:
 
     def record(self) -> dict[str, Any]:
         """What stays with the program and its artifact: all but the clock, so that equal runs say the same."""
-        return {key: value for key, value in self.to_json().items() if key not in ("seconds", "slower")}
+        kept = {key: value for key, value in self.to_json().items() if key != "seconds"}
+        return {**kept, "slower": [{"ids": list(item.ids), "rule": item.rule} for item in self.slower]}
 
 
 @dataclass(frozen=True)
