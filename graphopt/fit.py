@@ -72,7 +72,11 @@ def fit(
     where a loss or gradient is not finite or PyTorch cannot compute it; WriteError where the checkpoint cannot be
     written. KeyboardInterrupt passes through.
     """
-    options = options or FitOptions()
+    if not isinstance(program, Program):
+        raise UsageError(f"fit takes a Program, got {type(program).__name__}; make one with graphopt.capture")
+    options = FitOptions() if options is None else options
+    if not isinstance(options, FitOptions):
+        raise UsageError(f"options is {type(options).__name__}; write options=graphopt.FitOptions(epochs=...)")
     estimators = estimators or {}
     weights = choose_weights(program, train)
     training, deployed = (TrainingGraph(program, weights, nodes) for nodes in (estimators, {}))

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from graphopt.capture.exported import Known, from_exported
 from graphopt.capture.module import from_module
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, UsageError
 from graphopt.program import Program
 from graphopt.untrusted.limits import Limits
 
@@ -39,6 +39,8 @@ def capture(
     Raises CaptureError when the source is no model, cannot be read safely or cannot be captured as asked, and
     UnknownNameError for an input that forward does not have.
     """
+    if not isinstance(limits, Limits):
+        raise UsageError(f"limits is {type(limits).__name__}; write limits=graphopt.Limits(max_nodes=...)")
     if type(source).__name__ == "ModelProto":
         raise CaptureError(_NO_ONNX)
     if isinstance(source, ExportedProgram):

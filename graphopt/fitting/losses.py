@@ -73,12 +73,12 @@ def make_objective(program: Program, loss: Loss, teacher: Program | None) -> Obj
         loss = Distillation(loss)  # type: ignore[arg-type]
     if isinstance(loss, Distillation):
         return _distill(program, loss, teacher)
-    if teacher is not None:
-        raise UsageError("a teacher has no effect on this loss; put the loss into Distillation(task=...)")
     if loss == "cross-entropy":
         loss = cross_entropy
     if not callable(loss):
         raise UsageError(f"loss={loss!r} is none of {', '.join(DISTANCES)}, cross-entropy and no function")
+    if teacher is not None:
+        raise UsageError("a teacher has no effect on this loss; put the loss into Distillation(task=...)")
     task = loss
     return lambda inputs, outputs, label: task(outputs, label)
 

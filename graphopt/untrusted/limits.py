@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from graphopt.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -16,3 +18,9 @@ class Limits:
     max_constant_bytes: int = 2 << 30  # memory for values that are described but not held: expanded, filled or drawn
     max_parse_bytes: int = 8 << 30  # memory of the process that parses a model file
     max_parse_seconds: int = 300  # processor and wall time of that process
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise UsageError(f"{field.name}={value!r} is no limit; give a whole number of at least 1")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from graphopt.capture import Limits, capture
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, UsageError
 from graphopt.untrusted import child
 from tests import models
 
@@ -235,3 +235,10 @@ def test_child_imports_neither_torch_nor_numpy(saved: Path, tmp_path: Path, monk
 def test_every_limit_is_named_by_a_test() -> None:
     text = Path(__file__).read_text() + Path(__file__).with_name("test_pt2.py").read_text()
     assert [field.name for field in fields(Limits) if f"Limits({field.name}" not in text] == []
+
+
+def test_what_is_no_limit() -> None:
+    with pytest.raises(UsageError, match="max_nodes=0 is no limit; give a whole number of at least 1"):
+        Limits(max_nodes=0)
+    with pytest.raises(UsageError, match=r"limits is dict; write limits=graphopt\.Limits"):
+        capture("model.pt2", limits={"max_nodes": 9})  # type: ignore[arg-type]

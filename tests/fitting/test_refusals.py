@@ -63,6 +63,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"loss": None}, "give a loss"),
     ({"loss": "mse"}, "the loss 'mse' is a distance from a teacher's outputs; give teacher="),
     ({"loss": "l1"}, "loss='l1' is none of mse, kl, cosine, cross-entropy and no function"),
+    ({"loss": "l1", "teacher": "itself"}, "loss='l1' is none of"),
+    ({"options": {"epochs": 1}}, "options is dict; write options=graphopt.FitOptions"),
     ({"loss": "cross-entropy"}, "needs labels, but the data has none"),
     ({"teacher": "itself"}, "a teacher has no effect on this loss"),
     ({"loss": lambda outputs, label: outputs[0]}, r"one floating-point number, got torch\.float32 \[4, 16\]"),
@@ -81,6 +83,11 @@ def test_wrong_arguments(changes: dict[str, Any], words: str) -> None:
         arguments["teacher"] = program("mlp")
     with pytest.raises(UsageError, match=words):
         fit(program("mlp"), **arguments)
+
+
+def test_a_module_is_no_program() -> None:
+    with pytest.raises(UsageError, match=r"fit takes a Program, got Linear; make one with graphopt\.capture"):
+        fit(torch.nn.Linear(2, 2), feeds(5), train=["*"], loss=square)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
