@@ -37,6 +37,7 @@ class ProgramInterpreter(Interpreter):
         take: Callable[[str, bool], None] = _nothing,
     ) -> None:
         super().__init__(module, garbage_collect_values=True)
+        self.extra_traceback = False  # errors keep their one sentence
         self.path = path
         self.see = see
         self.take = take
