@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UsageError
 from graphopt.tools.model_argument import check_artifact, is_artifact
-from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
+from graphopt.tools.table import add_json_option, format_table, wants_text, write_json, write_schema
 
 if TYPE_CHECKING:
     from graphopt.explain import Answer
@@ -29,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.schema:
-        from importlib import resources
-
-        sys.stdout.write((resources.files("graphopt") / "report.schema.json").read_text(encoding="utf-8"))
-        return 0
+        return show_schema(arguments)
     if arguments.report is None:
         raise UsageError("REPORT is missing (only --schema does without); see graphopt explain --help")
     from dataclasses import asdict
@@ -43,6 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
     write_json(arguments, [asdict(answer) for answer in answers])
     if wants_text(arguments):
         print(format_node(answers) if arguments.node is not None else format_passes(answers, arguments.pass_name))
+    return 0
+
+
+def show_schema(arguments: argparse.Namespace) -> int:
+    from importlib import resources
+
+    for name, value in (("REPORT", arguments.report), ("--node", arguments.node), ("--pass", arguments.pass_name)):
+        if value is not None:
+            raise UsageError(f"{name} has no effect with --schema; leave one of them out")
+    write_schema(arguments, json.loads((resources.files("graphopt") / "report.schema.json").read_bytes()))
     return 0
 
 
@@ -57,6 +63,8 @@ def read_report(path: str) -> Any:
         content = stream.read()
     try:
         return json.loads(content)
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path} is no text; give what `graphopt optimize --json FILE` wrote") from e
     except (ValueError, RecursionError) as e:
         raise UsageError(f"{path} is no JSON ({e}); give what `graphopt optimize --json FILE` wrote") from e
 

@@ -45,8 +45,9 @@ def describe(program: Program, blocks: bool = False) -> dict[str, Any]:
     """JSON-able; parameters are counted once per storage, and costs are at the sizes of the examples."""
     from graphopt.analysis.cost import node_costs, total_cost
     from graphopt.analysis.storage import stored_weights
+    from graphopt.matcher import operator_name
 
-    operators = Counter(str(node.target) for node in program.nodes() if node.op.startswith("call_"))
+    operators = Counter(operator_name(node.target) for node in program.nodes() if node.op.startswith("call_"))
     parameters = stored_weights(program)
     costs = node_costs(program)
     example = program.bind(program.examples)

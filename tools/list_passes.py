@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
-from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
+from graphopt.tools.table import add_json_option, format_table, wants_text, write_json, write_schema
 
 if TYPE_CHECKING:
     from graphopt.registry import OptionInfo, PassInfo
@@ -23,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.schema:
         from graphopt.recipes.recipe_schema import recipe_schema
 
-        print(json.dumps(recipe_schema(), indent=1))
+        write_schema(arguments, recipe_schema())
         return 0
     from graphopt import list_passes
 

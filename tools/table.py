@@ -35,6 +35,12 @@ def write_json(arguments: argparse.Namespace, value: Any) -> None:
         stream.write(text.encode())
 
 
+def write_schema(arguments: argparse.Namespace, schema: Mapping[str, Any]) -> None:
+    """To stdout, or to the file that --json names."""
+    arguments.json = arguments.json or "-"
+    write_json(arguments, schema)
+
+
 def format_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """Columns are keys of the rows, numbers to the right; rows may leave cells out."""
     if not rows:
