@@ -80,6 +80,7 @@ def optimize_and_write(arguments: argparse.Namespace, recipe: Recipe, title: str
 
 def show_recipe(arguments: argparse.Namespace, recipe: Recipe) -> int:
     """What `optimize` would be called with: explicit settings with where they come from, and its defaults."""
+    optimize_settings(recipe)  # what cannot be used is an error here, too
     plan = describe_recipe(recipe)
     write_json(arguments, plan)
     if wants_text(arguments):
@@ -99,7 +100,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
     parameters = inspect.signature(optimize).parameters
     settings = {}
-    for key in SETTINGS:
+    for key in (*SETTINGS, "data"):
         name = key.replace("-", "_")
         given = recipe.settings.get(name)
         value, origin = (given.value, given.origin) if given else (parameters[name].default, "default")
@@ -139,6 +140,8 @@ def print_passes(report: dict[str, Any]) -> None:
     if rows:
         print(format_table(rows))
     print(f"nodes  {report['nodes_before']} -> {report['nodes_after']}")
+    if metric := report["metric"]:
+        print(f"{metric['name']}  {metric['before']:.6g} -> {metric['after']:.6g} on held-out data")
     if reasons := top_reasons(report):
         print(f"\n{format_table(reasons)}\n(`graphopt explain` tells the rest, from what --json FILE writes)\n")
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.tools.conftest import DYNAMIC, TINY, Cli
@@ -133,6 +136,24 @@ def test_a_recipe_and_passes(cli: Cli) -> None:
 
 def test_the_schema_of_recipes(cli: Cli) -> None:
     assert cli("list-passes", "--schema").json["title"] == "graphopt recipe"
+
+
+def test_a_schema_goes_where_json_says(cli: Cli) -> None:
+    for verb in ("list-passes", "explain"):
+        assert cli(verb, "--schema", "--json", "schema.json").out == ""
+        assert json.loads(Path("schema.json").read_text()) == cli(verb, "--schema").json
+    cli("explain", "--schema", "--node", "linear").refused("--node has no effect with --schema")
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(cli: Cli) -> None:
+    cli("optimize", "--dry-run", "--metric", "acuracy").refused("metric 'acuracy' is neither accuracy, cosine, snr nor")
+    cli("optimize", "--dry-run", "--data", "nowhere.npz").refused("--data 'nowhere.npz' does not exist")
+
+
+def test_the_summary_has_the_metric(cli: Cli, inputs: Callable[..., Path]) -> None:
+    path = inputs(x=np.ones((10, 8), np.float32))
+    outcome = cli("optimize", TINY, "-o", "out.pt2", "--dynamic", DYNAMIC, "--data", path, "--metric", "cosine")
+    assert "cosine  1 -> 1 on held-out data" in outcome.out
 
 
 BRANCHING = "tests.tools.tiny_models:branching"
