@@ -46,7 +46,7 @@ def _other_shape(program: Program, name: str) -> Node | None:
     try:
         with torch.no_grad():
             checker.run(*draw_inputs(program, sizes, seed=0), *(item.initial for item in program.state))
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError, ArithmeticError):
         pass
     return checker.found
 

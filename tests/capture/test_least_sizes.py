@@ -46,3 +46,12 @@ def test_a_least_value_of_one_that_does_not_hold_is_refused() -> None:
     with pytest.raises(CaptureError, match="size 'batch' may be 1"):
         shapes = {"x": {0: Dim("batch", min=1, max=9)}}
         graphopt.capture(Function(LAST_TWO[0]), (torch.randn(3, 4),), dynamic_shapes=shapes)
+
+
+def test_sizes_that_divide_by_zero_at_one_are_captured_and_checked_elsewhere() -> None:
+    shapes = {"x": {0: "batch"}}
+    program = graphopt.capture(
+        Function(lambda x: x * (12 // (x.shape[0] - 1))), (torch.randn(3, 4),), dynamic_shapes=shapes
+    )
+    report = graphopt.optimize(program, "O1").report
+    assert any("batch=1: PyTorch cannot run it" in sentence for sentence in report.not_checked)

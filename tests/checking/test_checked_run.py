@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.contract import Pass, PassContext, PassResult
-from graphopt.edit import Edit
+from graphopt.edit import Build, Edit
 from graphopt.errors import PostconditionError, VerificationError
 from graphopt.program import Program
 from graphopt.rewrite import RewritePass, Rule
 from tests.passes.checking import captured, targets
 
 aten = torch.ops.aten
+
+
+def calling(target: Callable[..., Any], *args: Any) -> Build:
+    """One call in the place of one node."""
+    return lambda builder: [builder.call(target, *args)]
 
 
 class Right(Rule):
@@ -148,7 +153,7 @@ class Blind(Pass):
             for number, node in enumerate(relus):
                 low = 5.0 if number in self.wrong else 0.0
                 source = node.args[0]
-                editor.replace("clamp", [node], lambda b, s=source, n=low: [b.call(aten.clamp_min.default, s, n)])
+                editor.replace("clamp", [node], calling(aten.clamp_min.default, source, low))
         edit.instances.clear()
         return edit.finish()
 
@@ -297,8 +302,7 @@ class Deaf(Pass):
         for editor in edit.graphs():
             for node in editor.nodes():
                 if node.target is aten.sin.default:
-                    source = node.args[0]
-                    editor.replace("cosine", [node], lambda builder, x=source: [builder.call(aten.cos.default, x)])
+                    editor.replace("cosine", [node], calling(aten.cos.default, node.args[0]))
         return self.change(program, edit.finish())
 
 
@@ -331,8 +335,7 @@ def test_a_number_computed_of_sizes_may_round_otherwise() -> None:
             for editor in edit.graphs():
                 for node in editor.nodes():
                     if node.target is operator.truediv:
-                        source = node.args[0]
-                        editor.replace("r", [node], lambda b, s=source: [b.call(operator.mul, s, self.factor)])
+                        editor.replace("product", [node], calling(operator.mul, node.args[0], self.factor))
             return edit.finish()
 
     class Scaled(nn.Module):
