@@ -22,13 +22,14 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphopt.capture.hoist import hoist_constants
-from graphopt.capture.normal_form import fake_mode
+from graphopt.capture.normal_form import fake_mode, note_names
 from graphopt.program import Program, copy_module, get_attribute, placeholder_name, set_attribute
 
 
 def lift(program: Program) -> ExportedProgram:
     """An ExportedProgram that computes what the program does; tensors are shared, graphs are copied."""
     module = copy_module(program.graph_module)
+    note_names(module)
     hoist_constants(module, "branch_constant")
     graph, root = Graph(), torch.nn.Module()
     weights = _weights(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,13 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, SymIntArgument, TensorArgument
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError
 from graphopt.program import get_attribute, has_attribute, placeholder_name, set_attribute
 
+NAME = "graphopt_name"  # in the custom metadata of a file's nodes, which reading renames
 KEPT_META = ("val", "custom", "stack_trace", "nn_module_stack")
 _GUARD = re.compile(r"_assert_|sym_constrain_range|_assert$|_check")
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -214,12 +217,39 @@ def same_storage_view(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def copy_node(graph: Graph, node: Node, values: Mapping[Node, Node]) -> Node:
-    """Copy a node into `graph` with the metadata that programs keep."""
-    copied = graph.node_copy(node, lambda argument: values[argument])
+    """Copy a node into `graph` with the metadata that programs keep, and the name that a file says it had."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda argument: values[argument])
+    copied = graph.create_node(node.op, node.target, args, kwargs, noted_name(node) or node.name, node.type)
     copied.meta = kept_meta(node)
     if copied.op == "get_attr":
         copied.meta.pop("val", None)
     return copied
+
+
+def note_names(module: GraphModule) -> None:
+    """Write the name of every call into its metadata: reading a file traces it anew, and gives other names.
+
+    Tracing gives an item of a result the metadata of the call, so the names of items are noted there too.
+    """
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            items = {str(user.args[1]): user.name for user in node.users if user.target is operator.getitem}
+            note = {"name": node.name, "operator": str(node.target), "items": items}
+            node.meta["custom"] = {**(node.meta.get("custom") or {}), NAME: note}
+
+
+def noted_name(node: Node) -> str | None:
+    """What `note_names` wrote of this node, as far as it is a name."""
+    is_item = node.target is operator.getitem
+    note = ((node.args[0] if is_item else node).meta.get("custom") or {}).get(NAME)  # type: ignore[union-attr]
+    if not isinstance(note, dict):
+        return None
+    if is_item:
+        items = note.get("items")
+        name = items.get(str(node.args[1])) if isinstance(items, dict) else None
+    else:
+        name = note.get("name") if note.get("operator") == str(node.target) else None
+    return name if isinstance(name, str) and name.isidentifier() else None
 
 
 def kept_meta(node: Node) -> dict[str, Any]:
@@ -227,6 +257,10 @@ def kept_meta(node: Node) -> dict[str, Any]:
     meta = {key: node.meta[key] for key in KEPT_META if node.meta.get(key) is not None}
     if "val" in meta:
         meta["val"] = pytree.tree_map_only(torch.Tensor, _without_gradient, meta["val"])
+    if NAME in meta.get("custom", ()):
+        meta["custom"] = {key: value for key, value in meta["custom"].items() if key != NAME}
+        if not meta["custom"]:
+            del meta["custom"]
     return meta
 
 
