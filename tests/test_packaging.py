@@ -20,7 +20,8 @@ HEAVY = ("torch", "tvm", "onnx", "onnxruntime", "networkx", "transformers")
 def package_files() -> set[str]:
     names = {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in (ROOT / "graphopt").rglob("*.py")}
     names |= {f"graphopt/{path.relative_to(ROOT)}" for link in LINKS for path in (ROOT / link).rglob("*.py")}
-    names |= {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in (ROOT / "graphopt").rglob("*.yaml")}
+    data = [path for suffix in ("yaml", "html", "css", "js") for path in (ROOT / "graphopt").rglob(f"*.{suffix}")]
+    names |= {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in data}
     return names | {"graphopt/py.typed", "graphopt/report.schema.json"}
 
 

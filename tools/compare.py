@@ -1,4 +1,7 @@
-"""Run two models or artifacts on the same inputs and say how far their outputs are apart."""
+"""Run two models or artifacts on the same inputs and say how far their outputs are apart.
+
+With --html both graphs are shown side by side.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from graphopt.errors import UsageError
 from graphopt.tools.array_file import read_arrays
+from graphopt.tools.html_page import add_html_option, add_page_sources, check_html, read_json, write_page
 from graphopt.tools.model_argument import HELP_ARTIFACT, add_dynamic_option
 from graphopt.tools.progress import progress
 from graphopt.tools.subject import Array, Arrays, add_entry_option, add_size_options, chosen_sizes, open_subject
@@ -27,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_entry_option(parser)
     add_dynamic_option(parser)
     add_size_options(parser)
+    add_html_option(parser)
+    add_page_sources(parser)
     add_json_option(parser)
 
 
@@ -34,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     for option, value in (("--atol", arguments.atol), ("--rtol", arguments.rtol)):
         if not 0 <= value < math.inf:
             raise UsageError(f"{option} {value:g} is no tolerance; give a number of at least 0")
+    check_html(arguments, arguments.a, arguments.b)
+    report, profile = read_json(arguments.report), read_json(arguments.profile)
     with progress("opening both"):
         a, b = (open_subject(path, arguments.dynamic, arguments.entry) for path in (arguments.a, arguments.b))
     if arguments.input:
@@ -43,9 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     with progress("running both"):
         rows = compare_outputs(a.run(feed), b.run(feed), arguments.atol, arguments.rtol)
     within = all(row["within"] for row in rows)
+    titles = (arguments.a, arguments.b)
+    write_page(arguments.html, a.program, b.program, report=report, profile=profile, outputs=rows, titles=titles)
     write_json(arguments, {"within": within, "atol": arguments.atol, "rtol": arguments.rtol, "outputs": rows})
     if wants_text(arguments):
         print(format_table(rows))
+        if arguments.html is not None:
+            print(f"wrote {arguments.html}")
         print("the outputs agree" if within else f"outside atol {arguments.atol:g}, rtol {arguments.rtol:g}")
     return 0 if within else 1
 

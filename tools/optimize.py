@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UsageError
 from graphopt.tools import interrupt
+from graphopt.tools.html_page import add_html_option, check_html, write_page
 from graphopt.tools.model_argument import HELP, add_dynamic_option, load_model
 from graphopt.tools.output_file import check_suffix
 from graphopt.tools.pass_options import (
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help=help)
     help = "also print how often each operator stands in the model before and after"
     parser.add_argument("--verbose", action="store_true", help=help)
+    add_html_option(parser)
     add_json_option(parser)
 
 
@@ -59,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def optimize_and_write(arguments: argparse.Namespace, recipe: Recipe, title: str) -> int:
     check_suffix(arguments.output, OUTPUTS)
+    check_html(arguments)
     from graphopt import optimize
 
     settings = optimize_settings(recipe)
@@ -69,12 +72,14 @@ def optimize_and_write(arguments: argparse.Namespace, recipe: Recipe, title: str
     with progress(f"writing {arguments.output}"):
         write_program(result.program, arguments.output)
     report = result.report.to_json()
+    titles = (arguments.model, arguments.output)
+    write_page(arguments.html, program, result.program, report=report, titles=titles)
     write_json(arguments, report)
     if wants_text(arguments):
         print_passes(report)
         if getattr(arguments, "verbose", False):
             print_operators(report)
-        print(f"wrote {arguments.output}")
+        print(f"wrote {arguments.output}" + (f" and {arguments.html}" if arguments.html is not None else ""))
     return 0
 
 

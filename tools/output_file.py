@@ -23,8 +23,9 @@ INPUTS = (
     "source",
     "recipe",
     "report",
+    "profile",
 )  # what the verbs call the files that they read
-OUTPUTS = {"output": "-o", "json": "--json", "chart": "--chart"}
+OUTPUTS = {"output": "-o", "json": "--json", "chart": "--chart", "html": "--html"}
 
 
 @contextlib.contextmanager

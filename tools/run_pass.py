@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from graphopt.errors import UsageError
+from graphopt.tools.html_page import add_html_option
 from graphopt.tools.model_argument import add_model_argument
 from graphopt.tools.optimize import add_output_option, optimize_and_write
 from graphopt.tools.pass_options import (
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checking_options(parser)
     add_data_options(parser)
     add_later_options(parser, LATER)
+    add_html_option(parser)
     add_json_option(parser)
 
 

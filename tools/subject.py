@@ -24,11 +24,15 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Subject:
-    """`draw` makes inputs for sizes by name (missing ones as in the example) and a seed; `run` computes the outputs."""
+    """`draw` makes inputs for sizes by name (missing ones as in the example) and a seed; `run` computes the outputs.
+
+    `program` is None for an artifact.
+    """
 
     inputs: Mapping[str, Shape]
     draw: Callable[[Mapping[str, int], int], Arrays]
     run: Callable[[Mapping[str, Array]], Arrays]
+    program: Program | None = None
 
 
 def open_subject(path: str, dynamic: list[str], entry: str | None = None) -> Subject:
@@ -58,7 +62,7 @@ def program_subject(program: Program) -> Subject:
         outputs = program(*inputs)
         return {spec.name: value.numpy() for spec, value in zip(program.outputs, outputs, strict=True)}
 
-    return Subject({spec.name: spec.shape for spec in program.inputs}, draw, run)
+    return Subject({spec.name: spec.shape for spec in program.inputs}, draw, run, program)
 
 
 def open_artifact(path: str, entry: str | None = None) -> Subject:

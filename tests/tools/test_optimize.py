@@ -179,3 +179,15 @@ def test_what_was_taken_back_is_always_shown(capsys: pytest.CaptureFixture[str])
 
     print_passes(report_of(lambda model, x: x.relu() + x.sin().relu(), Doubling()))
     assert "doubling  rolled back      2  relu  wrong on its own: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [("optimize",), ("run-pass", "dead-code")])
+def test_page_of_what_changed(cli: Cli, tmp_path: Path, verb: tuple[str, ...]) -> None:
+    outcome = cli(*verb, TINY, "-o", "b.pt2", "--html", "page.html")
+    assert outcome.code == 0 and "wrote b.pt2 and page.html" in outcome.out, outcome.err
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_page_with_another_ending(cli: Cli, tmp_path: Path) -> None:
+    cli("optimize", TINY, "-o", "b.pt2", "--html", "page.pt2").refused(".html")
+    assert not (tmp_path / "b.pt2").exists()
