@@ -16,8 +16,8 @@ function drawSummary() {
   byId("summary").replaceChildren(...[
     tile(arrow(a.title, b.title), a.title === b.title ? "model" : "A and B"),
     tile(arrow(count(a.count), count(b.count)), "nodes that compute"),
-    tile(arrow(count(a.parameters.elements), count(b.parameters.elements)), "parameters"),
-    tile(arrow(bytes(a.parameters.bytes), bytes(b.parameters.bytes)), "of weights"),
+    a.parameters.elements + b.parameters.elements > 0 && tile(arrow(count(a.parameters.elements), count(b.parameters.elements)), "parameters"),
+    a.parameters.bytes + b.parameters.bytes > 0 && tile(arrow(bytes(a.parameters.bytes), bytes(b.parameters.bytes)), "of weights"),
     data.passes.length && tile(count(rewrites), back ? `rewrites, ${back} taken back` : "rewrites"),
     errors.length && tile(relative(Math.max(...errors)), "largest error after a pass"),
     data.outputs.length && tile(data.outputs.every((row) => row.within) ? "agree" : "differ", "outputs"),

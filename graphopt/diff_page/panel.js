@@ -43,7 +43,7 @@ function showPanel(key, node) {
     element("p", {}, element("span", { class: `badge state-${node.state}` }, `${STATES[node.state]} ${node.state}`),
       ` in ${key.toUpperCase()}, ${data[key].title}`),
     element("p", { id: "fate" }, ...fate(key, node)),
-    part("Why", ...why(node)),
+    part("Why", ...why(key, node)),
     part("Node", element("dl", {}, ...facts(key, node))),
     part("Arguments", ...argumentTable(key, node)),
     part("Kernels", ...(node.kernels || []).map(kernelLine)),
@@ -68,7 +68,7 @@ function fate(key, node) {
   return key === "a" ? ["Replaced by ", ...links(far, partners), "."] : ["Stands in the place of ", ...links(far, partners), "."];
 }
 
-function why(node) {
+function why(key, node) {
   const made = (node.changes || []).map((number) => {
     const change = data.changes[number];
     return element("div", { class: "change" },
@@ -82,8 +82,10 @@ function why(node) {
   const unread = (node.notes || []).filter((note) => note.kind === "removed" && node.state === "removed");
   made.push(...unread.map((note) => element("div", { class: "change" },
     element("p", {}, element("b", { class: "rule" }, note.rule)), element("p", {}, note.reason))));
-  if (made.length || !node.rule) return made;
-  return [element("div", { class: "change" }, element("p", {}, element("b", { class: "rule" }, node.rule)),
+  const there = isKept(node) ? [] : (node.partners || []).map((name) => data[other[key]].nodes[data[other[key]].place.get(name)]);
+  const rules = [...new Set([node, ...there].map((item) => item.rule).filter(Boolean))];
+  if (made.length || !rules.length) return made;
+  return [element("div", { class: "change" }, element("p", {}, element("b", { class: "rule" }, rules.join(", "))),
     element("p", { class: "dim" }, "as its provenance has it; a report tells more (--report)"))];
 }
 

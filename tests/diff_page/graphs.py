@@ -18,8 +18,8 @@ aten = torch.ops.aten
 
 @functools.cache
 def optimized(name: str) -> tuple[Program, dict[str, Any]]:
-    """A model of tests/models.py at O2, and the report."""
-    result = optimize(program(name), "O2")
+    """A model of tests/models.py at O2, and the report; without measured errors where measuring takes long."""
+    result = optimize(program(name), "O2", verify="structure" if name == "bert" else "numeric")
     return result.program, result.report.to_json()
 
 
