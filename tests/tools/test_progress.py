@@ -37,9 +37,9 @@ def test_the_stage_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "DELAY", 0.001)
     with progress.progress("running O2"):
         tell("constant-folding", 1, 7)
-        terminal.written.clear()
-        assert terminal.written.wait(30)
-        assert terminal.written.clear() or terminal.written.wait(30)
+        for _ in range(2):  # the first write may have begun before the stage was told
+            terminal.written.clear()
+            assert terminal.written.wait(30)
     assert "running O2: constant-folding (2 of 7) ..." in terminal.getvalue()
 
 
