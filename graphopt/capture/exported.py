@@ -90,8 +90,8 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
             shared = _sharing(exported)
             if shared is not None:
                 raise CaptureError(
-                    f"{shared[0]!r} and {shared[1]!r} share memory which forward writes to or a torch.cond reads twice; "
-                    "make one a copy (clone())"
+                    f"{shared[0]!r} and {shared[1]!r} share memory, which forward writes to or a torch.cond reads "
+                    "twice; make one a copy (clone())"
                 ) from error
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(f"the exported program cannot be decomposed: {first}") from error
