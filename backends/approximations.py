@@ -31,10 +31,11 @@ _TANH_BOUND = 0.75
 
 
 def _exp_fit(degree: int = 5) -> np.ndarray:
-    """e^r on |r| <= ln(2) / 2, in powers of r."""
+    """e^r on |r| <= ln(2) / 2, in powers of r; e^0 is 1, so that one score alone has log-softmax 0."""
     u = chebyshev.chebpts1(2000)
-    fit = chebyshev.cheb2poly(chebyshev.chebfit(u, np.exp(u * math.log(2) / 2), degree))
-    return np.asarray(fit / (math.log(2) / 2) ** np.arange(degree + 1))
+    x = u * math.log(2) / 2
+    fit = chebyshev.cheb2poly(np.linalg.lstsq(chebyshev.chebvander(u, degree - 1) * x[:, None], np.expm1(x))[0])
+    return np.asarray([1.0, *fit / (math.log(2) / 2) ** np.arange(degree)])
 
 
 def _odd_fit(values: np.ndarray, x: np.ndarray, u: np.ndarray, degree: int) -> np.ndarray:

@@ -312,7 +312,7 @@ def _absolute(x: Any) -> Any:
 def _sign(x: Any) -> Any:
     """1, 0 or -1; 0 for NaN, as in PyTorch."""
     dtype, zero = dtype_of(x), like(x, 0)
-    return x if dtype == "bool" else (x > zero).astype(dtype) - (x < zero).astype(dtype)
+    return x if dtype == "bool" else tirx.Select(x > zero, like(x, 1), tirx.Select(x < zero, like(x, -1), zero))
 
 
 def _rounding(function: Expression) -> Lower:

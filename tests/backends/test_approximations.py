@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,8 @@ def test_edges(session: InferenceSession) -> None:
             wanted[1:3] = torch.tensor([torch.inf, 0.0])  # the limits; PyTorch gives NaN for some of them
         close = torch.isclose(result, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
         assert close.all(), (name, result[~close], wanted[~close])
+
+
+def test_one_score_alone(compiled: Callable[..., Any]) -> None:
+    run = compiled({"log_softmax": lambda x: x.log_softmax(-1), "exp": lambda x: (x * 0).exp()}, [torch.randn(5, 1)])
+    assert [value.tolist() for value in run(torch.randn(5, 1))] == [[[0.0]] * 5, [[1.0]] * 5]

@@ -114,6 +114,8 @@ SCALARS: Cases = {
     "pow_weights": lambda x: (x.abs().flatten()[:2] + 0.1) ** torch.tensor([0.5, 2.0]),
     "rpow": lambda x: 2.0**x,
     "clip": lambda x: torch.clip(x, -1, 1),
+    "sign_squared": lambda x: (lambda s: s * s)(torch.sign(x)),
+    "flag_squared": lambda x: (lambda s: s * s)((x > 0).to(x.dtype)),
     "eq": lambda x: x == 1,
     "ne": lambda x: x != 1.0,
     "lt": lambda x: x < 0.5,
