@@ -19,7 +19,7 @@ from graphopt import CaptureError, CompileError, GraphoptError, Program, Verific
 from graphopt.checking.output_check import Check, check_cases
 from graphopt.passes import PASSES
 from tests.fuzz.generator import Case
-from tests.fuzz.judge import Verdict, verdicts
+from tests.fuzz.judge import CAREFUL_RUNS, Verdict, verdicts
 
 OUTCOMES = ("ok", "refused", "unstable", "mismatch", "crash")
 REFUSALS = ("lowering", "is lowered for", "convert them to float first", "write it with where", "write it from one end")
@@ -161,8 +161,11 @@ class _Judge:
         for number, item in enumerate(inputs):
             if number not in wanted or not self._fits(item):
                 continue
-            for call, (results, verdict) in enumerate(zip(run(item), wanted[number], strict=False)):
-                fault = verdict.fault(results)
+            results = run(item)
+            if any(verdict.fault(found) for found, verdict in zip(results, wanted[number], strict=False)):
+                wanted[number] = verdicts(self.case.module, [item, item], CAREFUL_RUNS)
+            for call, (found, verdict) in enumerate(zip(results, wanted[number], strict=False)):
+                fault = verdict.fault(found)
                 if fault:
                     shapes = [list(value.shape) for value in item]
                     raise Wrong(f"{label}, inputs {number} of shapes {shapes}, call {call}: {fault}")

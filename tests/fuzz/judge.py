@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RUNS = 5
+CAREFUL_RUNS = 64  # before a result is called wrong: five may all miss a comparison that rounding decides
 FACTOR = 16.0  # times the largest change that shaking causes
 SHARE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3}  # of the largest value
 ROUNDING = {torch.float64: 1e-14, torch.float32: 3e-7, torch.float16: 1e-3}
@@ -172,11 +173,11 @@ def run_model(module: nn.Module, steps: list[tuple[Tensor, ...]]) -> list[tuple[
         return [tuple(value.clone() for value in module(*(item.clone() for item in inputs))) for inputs in steps]
 
 
-def verdicts(module: nn.Module, steps: list[tuple[Tensor, ...]]) -> list[Verdict]:
-    """What a model that is called on each item in turn has to give."""
+def verdicts(module: nn.Module, steps: list[tuple[Tensor, ...]], count: int = RUNS) -> list[Verdict]:
+    """What a model that is called on each item in turn has to give; `count` is how often rounding is shaken."""
     expected = run_model(module, steps)
     runs = []
-    for seed in range(RUNS):
+    for seed in range(count):
         with Shaken(seed):
             runs.append(run_model(module, steps))
     wide = _try_wide(module, steps)
