@@ -59,7 +59,8 @@ def _layer_norm(lowering: Lowering, node: Node) -> Any:
 
 def _rms_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, epsilon = arguments(node).values()
-    epsilon = torch.finfo(node.meta["val"].dtype).eps if epsilon is None else epsilon
+    if epsilon is None:  # PyTorch computes 16-bit types in float32, and takes float32's
+        epsilon = torch.finfo(torch.promote_types(node.meta["val"].dtype, torch.float32)).eps
     scale = _parameter(lowering, weight)
 
     def build(value: View) -> Any:

@@ -25,6 +25,7 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
     "layer_norm_of_lazy": lambda x: F.layer_norm(x * 2 + 1, (6,)),
     "layer_norm_half": lambda x: F.layer_norm(x.half(), (6,)),
     "rms_norm": lambda x: F.rms_norm(x, (6,)),
+    "rms_norm_half": lambda x: F.rms_norm((x / 100).half(), (6,)),
     "rms_norm_weight": lambda x: F.rms_norm(x, (6,), torch.arange(6.0), 1e-2),
     "softmax": lambda x: x.softmax(-1),
     "softmax_first": lambda x: x.softmax(0),
