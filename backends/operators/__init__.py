@@ -21,6 +21,7 @@ from graphopt.backends.operators import (
     linear,
     normalization,
     pointwise,
+    pooling,
     reduction,
     resampling,
     views,
@@ -38,6 +39,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **normalization.TABLE,
     **reduction.TABLE,
     **convolution.TABLE,
+    **pooling.TABLE,
     **resampling.TABLE,
     **control_flow.TABLE,
 }
