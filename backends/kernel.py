@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.sizes import Shape, Size, Sizes, product, symbols_in
 from graphopt.backends.target import Target
 from graphopt.backends.traffic import elements_read, nodes_computed
-from graphopt.backends.values import Index, Lazy, Product, Storage, View, leaves
+from graphopt.backends.values import Index, Lazy, Product, Storage, View, inverse, leaves, permuted
 
 Configuration = Mapping[str, bool | int | float | str]  # what a rule chose, flat, as JSON has it
 BOUND = ("float32", "float64", "float16")  # dtypes whose values are bound to variables in kernels
@@ -127,6 +127,8 @@ class Kernel:
         self._known.clear()
 
     def _position(self, value: View, index: Index) -> Any:
+        if index.base is not None:
+            value, index = permuted(value, inverse(index.order)), index.base
         if value.contiguous:
             return index.flat()
         position = self.size(value.offset)

@@ -17,15 +17,28 @@ from torch.fx import Graph, GraphModule, Node
 from tvm import relax
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.fusion import epilogue
+from graphopt.backends.fusion import Kinds, Place, epilogue
 from graphopt.backends.kernel import BOUND, Code
 from graphopt.backends.kernel_report import Kernels
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
 from graphopt.backends.operators.element_wise import constant
+from graphopt.backends.operators.views import permutation_of
 from graphopt.backends.rules.pointwise import pointwise
 from graphopt.backends.sizes import Sizes, product, shape_of, size_of
 from graphopt.backends.target import Target
-from graphopt.backends.values import Lazy, Product, Storage, Value, View, fused_name, whole
+from graphopt.backends.values import (
+    Lazy,
+    Product,
+    Storage,
+    Value,
+    View,
+    fused_name,
+    inverse,
+    permutation,
+    permuted,
+    preferred_order,
+    whole,
+)
 from graphopt.errors import CompileError, GraphoptError
 from graphopt.program import Program, get_attribute
 from graphopt.runtime.dtypes import name_of
@@ -33,6 +46,7 @@ from graphopt.runtime.manifest import KernelInfo
 
 _DEEPEST = 16  # element-wise nodes that one kernel computes in a chain
 _DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
+_KINDS = Kinds(fits_epilogue, is_branching, permutation_of)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ class Lowering:
         self.bindings: list[relax.Binding] = []
         self.env: dict[Node, Any] = {}
         self.order: dict[Node, int] = {node: number for number, node in enumerate(module.graph.nodes)}
-        self._stored: dict[int, tuple[Lazy, View]] = {}
+        self._stored: dict[tuple[int, tuple[int, ...]], tuple[Lazy | View, View]] = {}
         self._covered: set[Node] = set()
         self._current: tuple[str, ...] = ()  # the node being lowered
         self._views: dict[int, tuple[str, ...]] = {}  # id of a view -> the node whose value it is
@@ -150,19 +164,16 @@ class Lowering:
         """
         bound = value.dtype in BOUND
         if value.branches and any(map(is_branching, node.users)):
-            return self.store(value)
+            return self.view(value)
         if value.depth > (_DEEPEST if bound else _DEEPEST_UNBOUND):
-            return self.store(value)
+            return self.view(value)
         if count_reads(node) < 2 or not value.operands:
             return value
-        together = self.epilogue(node)
+        together, _ = epilogue(node, Place(value.shape), self.order, _KINDS)
         inside = {node, *together}
         if bound and together and all(user in inside for user in node.users):
             return replace(value, shared=True)
-        return self.store(value)
-
-    def epilogue(self, node: Node) -> list[Node]:
-        return epilogue(node, self.order, fits_epilogue, is_branching)
+        return self.view(value)
 
     # Values -----------------------------------------------------------------------------------------------------------
     def value(self, argument: Any) -> Any:
@@ -188,42 +199,56 @@ class Lowering:
         return whole(self.constants[name])
 
     def view(self, argument: Any) -> View:
-        """The argument in memory, with whatever strides."""
+        """The argument in memory, with whatever strides: a lazy value in the order of what it reads."""
         value = self.tensor(argument) if not isinstance(argument, (View, Lazy)) else argument
-        return value if isinstance(value, View) else self.store(value)
+        return value if isinstance(value, View) else self.store(value, preferred_order(value))
 
     def contiguous(self, argument: Any) -> View:
         """The argument in memory, row-major from the start of its storage."""
-        view = self.view(argument)
-        return view if view.contiguous else self.store(view)
+        value = self.tensor(argument) if not isinstance(argument, (View, Lazy)) else argument
+        return value if isinstance(value, View) and value.contiguous else self.store(value)
 
-    def store(self, value: Lazy | View) -> View:
-        """Write the value to memory with an element-wise kernel, once."""
-        if id(value) not in self._stored:
-            code = pointwise(value, fused_name("", value), self.target)
+    def store(self, value: Lazy | View, order: tuple[int, ...] = ()) -> View:
+        """Write the value to memory with an element-wise kernel, once; `order` names its axes from the outermost in."""
+        plain = tuple(range(len(value.shape)))
+        order = order or plain
+        key = (id(value), order)
+        if key not in self._stored:
+            arranged = value if order == plain else _arranged(value, order)
+            code = pointwise(arranged, fused_name("", value), self.target)
             alone = () if code.nodes else self._current  # made for the node being lowered, such as padding
             (stored,) = self.call(code, self.owners(value) or alone)
-            self._stored[id(value)] = (value, stored)  # type: ignore[assignment]
-        return self._stored[id(value)][1]
+            self._stored[key] = (value, permuted(stored, inverse(order)))
+        return self._stored[key][1]
 
     # Kernels ----------------------------------------------------------------------------------------------------------
     def anchored(
-        self, node: Node, build: Callable[[Product, Any], Code], begin: Callable[[Product], Any] = lambda result: result
+        self,
+        node: Node,
+        build: Callable[[Product, Any], Code],
+        begin: Callable[[Any], Any] = lambda result: result,
+        order: tuple[int, ...] = (),
     ) -> View:
         """Lower `node` with its epilogue: `build` gets the bare result and the end of the element-wise tree over it.
 
-        `begin` adds to the bare result what belongs to the node itself, such as a bias.
+        `begin` adds to the bare result what belongs to the node itself, such as a bias. `order`: axis n of the node is
+        axis order[n] of what the kernel writes, where they differ.
         """
-        together = self.epilogue(node)
-        result: Any = Product(shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype])
-        self.env[node] = end = begin(result)
+        shape = shape_of(node.meta["val"])
+        start = Place(tuple(shape[axis] for axis in inverse(order)) if order else shape, order)
+        together, place = epilogue(node, start, self.order, _KINDS)
+        result = Product(start.shape, DTYPES[node.meta["val"].dtype])
+        end: Any
+        self.env[node] = end = begin(permutation(result, order) if order else result)
         for follower in together:
             end = OPERATORS[follower.target](self, follower)
             if isinstance(end, Lazy):
                 shared = count_reads(follower) > 1 and follower is not together[-1]
                 end = replace(named(follower, end), shared=shared)
             self.env[follower] = end
-        (stored,) = self.call(build(result, end), tuple(self._path + each.name for each in (node, *together)))
+        arranged = permutation(end, inverse(place.order)) if place.order else end
+        (stored,) = self.call(build(result, arranged), tuple(self._path + each.name for each in (node, *together)))
+        stored = permuted(stored, place.order) if place.order else stored
         if together:
             self.env[together[-1]] = stored
             self._covered.update(together)
@@ -282,6 +307,10 @@ class Lowering:
         shape = self.sizes.shape(view.shape)
         kind = relax.TensorType(shape, view.dtype)
         return self.bind(relax.op.reshape(view.storage.variable, relax.ShapeExpr(shape)), kind)
+
+
+def _arranged(value: Lazy | View, order: tuple[int, ...]) -> Lazy | View:
+    return permuted(value, order) if isinstance(value, View) else permutation(value, order)
 
 
 def _check_dtypes(node: Node, value: Any) -> None:

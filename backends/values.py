@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tvm import relax, tirx
 
@@ -58,6 +58,7 @@ class Lazy:
     operands: tuple[Value | Product, ...]
     element: Callable[[Kernel, Index], Any]
     flat: bool = False  # reads its operands at the same linear position only
+    order: tuple[int, ...] = ()  # a permutation of its only operand: axis n is the operand's axis order[n]
     name: str = ""  # of the operator, for the names of kernels
     shared: bool = False  # read several times in one kernel: bound to a variable there
     branching: bool = False  # its formula compares or selects
@@ -124,17 +125,92 @@ def fused_name(first: str, value: Any) -> str:
     return "_".join(word for word in words[:7] if word) or "copy"
 
 
-def reads_flat(value: Any, shape: Shape, seen: set[int] | None = None) -> bool:
-    """True when every element reads only its own linear position, or scalars."""
+def permuted(value: View, order: Sequence[int]) -> View:
+    """Axis n of the result is axis order[n] of the view."""
+    return View(
+        value.storage, tuple(value.shape[a] for a in order), tuple(value.strides[a] for a in order), value.offset
+    )
+
+
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes `order`."""
+    return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def permutation(value: Lazy | Product, order: Sequence[int]) -> Lazy:
+    """The lazy value whose axis n is axis order[n] of `value`."""
+    order = tuple(order)
+    back = inverse(order)
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        return kernel.load(value, index.permuted(back))
+
+    return Lazy(tuple(value.shape[a] for a in order), value.dtype, (value,), element, order=order)
+
+
+def placed_views(value: Any) -> Iterator[tuple[View, tuple[int, ...]]]:
+    """Every view of the size of `value` read below it, with the axis of `value` that each of its axes is."""
+    seen: set[Any] = set()
+    stack = [(value, tuple(range(len(value.shape))))]
+    while stack:
+        item, order = stack.pop()
+        if (id(item), order) in seen or len(item.shape) != len(order):
+            continue
+        seen.add((id(item), order))
+        if isinstance(item, View):
+            yield item, order
+        elif isinstance(item, Lazy) and item.order:
+            stack.append((item.operands[0], tuple(order[axis] for axis in inverse(item.order))))
+        elif isinstance(item, Lazy):
+            stack.extend((operand, order) for operand in item.operands if operand.shape == item.shape)
+
+
+def memory_order(value: View) -> tuple[int, ...]:
+    """The axes from the widest stride to the narrowest, equal ones in their own order; size 1 keeps its place."""
+    strided = [a for a, size in enumerate(value.shape) if size != 1]
+    by_stride = sorted(strided, key=lambda a: _typical(value.strides[a]), reverse=True)
+    places = iter(by_stride)
+    return tuple(next(places) if size != 1 else a for a, size in enumerate(value.shape))
+
+
+def _typical(size: Size) -> int:
+    """The size with every symbol at 61: enough to tell which of two strides is the wider."""
+    return size if isinstance(size, int) else int(size.subs(dict.fromkeys(size.free_symbols, 61)))
+
+
+def preferred_order(value: Lazy) -> tuple[int, ...]:
+    """The order of axes in which most of the views that `value` reads whole lie in memory; row-major where in doubt."""
+    plain = tuple(range(len(value.shape)))
+    votes: dict[tuple[int, ...], int] = {plain: 0}
+    for view, order in placed_views(value):
+        found = tuple(order[axis] for axis in memory_order(view))
+        if 0 not in view.strides:
+            votes[found] = votes.get(found, 0) + 1
+    return max(votes, key=lambda order: votes[order])
+
+
+def reads_flat(value: Any, shape: Shape, order: tuple[int, ...] = (), seen: set[Any] | None = None) -> bool:
+    """True when every element reads only its own linear position in a tensor of `shape`, or scalars.
+
+    `order`: axis n of `value` is axis order[n] of `shape`; empty where they are the same.
+    """
     seen = set() if seen is None else seen
-    if id(value) in seen:
+    if (id(value), order) in seen:
         return True
-    seen.add(id(value))
+    seen.add((id(value), order))
     if isinstance(value, View):
-        return (value.shape == shape and value.contiguous) or product(value.shape) == 1
-    if isinstance(value, Lazy):
-        return (value.flat or not value.operands) and all(reads_flat(o, shape, seen) for o in value.operands)
-    return False
+        here = permuted(value, inverse(order)) if order and len(order) == len(value.shape) else value
+        return (here.shape == shape and here.contiguous) or product(value.shape) == 1
+    if not isinstance(value, Lazy):
+        return False
+    if value.order:
+        outer = order or tuple(range(len(value.order)))
+        below = tuple(outer[axis] for axis in inverse(value.order))
+        below = () if below == tuple(range(len(below))) else below
+        return reads_flat(value.operands[0], shape, below, seen)
+    if order and any(operand.shape != value.shape and product(operand.shape) != 1 for operand in value.operands):
+        return False
+    return (value.flat or not value.operands) and all(reads_flat(o, shape, order, seen) for o in value.operands)
 
 
 @dataclass(eq=False)
@@ -142,7 +218,8 @@ class Index:
     """A position in a tensor, known as axes, as (row, column) or as one linear number; the others are derived.
 
     A row is all axes but the last. Row and column stay the same through element-wise nodes and through reshapes that
-    keep the last axis, so a kernel over rows needs no division.
+    keep the last axis, so a kernel over rows needs no division. A permuted index remembers the index it came from, so
+    that memory in that one's order is read without division too.
     """
 
     shape: Shape
@@ -151,15 +228,17 @@ class Index:
     row: Any = None
     column: Any = None
     linear: Any = None
+    base: Index | None = None
+    order: tuple[int, ...] = ()  # with a base: axis n is the base's axis order[n]
     _derived: dict[Any, Any] = field(default_factory=dict)
 
     def flat(self) -> Any:
         if self.linear is None:
-            if self.axes is not None:
+            if self.axes is not None or self.base is not None:
                 strides = contiguous_strides(self.shape)
                 self.linear = tirx.const(0, "int64")
-                for axis, stride in zip(self.axes, strides, strict=True):
-                    self.linear = self.linear + axis * self.sizes.expr(stride)
+                for number, stride in enumerate(strides):
+                    self.linear = self.linear + self.axis(number) * self.sizes.expr(stride)
             else:
                 self.linear = self.row * self.sizes.expr(self.shape[-1] if self.shape else 1) + self.column
         return self.linear
@@ -168,6 +247,8 @@ class Index:
         """The index along one axis; sizes are positive, so truncating division is exact."""
         if self.axes is not None:
             return self.axes[number]
+        if self.base is not None:
+            return self.base.axis(self.order[number])
         if self.shape[number] == 1:
             return tirx.const(0, "int64")
         last = len(self.shape) - 1
@@ -193,6 +274,18 @@ class Index:
             axes = tuple(zero if size == 1 else self.axis(skip + number) for number, size in enumerate(shape))
             self._derived[shape] = Index(shape, self.sizes, axes=axes)
         return self._derived[shape]
+
+    def permuted(self, order: tuple[int, ...]) -> Index:
+        """The same position with axis n counted where this index has axis order[n]."""
+        base = self if self.base is None else self.base
+        composed = order if self.base is None else tuple(self.order[axis] for axis in order)
+        if composed == tuple(range(len(composed))):
+            return base
+        key = ("permuted", composed)
+        if key not in base._derived:
+            shape = tuple(base.shape[axis] for axis in composed)
+            base._derived[key] = Index(shape, self.sizes, base=base, order=composed)
+        return cast("Index", base._derived[key])
 
     def reshaped(self, shape: Shape) -> Index:
         """The position of the same element once the tensor is reshaped to `shape`."""

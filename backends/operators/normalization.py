@@ -15,10 +15,10 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, computed_in, convert, like
-from graphopt.backends.operators.views import permuted, reshape
+from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules.rows import layer_norm, rms_norm, softmax
 from graphopt.backends.sizes import product, shape_of
-from graphopt.backends.values import Index, Lazy, View
+from graphopt.backends.values import Index, Lazy, View, permuted
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:

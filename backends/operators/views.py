@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of, size_of
-from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.backends.values import Index, Lazy, Product, View, permutation, permuted
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -62,47 +62,38 @@ def _reshape(lowering: Lowering, node: Node) -> View | Lazy:
     return reshape(lowering, lowering.tensor(node.args[0]), shape_of(node.meta["val"]))
 
 
-def _permuted(lowering: Lowering, node: Node, order: list[int]) -> View:
-    return permuted(lowering.view(node.args[0]), order)
+def _permuted(lowering: Lowering, node: Node) -> View | Lazy:
+    value, order = lowering.tensor(node.args[0]), permutation_of(node)
+    return permuted(value, order) if isinstance(value, View) else permutation(value, order)
 
 
-def permuted(view: View, order: list[int]) -> View:
-    """Axis n of the result is axis order[n] of the view."""
-    return View(view.storage, tuple(view.shape[a] for a in order), tuple(view.strides[a] for a in order), view.offset)
+def permutation_of(node: Node) -> tuple[int, ...]:
+    """For a node that only permutes axes: which axis of its operand each axis is; otherwise nothing."""
+    if node.target not in PERMUTATIONS:
+        return ()
+    order, target = list(range(_rank(node))), node.target
+    if target in (aten.t.default, aten.numpy_T.default):
+        return tuple(reversed(order))
+    given = list(arguments(node).values())[1:]
+    if target is aten.permute.default:
+        return tuple(int(axis) % len(order) for axis in given[0])
+    if target is aten.transpose.int:
+        first, second = (int(axis) % len(order) for axis in given)
+        order[first], order[second] = order[second], order[first]
+        return tuple(order)
+    sources, places = ([int(a) % len(order) for a in (x if isinstance(x, list) else [x])] for x in given)
+    order = [axis for axis in order if axis not in sources]  # movedim: the others keep their order
+    for place, axis in sorted(zip(places, sources, strict=True)):
+        order.insert(place, axis)
+    return tuple(order)
 
 
 def _rank(node: Node) -> int:
     return int(node.meta["val"].dim())
 
 
-def _permute(lowering: Lowering, node: Node) -> View:
-    return _permuted(lowering, node, [int(axis) % _rank(node) for axis in node.args[1]])  # type: ignore[union-attr, arg-type]
-
-
-def _transpose(lowering: Lowering, node: Node) -> View:
-    order = list(range(_rank(node)))
-    first, second = (int(axis) % len(order) for axis in node.args[1:3])  # type: ignore[arg-type]
-    order[first], order[second] = order[second], order[first]
-    return _permuted(lowering, node, order)
-
-
-def _matrix_transpose(lowering: Lowering, node: Node) -> View:
-    return _permuted(lowering, node, list(range(_rank(node)))[::-1])
-
-
 def _expand(lowering: Lowering, node: Node) -> Any:
     return expand(lowering, lowering.tensor(node.args[0]), shape_of(node.meta["val"]))
-
-
-def _move(lowering: Lowering, node: Node) -> View:
-    """movedim: the named axes go to the named places, the others keep their order."""
-    _, source, destination = arguments(node).values()
-    rank = _rank(node)
-    sources, places = ([int(a) % rank for a in (x if isinstance(x, list) else [x])] for x in (source, destination))
-    order = [axis for axis in range(rank) if axis not in sources]
-    for place, axis in sorted(zip(places, sources, strict=True)):
-        order.insert(place, axis)
-    return _permuted(lowering, node, order)
 
 
 def _pixel_shuffle(lowering: Lowering, node: Node) -> View | Lazy:
@@ -231,15 +222,21 @@ RESHAPES = frozenset(
     }
 )
 
+PERMUTATIONS = frozenset(
+    {
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.numpy_T.default,
+        aten.movedim.intlist,
+        aten.movedim.int,
+    }
+)
+
 TABLE: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(RESHAPES, _reshape),
-    aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-    aten.t.default: _matrix_transpose,
-    aten.movedim.intlist: _move,
-    aten.movedim.int: _move,
+    **dict.fromkeys(PERMUTATIONS, _permuted),
     aten.pixel_shuffle.default: _pixel_shuffle,
-    aten.numpy_T.default: _matrix_transpose,
     aten.expand.default: _expand,
     aten.expand_as.default: _expand,
     aten.broadcast_tensors.default: _broadcast,
