@@ -18,16 +18,17 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.linker import link
 from graphopt.backends.lowering import Weights, lower_program
-from graphopt.backends.target import Target, resolve_target
+from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
 from graphopt.errors import CompileError
 from graphopt.program import Program
 from graphopt.runtime.manifest import KernelInfo
 
-__all__ = ["Module", "build", "finalize", "lower", "resolve_target"]
+__all__ = ["Module", "build", "finalize", "lower", "resolve_target", "runnable"]
 
 SET_DENORMALS = "graphopt_set_denormals"
-_FLUSH = 0x8040  # MXCSR: flush to zero (bit 15) and denormals are zero (bit 6)
+_FTZ_DAZ = 0x8040  # MXCSR: flush to zero (bit 15) and denormals are zero (bit 6)
+_FZ = 1 << 24  # FPCR: flush to zero, operands and results
 _SPACE = 64 << 20  # bytes for object files and the library; code is a few MB
 _EVERY_WORKER = 1024  # tasks of the function that reaches every worker thread
 
@@ -56,7 +57,6 @@ def lower(programs: Mapping[str, Program], target: Target) -> Module:
             known = kernels.get(kernel, info)
             kernels[kernel] = replace(known, nodes={**known.nodes, **info.nodes})
     functions.update(builder.get().functions)
-    functions[relax.GlobalVar(SET_DENORMALS)] = set_denormals()
     return Module(tvm.IRModule(functions), weights.arrays, arguments, kernels)
 
 
@@ -124,6 +124,7 @@ def finalize() -> tvm.transform.Pass:
 def build(module: tvm.IRModule, target: Target) -> bytes:
     """The shared library. Raises CompileError where code generation or linking fails."""
     native = native_target(target)
+    module = tvm.IRModule({**module.functions, relax.GlobalVar(SET_DENORMALS): set_denormals(target)})
     try:
         with native, tvm.transform.PassContext(opt_level=3):
             executable = relax.build(module, native, relax_pipeline=finalize(), tir_pipeline=register())
@@ -134,7 +135,7 @@ def build(module: tvm.IRModule, target: Target) -> bytes:
         path = str(Path(folder) / "library.so")
 
         def linker(output: str, objects: list[str], **_: Any) -> None:
-            link(list(objects), output)
+            link(list(objects), output, target.machine)
 
         executable.export_library(path, fcompile=linker, workspace_dir=folder)
         return Path(path).read_bytes()
@@ -155,18 +156,19 @@ def native_target(target: Target) -> tvm.target.Target:
     return tvm.target.Target(
         {
             "kind": "llvm",
-            "mtriple": "x86_64-unknown-linux-gnu",
+            "mtriple": f"{target.machine}-unknown-linux-gnu",
             "mcpu": target.architecture,
-            "mattr": ["-prefer-256-bit"] if target.lanes == 16 else [],
+            "mattr": ["-prefer-256-bit"] if target.lanes == 16 and target.machine == "x86_64" else [],
             "num-cores": target.threads,
         }
     )
 
 
-def set_denormals() -> tirx.PrimFunc:
+def set_denormals(target: Target) -> tirx.PrimFunc:
     """graphopt_set_denormals(flush): 1 makes every thread of the caller's pool treat denormals as zero, 0 undoes it.
 
-    Denormal operands cost a microcode assist each: a matrix product over them runs 200 times slower.
+    Denormal operands cost an x86 core a microcode assist each: a matrix product over them runs 200 times slower. Arm
+    cores take them in their stride; there it is done so that results are the same.
     """
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -174,10 +176,19 @@ def set_denormals() -> tirx.PrimFunc:
             T.func_attr({"tirx.noalias": True, "global_symbol": SET_DENORMALS})
             flush = T.arg("flush", tirx.Var("flush", "int32"))
             with T.parallel(tirx.const(0, "int32"), tirx.const(_EVERY_WORKER, "int32")):
-                word = T.alloc_buffer((1,), "int32", scope="local", layout=None)
-                address = tirx.address_of(word[0])
-                T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.stmxcsr", address))
-                cleared = word[0] & tirx.const(0xFFFF & ~_FLUSH, "int32")
-                T.buffer_store(word, tirx.Select(flush > 0, cleared | tirx.const(_FLUSH, "int32"), cleared), [0])
-                T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.ldmxcsr", address))
+                if target.machine == "aarch64":
+                    word = T.bind(tirx.call_llvm_intrin("int64", "llvm.aarch64.get.fpcr"))
+                    T.evaluate(tirx.call_llvm_intrin("void", "llvm.aarch64.set.fpcr", _flushed(word, _FZ, flush)))
+                else:
+                    word = T.alloc_buffer((1,), "int32", scope="local", layout=None)
+                    address = tirx.address_of(word[0])
+                    T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.stmxcsr", address))
+                    T.buffer_store(word, _flushed(word[0], _FTZ_DAZ, flush), [0])
+                    T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.ldmxcsr", address))
         return builder.get()
+
+
+def _flushed(word: Any, bits: int, flush: Any) -> Any:
+    """The control register with these bits set where `flush`, else cleared."""
+    dtype = str(word.ty.dtype)
+    return tirx.Select(flush > 0, word | tirx.const(bits, dtype), word & tirx.const(~bits, dtype))

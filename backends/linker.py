@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from graphopt.errors import CompileError
 
 _DRIVERS = ("cc", "gcc", "clang")
 HINT = "install a C compiler (gcc or clang), set CC to one, or run: pip install ziglang"
+_OLDEST_GLIBC = "2.28"  # what zig links against; JetPack 5 has 2.31
 
 
 def find_linker() -> tuple[str, ...] | None:
@@ -26,9 +28,23 @@ def find_linker() -> tuple[str, ...] | None:
     for name in _DRIVERS:
         if path := shutil.which(name):
             return (path,)
-    if importlib.util.find_spec("ziglang") is not None:
-        return (sys.executable, "-m", "ziglang", "cc")
+    return (sys.executable, "-m", "ziglang", "cc") if _has_zig() else None
+
+
+def find_cross_linker(machine: str) -> tuple[str, ...] | None:
+    """The command that links for another machine: its gcc where installed, else zig's driver, which links for any.
+
+    CC is for this machine and not asked. None where neither is installed.
+    """
+    if path := shutil.which(f"{machine}-linux-gnu-gcc"):
+        return (path,)
+    if _has_zig():
+        return (sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{_OLDEST_GLIBC}")
     return None
+
+
+def _has_zig() -> bool:
+    return importlib.util.find_spec("ziglang") is not None
 
 
 def _split(chosen: str) -> tuple[str, ...]:
@@ -42,14 +58,19 @@ def _split(chosen: str) -> tuple[str, ...]:
     return (path, *flags)
 
 
-def link(objects: list[str], library: str) -> None:
-    """Link object files to a shared library that needs only libm. Raises CompileError with the linker's first words."""
-    command = find_linker()
+def link(objects: list[str], library: str, machine: str = platform.machine()) -> None:
+    """Link object files for `machine` to a shared library that needs only libm.
+
+    Raises CompileError with the linker's first words.
+    """
+    here = machine == platform.machine()
+    command = find_linker() if here else find_cross_linker(machine)
+    hint = HINT if here else f"run: pip install ziglang, or install gcc-{machine.replace('_', '-')}-linux-gnu"
     if command is None:
-        raise CompileError(f"no linker found to build the library; {HINT}")
+        raise CompileError(f"no linker for {machine} found to build the library; {hint}")
     # No build id and no path of a temporary file, so that equal inputs give equal bytes.
     flags = ["-shared", "-fPIC", "-s", "-Wl,--build-id=none", "-o", library]
     done = subprocess.run([*command, *flags, *objects, "-lm"], capture_output=True, text=True, check=False)
     if done.returncode or not Path(library).exists():
         words = (done.stderr.strip().splitlines() or ["no message"])[0]
-        raise CompileError(f"{Path(command[0]).name} could not link the library: {words}; {HINT}")
+        raise CompileError(f"{Path(command[0]).name} could not link the library: {words}; {hint}")

@@ -4,34 +4,52 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.errors import UnknownNameError, UsageError
-from graphopt.runtime.features import host_features
+from graphopt.runtime.features import host_features, missing
 
 # x86-64 psABI micro-architecture levels (System V ABI, section 3.1.1) as the runtime spells the flags, oldest first.
 _V3 = ("x86_64", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+# Armv8-A with NEON, which every 64-bit Arm has, and what LLVM may use of Armv8.2-A on the core of a Jetson Orin.
+_ARMV8 = ("aarch64", "fp", "asimd")
+_ARMV8_2 = (*_ARMV8, "atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "asimddp")
 LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu:x86-64-v3": ("x86-64-v3", _V3),
     "cpu:x86-64-v4": ("x86-64-v4", _V4),
+    "cpu:aarch64": ("generic", _ARMV8),
+    "cpu:cortex-a78ae": ("cortex-a78ae", _ARMV8_2),
 }
 MOST_THREADS = 1024  # more CPUs than one machine has; shares of kernels beyond that are only overhead
 
 
 @dataclass(frozen=True)
 class Target:
-    """`features` are the CPU flags the code needs; `threads` is how many equal shares a kernel's work is cut into."""
+    """What kernels are written for, and the machine that their code is generated for.
+
+    `features` are the CPU flags that the code needs, the first names the machine; `threads` is how many equal shares a
+    kernel's work is cut into; `machine` ("x86_64", "aarch64") and `architecture` (LLVM's name of the CPU) choose the
+    instructions.
+    """
 
     name: str
     architecture: str
     features: tuple[str, ...]
     threads: int
+    machine: str = "x86_64"
 
     @property
     def lanes(self) -> int:
         """float32 lanes of one vector register."""
-        return 16 if "avx512f" in self.features else 8
+        if "avx512f" in self.features:
+            return 16
+        return 4 if "asimd" in self.features else 8
+
+    @property
+    def registers(self) -> int:
+        """How many vector registers there are."""
+        return 16 if self.lanes == 8 else 32
 
 
 def resolve_target(name: str, threads: int | None = None) -> Target:
@@ -46,7 +64,18 @@ def resolve_target(name: str, threads: int | None = None) -> Target:
     if name not in LEVELS:
         raise UnknownNameError("target", name, target_names())
     architecture, features = LEVELS[name]
-    return Target(name, architecture, features, min(threads or available, MOST_THREADS))
+    return Target(name, architecture, features, min(threads or available, MOST_THREADS), features[0])
+
+
+def runnable(target: Target) -> Target:
+    """The target itself where this machine has its features, else the same kernels as code for this machine.
+
+    Tiles, packed weights and the order of additions are those of `target`; only the instructions are not.
+    """
+    if not missing(target.features):
+        return target
+    here = LEVELS[_host_level()]
+    return replace(target, architecture=here[0], machine=here[1][0])
 
 
 def target_names() -> tuple[str, ...]:
@@ -55,13 +84,13 @@ def target_names() -> tuple[str, ...]:
 
 
 def _host_level() -> str:
-    if platform.machine() != "x86_64":
-        raise UsageError(
-            f"this machine is {platform.machine()}; targets for it come later, x86-64 machines only for now"
-        )
-    features = host_features()
-    for name in reversed(LEVELS):
+    """The best level of this machine: levels of one kind of machine are in order, the oldest first."""
+    machine, features = platform.machine(), host_features()
+    levels = [name for name, (_, needed) in LEVELS.items() if needed[0] == machine]
+    if not levels:
+        raise UsageError(f"this machine is {machine}; targets are x86_64 and aarch64 machines")
+    for name in reversed(levels):
         if set(LEVELS[name][1]) <= features:
             return name
-    missing = sorted(set(_V3) - features)
-    raise UsageError(f"this CPU lacks {', '.join(missing)}; the oldest supported level is cpu:x86-64-v3")
+    lacking = sorted(set(LEVELS[levels[0]][1]) - features)
+    raise UsageError(f"this CPU lacks {', '.join(lacking)}; the oldest supported level is {levels[0]}")

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +64,10 @@ def compile(
     """Lower one program, or several by entry name, for `target`; `threads` is how many share a kernel's work.
 
     The result is run on the examples and on inputs drawn from each input's domain, at the example's sizes, at 1 and at
-    primes. Raises VerificationError where it does not compute what the program computes, CompileError where a node has
-    no lowering or code generation fails, UsageError for arguments that cannot be used.
+    primes. Where this machine cannot run the target's code, the same kernels are built for this machine and run in its
+    place, and the report says so: `graphopt run --check` on the target is still to be done. Raises VerificationError
+    where the result is not what the program computes, CompileError where a node has no lowering or code generation
+    fails, UsageError for arguments that cannot be used.
     """
     for name, value in (("tune", tune), ("database", database)):
         if value is not None:
@@ -99,10 +101,20 @@ def compile(
     report["entries"] = {name: {"passes": list(program.history)} for name, program in entries.items()}
     built = {library: backend.build(module.module, chosen)}
     artifact = Artifact(manifest, built, weights, _samples(entries), report)
-    checks = check_session(artifact.session(), entries)
+    here = backend.runnable(chosen)
+    trial = artifact if here is chosen else _trial(artifact, backend.build(module.module, here))
+    checks = check_session(trial.session(), entries)
+    report["checked_on"] = chosen.name if here is chosen else f"{here.machine} {here.architecture}, not on the target"
     report["errors"] = {name: check.error for name, check in checks.items()}
     report["unchecked"] = {name: list(check.unchecked) for name, check in checks.items() if check.unchecked}
     return Artifact(manifest, built, weights, artifact.check, report)
+
+
+def _trial(artifact: Artifact, library: bytes) -> Artifact:
+    """The artifact with code for this machine, whatever the target needs."""
+    (variant,) = artifact.manifest.variants
+    manifest = replace(artifact.manifest, variants=(replace(variant, features=()),))
+    return replace(artifact, manifest=manifest, libraries={variant.library: library})
 
 
 def _entries(programs: Program | Mapping[str, Program]) -> dict[str, Program]:

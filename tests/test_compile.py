@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from platform import machine
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 import graphopt
 from graphopt.backends import linker, lowering
 from graphopt.backends.operators import OPERATORS
-from graphopt.errors import CompileError, UnknownNameError, UsageError, VerificationError
+from graphopt.errors import ArtifactError, CompileError, UnknownNameError, UsageError, VerificationError
 from tests import models
 
 
@@ -92,7 +93,7 @@ def test_wrong_lowering_is_found_before_anything_is_saved(monkeypatch: pytest.Mo
 
 def test_missing_linker_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linker, "find_linker", lambda: None)
-    with pytest.raises(CompileError, match=r"no linker found .* install a C compiler"):
+    with pytest.raises(CompileError, match=r"no linker for .* found .* install a C compiler"):
         graphopt.compile(models.program("mlp"))
 
 
@@ -121,3 +122,34 @@ def test_zig_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "ziglang" else None)
     command = linker.find_linker()
     assert command is not None and command[1:] == ("-m", "ziglang", "cc")
+
+
+def test_a_cross_compiler_wins_over_zig_and_cc_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-cc")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    command = linker.find_cross_linker("aarch64")
+    assert command is not None and command[1:4] == ("-m", "ziglang", "cc")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert linker.find_cross_linker("aarch64") == ("/usr/bin/aarch64-linux-gnu-gcc",)
+
+
+OTHER_MACHINE, OTHER = ("x86_64", "cpu:x86-64-v4") if machine() == "aarch64" else ("aarch64", "cpu:cortex-a78ae")
+
+
+def test_another_machine_without_its_linker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linker, "find_cross_linker", lambda machine: None)
+    with pytest.raises(CompileError, match=r"no linker for \w+ found .* pip install ziglang, or install gcc-"):
+        graphopt.compile(models.program("mlp"), OTHER)
+
+
+@pytest.mark.skipif(linker.find_cross_linker(OTHER_MACHINE) is None, reason="needs the package ziglang or a cross gcc")
+def test_another_machine_gets_its_artifact_and_the_report_says_where_it_ran(tmp_path: Path) -> None:
+    artifact = graphopt.compile(models.program("mlp"), OTHER)
+    assert artifact.report["checked_on"].endswith("not on the target") and artifact.report["errors"]["main"] < 1e-5
+    (library,) = artifact.libraries.values()
+    assert int.from_bytes(library[18:20], "little") == {"x86_64": 62, "aarch64": 183}[OTHER_MACHINE]  # ELF's e_machine
+    artifact.save(tmp_path / "other.gopt")
+    with pytest.raises(ArtifactError, match=f"compiled for another CPU: {OTHER} needs {OTHER_MACHINE}"):
+        graphopt.load(tmp_path / "other.gopt")
+    assert graphopt.compile(models.program("mlp"), OTHER).libraries == artifact.libraries

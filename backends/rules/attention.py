@@ -74,7 +74,7 @@ def _pairs(rows: Size, columns: Size, causal: bool) -> Size:
 
 
 def _tile_rows(target: Target) -> int:
-    return 8 if target.lanes == 16 else 4
+    return 8 if target.registers == 32 else 4
 
 
 def _shares_mask(mask: View) -> bool:

@@ -44,8 +44,8 @@ class Tile:
 
 
 def tile_for(target: Target) -> Tile:
-    """24 of 32 registers as accumulators with AVX-512, 12 of 16 with AVX2."""
-    return Tile(8, 48) if target.lanes == 16 else Tile(4, 24)
+    """24 of 32 registers as accumulators with AVX-512 and NEON, 12 of 16 with AVX2."""
+    return Tile(8 if target.registers == 32 else 4, 3 * target.lanes)
 
 
 def pack_weight(weight: np.ndarray, columns: int) -> np.ndarray:
