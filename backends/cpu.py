@@ -121,15 +121,20 @@ def finalize() -> tvm.transform.Pass:
     )
 
 
-def build(module: tvm.IRModule, target: Target) -> bytes:
-    """The shared library. Raises CompileError where code generation or linking fails."""
+def generate(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
+    """Code for the target, not linked yet. Raises CompileError where code generation fails."""
     native = native_target(target)
     module = tvm.IRModule({**module.functions, relax.GlobalVar(SET_DENORMALS): set_denormals(target)})
     try:
         with native, tvm.transform.PassContext(opt_level=3):
-            executable = relax.build(module, native, relax_pipeline=finalize(), tir_pipeline=register())
+            return relax.build(module, native, relax_pipeline=finalize(), tir_pipeline=register())
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as e:
         raise CompileError(f"code generation for {target.name} failed: {str(e).strip().splitlines()[-1]}") from e
+
+
+def build(module: tvm.IRModule, target: Target) -> bytes:
+    """The shared library. Raises CompileError where code generation or linking fails."""
+    executable = generate(module, target)
     with tempfile.TemporaryDirectory() as folder:
         _check_space(folder)
         path = str(Path(folder) / "library.so")
