@@ -3,7 +3,7 @@
 Before: y = clone(x); z = view(y, same shape)        After: x in the place of both
 
 Copies and aliases, casts to the same type, reshapes and expands to the same shape, slices of the full range, identity
-permutations and pairs that undo each other, dropout in evaluation, x * 1, x / 1, x - 0, and x + 0 on integers.
+permutations and pairs that undo each other, padding by nothing, dropout in evaluation, x * 1, x / 1, x - 0, and x + 0 on integers.
 Declines x + 0.0 on floats (it turns -0.0 into 0.0) and copies without which an output would share memory with an
 input, a weight or another output. Symbolic sizes count as equal when their expressions are.
 """
@@ -121,6 +121,10 @@ def _order(node: Node) -> list[int]:
     return order
 
 
+def _pad(node: Node) -> Node | None:
+    return None if any(argument(node, "pad")) else _source(node)
+
+
 def _times_one(node: Node) -> Node | None:
     return _source(node) if _is_number(arguments(node)[1], 1) else None
 
@@ -154,6 +158,7 @@ def _is_number(value: Any, wanted: int) -> bool:
 PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int, aten.t.default})
 COPIES = frozenset(
     {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.repeat.default}
+    | {aten.pad.default, aten.constant_pad_nd.default}
     | {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
     | {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 )
@@ -165,6 +170,7 @@ CASES: dict[Any, Callable[[Node], Node | str | None]] = {
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints), _source),
     **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _dropout),
     **dict.fromkeys(PERMUTATIONS, _permute),
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _times_one),
     aten.pow.Tensor_Scalar: _times_one,
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _plus_zero),

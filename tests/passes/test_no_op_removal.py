@@ -29,6 +29,7 @@ REMOVED = [
     lambda x: x[0:].sin(),
     lambda x: x.permute(0, 1).sin(),
     lambda x: x.squeeze(0).sin(),
+    lambda x: nn.functional.pad(x, (0, 0)).sin(),
     lambda x: nn.functional.dropout(x.sin(), 0.5, training=False).cos(),
     lambda x: (x * 1).sin(),
     lambda x: (x / 1.0).sin(),
@@ -46,6 +47,7 @@ KEPT = [
     lambda x: (1 - x).sin(),
     lambda x: (x.sign().long() / 1).sin(),
     lambda x: x.roll(1, 0).sin(),
+    lambda x: nn.functional.pad(x, (1, -1)).sin(),
 ]
 
 
