@@ -1,0 +1,76 @@
+"""Depthwise convolution of feature maps stored channels last: each channel has its own window of weights.
+
+A row of taps of a tile of P pixels loads each of its weights once and each input vector once, and does P multiply-adds
+a tap: 3 x 3 with stride 1 and 14 pixels costs 19 loads for 42 multiply-adds, 7 x 7 27 loads for 98. One load a
+multiply-add would be as fast, so the multiply-adds bound it, or the memory that holds the feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernel import Code, Kernel, Output, write_kernel
+from graphopt.backends.operations import operations
+from graphopt.backends.rules.windows import Step, Window, Windows, tile_pixels, vector_width
+from graphopt.backends.sizes import product
+from graphopt.backends.target import Target
+from graphopt.backends.values import Product, View, fused_name
+
+RULE = "depthwise"
+
+
+def pack_depthwise(weight: np.ndarray) -> np.ndarray:
+    """[C, 1, taps...] -> [taps..., C]."""
+    return np.moveaxis(weight[:, 0], 0, -1)
+
+
+def depthwise(
+    x: View,
+    weight: View,
+    result: Product,
+    end: Any,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    name: str,
+    target: Target,
+) -> Code:
+    """out[n, i..., c] = sum over taps t of x[n, i s - p + t d, c] weight[t, c], then the tree `end` over `result`.
+
+    float32; `x` [N, spatial axes, C] with channel stride 1, `weight` [taps..., C] contiguous, `result` [N, outputs...,
+    C]. What lies outside `x` is zero; `pads` are its elements before each axis.
+    """
+    taps = tuple(int(size) for size in weight.shape[:-1])
+    window = Window(taps, tuple(strides), tuple(pads), tuple(dilations))
+
+    def body(kernel: Kernel, outputs: list[Output]) -> None:
+        filters = kernel.flat(weight.storage)
+        channels = int(result.shape[-1])
+
+        def multiply_add(step: Step) -> None:
+            for pixel, tap in step.taps:
+                with kernel.vectorized(step.width) as lane:
+                    factor = filters[(step.first + tap) * channels + step.channel + lane]
+                    total = step.accumulators[pixel, lane] + step.load(pixel, tap, lane) * factor
+                    T.buffer_store(step.accumulators, total, [pixel, lane])
+
+        Windows(kernel, x, window, result, end, outputs[0]).write(0.0, multiply_add)
+
+    return write_kernel(
+        RULE,
+        fused_name(name, end),
+        target,
+        [x, weight, end],
+        [(end.shape, end.dtype)],
+        body,
+        configuration={
+            "pixels": tile_pixels(result.shape[-2], target),
+            "lanes": vector_width(int(result.shape[-1]), target),
+        },
+        flops=2 * product(result.shape) * product(window.taps) + operations([end], target),
+        extra_shapes=[result.shape],
+    )
