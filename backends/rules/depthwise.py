@@ -7,7 +7,6 @@ multiply-add would be as fast, so the multiply-adds bound it, or the memory that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,24 +27,12 @@ def pack_depthwise(weight: np.ndarray) -> np.ndarray:
     return np.moveaxis(weight[:, 0], 0, -1)
 
 
-def depthwise(
-    x: View,
-    weight: View,
-    result: Product,
-    end: Any,
-    strides: Sequence[int],
-    pads: Sequence[int],
-    dilations: Sequence[int],
-    name: str,
-    target: Target,
-) -> Code:
+def depthwise(x: View, weight: View, result: Product, end: Any, window: Window, name: str, target: Target) -> Code:
     """out[n, i..., c] = sum over taps t of x[n, i s - p + t d, c] weight[t, c], then the tree `end` over `result`.
 
     float32; `x` [N, spatial axes, C] with channel stride 1, `weight` [taps..., C] contiguous, `result` [N, outputs...,
-    C]. What lies outside `x` is zero; `pads` are its elements before each axis.
+    C]. What lies outside `x` is zero.
     """
-    taps = tuple(int(size) for size in weight.shape[:-1])
-    window = Window(taps, tuple(strides), tuple(pads), tuple(dilations))
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         filters = kernel.flat(weight.storage)
