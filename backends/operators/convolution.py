@@ -1,8 +1,12 @@
-"""Convolution through the generic kernel: correct for every shape, listed as slow."""
+"""Convolution by a constant float32 filter on feature maps stored channels last; others take the generic kernel.
+
+1 x 1 filters are a matrix product over pixels, filters of one channel each run depthwise, the rest directly.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +17,15 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.kernel import int64
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of
+from graphopt.backends.operators.linear import packed_product
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.operators.windows import each_axis, load_at, quotient, surrounded
+from graphopt.backends.rules.convolution import Direct, channels_inner, configure, convolution, pack_filters
+from graphopt.backends.rules.depthwise import depthwise, pack_depthwise
 from graphopt.backends.rules.generic import reduce_generic
-from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Index, Lazy, View
+from graphopt.backends.rules.windows import Window
+from graphopt.backends.sizes import Shape, shape_of
+from graphopt.backends.values import Index, Lazy, View, inverse, permuted
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 Lower = Callable[["Lowering", Node], Any]
+_FEW_CHANNELS = 4  # up to which planes are read as they are: a camera's image needs no copy
 
 
 def _padding(node: Node, argument: Any, taps: Sequence[int], dilations: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -38,34 +47,160 @@ def _padding(node: Node, argument: Any, taps: Sequence[int], dilations: Sequence
     return each, each
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a convolution: numbers for each spatial axis, zeros before and after the input."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    strides: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dilations: tuple[int, ...]
+    groups: int
+
+
+def _call(lowering: Lowering, node: Node, spatial: int) -> _Call:
+    x, weight, bias, stride, padding, dilation, groups = arguments(node).values()
+    taps = [int(size) for size in weight.meta["val"].shape[2:]]
+    strides, dilations = each_axis(stride, spatial), each_axis(dilation, spatial)
+    before, after = _padding(node, padding, taps, dilations)
+    x, more_before, more_after = _without_zeros(x, spatial)
+    before = [a + b for a, b in zip(before, more_before, strict=True)]
+    after = [a + b for a, b in zip(after, more_after, strict=True)]
+    return _Call(x, weight, bias, tuple(strides), tuple(before), tuple(after), tuple(dilations), int(groups))
+
+
+def _without_zeros(x: Node, spatial: int) -> tuple[Node, list[int], list[int]]:
+    """What a node that only surrounds its operand with zeros for this one reader adds: (operand, before, after)."""
+    nothing = [0] * spatial
+    if x.target not in (aten.pad.default, aten.constant_pad_nd.default) or len(x.users) > 1:
+        return x, nothing, nothing
+    given = arguments(x)
+    pairs = [int(pair) for pair in given["pad"]]
+    zeros = given.get("mode", "constant") == "constant" and not given["value"]
+    if not zeros or len(pairs) > 2 * spatial or min(pairs) < 0:
+        return x, nothing, nothing
+    pairs += [0] * (2 * spatial - len(pairs))
+    return given["self"], pairs[::2][::-1], pairs[1::2][::-1]
+
+
 def _convolution(spatial: int) -> Lower:
     """x [N, C, ...] or [C, ...], weight [O, C / groups, ...], bias [O] or none."""
 
     def lower(lowering: Lowering, node: Node) -> Any:
-        x, weight, bias, stride, padding, dilation, groups = arguments(node).values()
-        filters = lowering.view(weight)
-        strides, dilations = each_axis(stride, spatial), each_axis(dilation, spatial)
-        before, after = _padding(node, padding, [int(s) for s in filters.shape[2:]], dilations)
-        source = _batched(lowering, surrounded(lowering, x, before, after), spatial)
-        meta = node.meta["val"]
-        result, dtype = shape_of(meta), DTYPES[meta.dtype]
-        shape = result if len(result) == spatial + 2 else (1, *result)
-        outputs_each = int(filters.shape[0]) // int(groups)
-
-        def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
-            channel, *taps = reduced
-            batch, output = index.axis(0), index.axis(1)
-            at = [index.axis(2 + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(taps)]
-            first = quotient(output, outputs_each) * int(filters.shape[1]) if groups != 1 else 0
-            left = load_at(kernel, source, (batch, channel + first, *at))
-            right = load_at(kernel, filters, (output, channel, *taps))
-            return convert(left, computed_in(dtype)) * convert(right, computed_in(dtype))
-
-        depth, reads = filters.shape[1:], (source, filters)
-        stored = reduce_generic(lowering, f"conv{spatial}d", shape, dtype, depth, reads, element, "sum")
-        return reshape(lowering, _with_bias(lowering, stored, bias), result)
+        call = _call(lowering, node, spatial)
+        if spatial < 3 and _is_constant(lowering, node, call):
+            return _scheduled(lowering, node, call, spatial)
+        return _generic(lowering, node, call, spatial)
 
     return lower
+
+
+def _is_constant(lowering: Lowering, node: Node, call: _Call) -> bool:
+    """A fixed float32 filter over a fixed number of channels."""
+    weight = lowering.value(call.weight)
+    channels = shape_of(call.x.meta["val"])[-len(weight.shape) + 1]
+    return isinstance(weight, torch.Tensor) and node.meta["val"].dtype == torch.float32 and isinstance(channels, int)
+
+
+def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any:
+    """Pixels as rows: [N, H, W, C] for images, [N, 1, W, C] for sequences; the result is stored in that order."""
+    weight = lowering.value(call.weight)
+    shape = shape_of(node.meta["val"])
+    batched = len(shape) == spatial + 2
+    x = _channels_last(lowering, call.x, spatial)
+    order = (0, spatial + 1, *range(1, spatial + 1)) if batched else (spatial, *range(spatial))
+    added = None if call.bias is None else lowering.contiguous(call.bias)
+
+    def begin(result: Any) -> Any:
+        return result if added is None else _plus_channels(result, added, 1 if batched else 0)
+
+    name = f"conv{spatial}d_{'x'.join(str(int(size)) for size in weight.shape)}"
+    if batched and call.groups == weight.shape[0] == x.shape[-1] > 1:
+        x = x if x.strides[-1] == 1 else lowering.contiguous(x)
+        packed = lowering.weight(weight, "depthwise", pack_depthwise)
+        each = Window(tuple(weight.shape[2:]), call.strides, call.before, call.dilations)
+        return lowering.anchored(
+            node, lambda result, end: depthwise(x, packed, result, end, each, name, lowering.target), begin, order
+        )
+    x, filters = (x, weight) if spatial == 2 else (_with_height(x), weight.unsqueeze(2))
+    window = Window(tuple(filters.shape[2:]), _both(call.strides, 1), _both(call.before, 0), _both(call.dilations, 1))
+    padded = any(call.before) or any(call.after)
+    if window.taps == (1, 1) == window.strides and call.groups == 1 and not padded and x.contiguous:
+        return packed_product(lowering, node, x, weight.flatten(1), begin, order)
+    outputs = _image_shape(tuple(shape[axis] for axis in inverse(order)))
+    choice = configure(outputs, tuple(filters.shape), call.groups, window, lowering.target)
+    columns, inner = choice.tile.vectors * lowering.target.lanes, channels_inner(x)
+    key = f"conv{columns}{'' if inner else 'planar'}"
+    packed = lowering.weight(filters, key, lambda array: pack_filters(array, call.groups, columns, inner))
+    direct = Direct(x, packed, outputs, window, call.groups, padded, choice)
+    return lowering.anchored(
+        node, lambda result, end: convolution(direct, result, end, name, lowering.target), begin, order
+    )
+
+
+def _channels_last(lowering: Lowering, argument: Any, spatial: int) -> View:
+    """[N, C, ...] in memory as [N, ..., C]: channels beside each other, or in planes where they are few."""
+    value = lowering.tensor(argument)
+    if len(value.shape) == spatial + 1:
+        value = reshape(lowering, value, (1, *value.shape))
+    order = (0, *range(2, spatial + 2), 1)
+    few = int(value.shape[1]) <= _FEW_CHANNELS
+    if not isinstance(value, View):
+        value = lowering.view(value) if few else lowering.store(value, order)
+    view = permuted(value, order)
+    if view.strides[-1] != 1 and not few:
+        view = lowering.contiguous(view)
+    return view
+
+
+def _with_height(view: View) -> View:
+    """[N, W, C] as [N, 1, W, C]."""
+    (batch, *shape), (first, *strides) = view.shape, view.strides
+    return View(view.storage, (batch, 1, *shape), (first, 0, *strides), view.offset)
+
+
+def _image_shape(shape: Shape) -> Shape:
+    """[N, W, C] and [H, W, C] as four axes."""
+    return shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
+
+
+def _both(numbers: tuple[int, ...], first: int) -> tuple[int, ...]:
+    """The number of a sequence's one axis, with `first` for the height it lacks."""
+    return numbers if len(numbers) == 2 else (first, *numbers)
+
+
+def _plus_channels(value: Any, added: View, axis: int) -> Lazy:
+    def element(kernel: Kernel, index: Index) -> Any:
+        return kernel.load(value, index) + kernel.flat(added.storage)[index.axis(axis)]
+
+    return Lazy(value.shape, value.dtype, (value, added), element)
+
+
+def _generic(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any:
+    filters = lowering.view(call.weight)
+    source = _batched(lowering, surrounded(lowering, call.x, call.before, call.after), spatial)
+    meta = node.meta["val"]
+    result, dtype = shape_of(meta), DTYPES[meta.dtype]
+    shape = result if len(result) == spatial + 2 else (1, *result)
+    outputs_each = int(filters.shape[0]) // call.groups
+
+    def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
+        channel, *taps = reduced
+        batch, output = index.axis(0), index.axis(1)
+        at = [index.axis(2 + n) * call.strides[n] + tap * call.dilations[n] for n, tap in enumerate(taps)]
+        first = quotient(output, outputs_each) * int(filters.shape[1]) if call.groups != 1 else 0
+        left = load_at(kernel, source, (batch, channel + first, *at))
+        right = load_at(kernel, filters, (output, channel, *taps))
+        return convert(left, computed_in(dtype)) * convert(right, computed_in(dtype))
+
+    depth, reads = filters.shape[1:], (source, filters)
+    stored = reduce_generic(lowering, f"conv{spatial}d", shape, dtype, depth, reads, element, "sum")
+    if call.bias is None:
+        return reshape(lowering, stored, result)
+    return reshape(lowering, _plus_channels(stored, lowering.contiguous(call.bias), 1), result)
 
 
 def _transposed(spatial: int) -> Lower:
@@ -100,20 +235,10 @@ def _transposed(spatial: int) -> Lower:
 
         depth, reads = (inputs_each, *filters.shape[2:]), (source, filters)
         stored = reduce_generic(lowering, f"conv_transpose{spatial}d", shape, dtype, depth, reads, element, "sum")
-        return reshape(lowering, _with_bias(lowering, stored, bias), result)
+        total = stored if bias is None else _plus_channels(stored, lowering.contiguous(bias), 1)
+        return reshape(lowering, total, result)
 
     return lower
-
-
-def _with_bias(lowering: Lowering, stored: View, bias: Any) -> View | Lazy:
-    if bias is None:
-        return stored
-    added = lowering.contiguous(bias)
-
-    def element(kernel: Kernel, index: Index) -> Any:
-        return kernel.load(stored, index) + kernel.flat(added.storage)[index.axis(1)]
-
-    return Lazy(stored.shape, stored.dtype, (stored, added), element)
 
 
 def _batched(lowering: Lowering, view: View, spatial: int) -> View:

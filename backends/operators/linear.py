@@ -14,7 +14,7 @@ from graphopt.backends.operators.element_wise import computed_in, convert, like
 from graphopt.backends.rules.gemm import gemm, pack_weight, tile_for
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, shape_of
-from graphopt.backends.values import Index, Lazy, Product
+from graphopt.backends.values import Index, Lazy, View
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -63,15 +63,25 @@ def _packable(lowering: Lowering, node: Node, weight: Any) -> bool:
 
 
 def _packed(lowering: Lowering, node: Node, x: Any, weight: torch.Tensor, bias: Any) -> Any:
-    columns = tile_for(lowering.target).columns
-    a = lowering.contiguous(x)
-    b = lowering.weight(weight, f"gemm{columns}", lambda array: pack_weight(array, columns))
-    n, k = weight.shape
-
-    def begin(result: Product) -> Any:
+    def begin(result: Any) -> Any:
         return result if bias is None else _plus(lowering, result, bias)
 
-    return lowering.anchored(node, lambda result, end: gemm(a, b, result, end, f"gemm_{n}x{k}", lowering.target), begin)
+    return packed_product(lowering, node, lowering.contiguous(x), weight, begin)
+
+
+def packed_product(
+    lowering: Lowering,
+    node: Node,
+    a: View,
+    weight: torch.Tensor,
+    begin: Callable[[Any], Any],
+    order: tuple[int, ...] = (),
+) -> View:
+    """a [..., K], contiguous, times weight [N, K] with the node's epilogue; `begin` and `order` as in `anchored`."""
+    columns = tile_for(lowering.target).columns
+    b = lowering.weight(weight, f"gemm{columns}", lambda array: pack_weight(array, columns))
+    name = f"gemm_{weight.shape[0]}x{weight.shape[1]}"
+    return lowering.anchored(node, lambda result, end: gemm(a, b, result, end, name, lowering.target), begin, order)
 
 
 def _plus(lowering: Lowering, product: Any, bias: Any, alpha: float = 1, beta: float = 1) -> Lazy:

@@ -1,0 +1,397 @@
+"""Direct convolution of float32 feature maps as a matrix product whose left matrix is never built.
+
+Output pixels are the rows of the product, output channels its columns, taps x input channels its depth. A register tile
+of pixels x channels runs over all taps; each pixel has its own start in the input, so a step costs one broadcast a row
+and one weight vector a column vector, as in the packed GEMM. Where the input is padded a task copies the rows its block
+of pixels needs, with their zeros, into scratch: of some hundred multiply-adds an element the copy costs one. Blocks are
+about 200 pixels, so that a panel of weights, read from the L2 cache, serves many tiles. Panels deeper than the L2
+cache's share are taken a row of taps at a time, with partial sums in scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import operations
+from graphopt.backends.rules.pointwise import for_columns
+from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile
+from graphopt.backends.rules.windows import Window
+from graphopt.backends.sizes import Shape, Size, product
+from graphopt.backends.target import Target
+from graphopt.backends.values import Product, View, fused_name
+
+RULE = "direct-convolution"
+_BLOCK_PIXELS = 200  # output pixels that all panels pass over before the next ones
+_PANEL_BYTES = 512 << 10  # half of a common L2 cache: a deeper panel is taken a row of taps at a time
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What may be chosen for one workload."""
+
+    tile: Tile
+    block_rows: int  # rows of output pixels of a block
+    row_groups: int  # shares of the blocks between threads
+    panel_groups: int  # shares of the panels between threads
+    chunked: bool  # a row of taps at a time
+
+
+def _reach(window: Window, axis: int) -> int:
+    """Elements from the first tap to the last."""
+    return (window.taps[axis] - 1) * window.dilations[axis] + 1
+
+
+def channels_inner(x: View) -> bool:
+    """Whether taps run outside channels: x [N, H, W, C] has its channels beside each other."""
+    return bool(x.strides[3] == 1) or x.shape[3] == 1
+
+
+def pack_filters(filters: np.ndarray, groups: int, columns: int, inner: bool) -> np.ndarray:
+    """[O, C / groups, KH, KW] -> [groups ceil(O / groups / columns), depth, columns], zero where a group's outputs end.
+
+    The depth runs over (KH, KW, C) where channels are inner, else over (C, KH, KW).
+    """
+    outputs = filters.shape[0] // groups
+    ordered = filters.transpose(0, 2, 3, 1) if inner else filters
+    each = ordered.reshape(groups, outputs, -1)
+    panels = -(-outputs // columns)
+    packed = np.zeros((groups, panels * columns, each.shape[2]), filters.dtype)
+    packed[:, :outputs] = each
+    return packed.reshape(groups * panels, columns, -1).transpose(0, 2, 1)
+
+
+def configure(shape: Shape, filters: Shape, groups: int, window: Window, target: Target) -> Configuration:
+    """The default for outputs [N, OH, OW, O] and filters [O, C / groups, KH, KW]."""
+    _, height, width, outputs = shape
+    depth = int(product(filters[1:]))
+    if not isinstance(height, int) or not isinstance(width, int):
+        tile = choose_tile(target, _BLOCK_PIXELS, int(outputs) // groups)
+        return Configuration(tile, 4, target.threads, 1, False)
+    best: tuple[float, Configuration] | None = None
+    for row_groups, panel_groups in _shares(target.threads):
+        blocks = max(row_groups, round(height * width / _BLOCK_PIXELS))
+        blocks = -(-blocks // row_groups) * row_groups
+        rows = max(1, -(-height // blocks))
+        tile = choose_tile(target, rows * width, int(outputs) // groups)
+        columns = tile.vectors * target.lanes
+        blocks, tiles = -(-height // rows), -(-rows * width // tile.rows)
+        panels = groups * -(-(int(outputs) // groups) // columns)
+        own_blocks, own_panels = -(-blocks // row_groups), -(-panels // panel_groups)
+        work = own_blocks * tiles * own_panels * tile.rows * columns
+        chunked = depth * columns * 4 > _PANEL_BYTES and window.taps[0] > 1 and blocks * tiles > 1
+        if best is None or work < best[0]:
+            best = work, Configuration(tile, rows, row_groups, panel_groups, chunked)
+    assert best
+    return best[1]
+
+
+def _shares(threads: int) -> list[tuple[int, int]]:
+    """(shares of rows, shares of panels); with as much work each, rows come first: activations stay on their core."""
+    return [(threads // panels, panels) for panels in range(1, threads + 1) if threads % panels == 0]
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A convolution: x [N, H, W, C] with any strides, weight as `pack_filters` packs it, outputs [N, OH, OW, O].
+
+    `padded`: taps may lie outside of x, where they read zero.
+    """
+
+    x: View
+    weight: View
+    outputs: Shape
+    window: Window
+    groups: int
+    padded: bool
+    choice: Configuration
+
+
+def convolution(direct: Direct, result: Product, end: Any, name: str, target: Target) -> Code:
+    """out[n, h, w, o] = sum over taps and channels of x[n, h sh + kh dh - ph, w sw + kw dw - pw, c] weight.
+
+    Then the element-wise tree `end` over `result`, which has the pixels of `outputs` as rows and its channels.
+    """
+    choice, depth = direct.choice, int(direct.weight.shape[1])
+
+    def body(kernel: Kernel, outputs: list[Output]) -> None:
+        _Convolution(kernel, direct, result, end, outputs[0]).write()
+
+    return write_kernel(
+        RULE,
+        fused_name(name, end),
+        target,
+        [direct.x, direct.weight, end],
+        [(end.shape, end.dtype)],
+        body,
+        configuration={
+            "rows": choice.tile.rows,
+            "columns": choice.tile.vectors * target.lanes,
+            "lanes": target.lanes,
+            "block_rows": choice.block_rows,
+            "row_groups": choice.row_groups,
+            "panel_groups": choice.panel_groups,
+            "taps": "row by row" if choice.chunked else "all",
+            "input": "padded copy" if direct.padded else "in place",
+        },
+        flops=2 * depth * product(direct.outputs) + operations([end], target),
+        extra_shapes=[direct.outputs],
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the tap (row, column, channel) of a pixel lies: in x, or in the scratch copy of a block's rows."""
+
+    buffer: Any
+    row: Any
+    column: Any
+    channel: Any
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Pixels [first_pixel, first_pixel + pixels) of the result and one panel of the weights."""
+
+    first_pixel: Any
+    pixels: Any
+    panel: Any
+
+
+class _Convolution:
+    def __init__(self, kernel: Kernel, direct: Direct, result: Product, end: Any, output: Output) -> None:
+        self.kernel, self.x, self.window, self.groups = kernel, direct.x, direct.window, direct.groups
+        self.result, self.end, self.output, self.choice = result, end, output, direct.choice
+        self.padded, self.shape = direct.padded, direct.outputs
+        self.weights = kernel.flat(direct.weight.storage)
+        self.panels, self.depth, self.columns = (int(size) for size in direct.weight.shape)
+        self.lanes = kernel.target.lanes
+        self.inner = channels_inner(self.x)
+        self.batch, self.height, self.width, _ = (kernel.size(size) for size in self.shape)
+        self.outputs = int(self.shape[3])
+        self.outputs_each = self.outputs // self.groups
+        self.channels = int(self.x.shape[3]) // self.groups
+
+    # Tasks ------------------------------------------------------------------------------------------------------------
+    def write(self) -> None:
+        kernel, choice = self.kernel, self.choice
+        per_image = tirx.floordiv(self.height + (choice.block_rows - 1), int64(choice.block_rows))
+        blocks = self.batch * per_image
+        blocks_each = tirx.floordiv(blocks + (choice.row_groups - 1), int64(choice.row_groups))
+        panels_each = -(-self.panels // choice.panel_groups)
+        with kernel.parallel(choice.row_groups * choice.panel_groups) as task:
+            first_block = tirx.truncdiv(task, int64(choice.panel_groups)) * blocks_each
+            first_panel = tirx.truncmod(task, int64(choice.panel_groups)) * panels_each
+            copy = kernel.scratch(kernel.size(self.copied())) if self.padded else None
+            partial = kernel.scratch(kernel.size(self.partial())) if choice.chunked else None
+            with kernel.serial(tirx.min(blocks_each, blocks - first_block)) as number:
+                block = first_block + number
+                image = tirx.truncdiv(block, per_image)
+                first_row = tirx.truncmod(block, per_image) * choice.block_rows
+                source = self.source(copy, image, first_row)
+                with kernel.serial(tirx.min(int64(panels_each), self.panels - first_panel)) as panel:
+                    self.write_panel(source, partial, image, first_row, first_panel + panel)
+
+    # Input ------------------------------------------------------------------------------------------------------------
+    def copied_shape(self) -> tuple[int, Size]:
+        """Rows and columns of input that a block reads."""
+        window, choice = self.window, self.choice
+        columns = self.shape[2]
+        return (
+            (choice.block_rows - 1) * window.strides[0] + _reach(window, 0),
+            (columns - 1) * window.strides[1] + _reach(window, 1),
+        )
+
+    def copied(self) -> Size:
+        rows, columns = self.copied_shape()
+        return rows * columns * int(self.x.shape[3])
+
+    def partial(self) -> Size:
+        pixels = self.choice.block_rows * self.shape[2]
+        return (pixels + self.choice.tile.rows - 1) * self.columns
+
+    def source(self, copy: Any, image: Any, first_row: Any) -> tuple[_Source, Any]:
+        """Where taps are read, and the position of the block's first one."""
+        kernel, x = self.kernel, self.x
+        strides = [kernel.size(stride) for stride in x.strides]
+        start = kernel.size(x.offset) + image * strides[0] + first_row * self.window.strides[0] * strides[1]
+        if copy is None:
+            return _Source(kernel.flat(x.storage), *strides[1:]), start
+        rows, columns = self.copied_shape()
+        wide, channels = kernel.size(columns), int(x.shape[3])
+        to = (
+            _Source(copy, wide * channels, int64(channels), int64(1))
+            if self.inner
+            else _Source(copy, wide, int64(1), wide * rows)
+        )
+        self.copy_rows(to, rows, wide, image, first_row)
+        return to, int64(0)
+
+    def copy_rows(self, to: _Source, rows: int, wide: Any, image: Any, first_row: Any) -> None:
+        """The block's rows of x with zeros around them."""
+        kernel, x, window = self.kernel, self.x, self.window
+        strides = [kernel.size(stride) for stride in x.strides]
+        height, width = kernel.size(x.shape[1]), kernel.size(x.shape[2])
+        left = window.pads[1]
+        inside = tirx.min(width, wide - left)
+        each = int(x.shape[3]) if self.inner else 1
+        together = self.inner and x.strides[2] == x.shape[3]
+        planes = 1 if self.inner else int(x.shape[3])
+        with kernel.serial(planes) as plane, kernel.serial(rows) as row:
+            at = first_row * window.strides[0] + row - window.pads[0]
+            place = plane * to.channel + row * to.row
+            start = kernel.size(x.offset) + image * strides[0] + at * strides[1] + plane * strides[3]
+            with T.If(tirx.all(at >= 0, at < height)):
+                with T.Then():
+                    self.fill(to.buffer, place, int64(left * each))
+                    if together:
+                        self.copy(to.buffer, place + left * each, start, int64(1), inside * each)
+                    elif self.inner:
+                        with kernel.serial(inside) as column:
+                            to_column = place + (left + column) * each
+                            self.copy(to.buffer, to_column, start + column * strides[2], int64(1), int64(each))
+                    else:
+                        self.copy(to.buffer, place + left, start, strides[2], inside)
+                    self.fill(to.buffer, place + (left + inside) * each, (wide - left - inside) * each)
+                with T.Else():
+                    self.fill(to.buffer, place, wide * each)
+
+    def fill(self, buffer: Any, place: Any, count: Any) -> None:
+        zero = tirx.const(0, "float32")
+        for_columns(self.kernel, count, lambda at: T.buffer_store(buffer, zero, [place + at]))
+
+    def copy(self, buffer: Any, place: Any, start: Any, stride: Any, count: Any) -> None:
+        source = self.kernel.flat(self.x.storage)
+        for_columns(self.kernel, count, lambda at: T.buffer_store(buffer, source[start + at * stride], [place + at]))
+
+    # Products ---------------------------------------------------------------------------------------------------------
+    def write_panel(self, source: tuple[_Source, Any], partial: Any, image: Any, first_row: Any, panel: Any) -> None:
+        """All tiles of a block: whole depth at once, or a row of taps after the other with partial sums between."""
+        kernel, choice = self.kernel, self.choice
+        rows = tirx.min(int64(choice.block_rows), self.height - first_row)
+        pixels = rows * self.width
+        tiles = tirx.floordiv(pixels + (choice.tile.rows - 1), int64(choice.tile.rows))
+        block = _Block((image * self.height + first_row) * self.width, pixels, panel)
+        every, last = (0, self.window.taps[0]), self.window.taps[0] - 1
+        if partial is None:
+            with kernel.serial(tiles) as number:
+                registers = RegisterTile(kernel, choice.tile)
+                registers.zero()
+                self.multiply(registers, source, block, number, *every)
+                self.write_tile(registers, block, number)
+            return
+        with kernel.serial(tiles) as number:
+            registers = RegisterTile(kernel, choice.tile)
+            registers.zero()
+            self.multiply(registers, source, block, number, 0, 1)
+            self.keep(registers, partial, number)
+        with kernel.serial(last - 1) as tap_row, kernel.serial(tiles) as number:
+            registers = self.restored(partial, number)
+            self.multiply(registers, source, block, number, tap_row + 1, 1)
+            self.keep(registers, partial, number)
+        with kernel.serial(tiles) as number:
+            registers = self.restored(partial, number)
+            self.multiply(registers, source, block, number, last, 1)
+            self.write_tile(registers, block, number)
+
+    def multiply(
+        self, registers: RegisterTile, source: tuple[_Source, Any], block: _Block, number: Any, first: Any, count: int
+    ) -> None:
+        """Add the products over `count` rows of taps from the row `first` on."""
+        kernel, window, each = self.kernel, self.window, self.channels
+        read, origin = source
+        starts = self.starts(read, origin, block, number)
+        columns = window.taps[1]
+        base = block.panel * (self.depth * self.columns)
+
+        def run(extent: int, stride: Any, offset: Any, depth: Any) -> None:
+            registers.multiply(
+                extent,
+                lambda row, k: read.buffer[starts[row] + offset + k * stride],
+                lambda k, c, lane: self.weights[base + (depth + k) * self.columns + c * self.lanes + lane],
+            )
+
+        down, across = window.dilations[0] * read.row, window.dilations[1] * read.column
+        if self.inner:
+            with kernel.serial(count) as row, kernel.serial(columns) as column:
+                tap_row = first + row
+                run(each, read.channel, tap_row * down + column * across, (tap_row * columns + column) * each)
+            return
+        with kernel.serial(each) as channel, kernel.serial(count) as row:
+            tap_row = first + row
+            depth = (channel * window.taps[0] + tap_row) * columns
+            run(columns, across, channel * read.channel + tap_row * down, depth)
+
+    def starts(self, read: _Source, origin: Any, block: _Block, number: Any) -> list[Any]:
+        """Where the first tap of each of the tile's pixels lies; past the last pixel it is read again."""
+        window, tile = self.window, self.choice.tile
+        group = tirx.truncdiv(block.panel, int64(self.panels // self.groups)) * self.channels * read.channel
+        found = []
+        for r in range(tile.rows):
+            pixel = tirx.min(number * tile.rows + r, block.pixels - 1)
+            row, column = tirx.truncdiv(pixel, self.width), tirx.truncmod(pixel, self.width)
+            place = row * window.strides[0] * read.row + column * window.strides[1] * read.column
+            found.append(T.bind(origin + group + place))
+        return found
+
+    # Results ----------------------------------------------------------------------------------------------------------
+    def place(self, number: Any, r: int, c: int) -> Any:
+        tile = self.choice.tile
+        return ((number * tile.rows + r) * tile.vectors + c) * self.lanes
+
+    def keep(self, registers: RegisterTile, partial: Any, number: Any) -> None:
+        """The tile's sums so far, to go on with later."""
+        for r, c in self.vectors():
+            with self.kernel.vectorized(self.lanes) as lane:
+                T.buffer_store(partial, registers.values[r, c, lane], [self.place(number, r, c) + lane])
+
+    def restored(self, partial: Any, number: Any) -> RegisterTile:
+        registers = RegisterTile(self.kernel, self.choice.tile)
+        for r, c in self.vectors():
+            with self.kernel.vectorized(self.lanes) as lane:
+                T.buffer_store(registers.values, partial[self.place(number, r, c) + lane], [r, c, lane])
+        return registers
+
+    def vectors(self) -> Iterator[tuple[int, int]]:
+        tile = self.choice.tile
+        return ((r, c) for r in range(tile.rows) for c in range(tile.vectors))
+
+    def write_tile(self, registers: RegisterTile, block: _Block, number: Any) -> None:
+        """The element-wise tree over each pixel and channel of the tile that exists."""
+        tile = self.choice.tile
+        per_group = self.panels // self.groups
+        group, local = tirx.truncdiv(block.panel, int64(per_group)), tirx.truncmod(block.panel, int64(per_group))
+        for r in range(tile.rows):
+            pixel = number * tile.rows + r
+            with T.If(pixel < block.pixels), T.Then():
+                for c in range(tile.vectors):
+                    first = local * self.columns + c * self.lanes
+                    self.write_vector(registers, r, c, block.first_pixel + pixel, group * self.outputs_each, first)
+
+    def write_vector(self, registers: RegisterTile, r: int, c: int, row: Any, group: Any, first: Any) -> None:
+        """One vector of channels; a group's last panel may be cut short, then channel by channel."""
+        if self.outputs_each % self.columns == 0:
+            self.store_lanes(registers, r, c, row, group + first)
+            return
+        with T.If(first + self.lanes <= self.outputs_each):
+            with T.Then():
+                self.store_lanes(registers, r, c, row, group + first)
+            with T.Else(), self.kernel.serial(tirx.max(int64(0), self.outputs_each - first)) as lane:
+                self.store_one(registers, r, c, lane, row, group + first)
+
+    def store_lanes(self, registers: RegisterTile, r: int, c: int, row: Any, first: Any) -> None:
+        with self.kernel.vectorized(self.lanes) as lane:
+            self.store_one(registers, r, c, lane, row, first)
+
+    def store_one(self, registers: RegisterTile, r: int, c: int, lane: Any, row: Any, first: Any) -> None:
+        kernel = self.kernel
+        kernel.define(self.result, lambda _: registers.values[r, c, lane])
+        index = kernel.index(self.end.shape, row=row, column=first + lane)
+        self.output.store(row * self.outputs + first + lane, kernel.load(self.end, index))
+        kernel.forget()
