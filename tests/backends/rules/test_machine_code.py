@@ -1,88 +1,203 @@
-"""What the compiler made of each rule: wide registers, no library call and no workspace in hot loops."""
+"""What LLVM made of each rule on each level: the widest registers, no library call, and nothing stored in hot loops.
+
+Kernels are compiled for every level whatever this machine is, and never run. Sizes are whole numbers of tiles, so that
+loops over what is left, which are scalar, do not hide what the others are.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 import re
-import subprocess
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from graphopt.backends import cpu
-from graphopt.backends.target import resolve_target
+from graphopt.backends import cpu, operators, rules
+from graphopt.backends.target import LEVELS, resolve_target
 from graphopt.capture import capture
+from graphopt.program import Program
+from graphopt.runtime.manifest import KernelInfo
+from tests.backends.rules.assembly import Loop, calls, functions, kernel_functions, loops
 
-LIBM = re.compile(r"\b(expf?|erff?|tanhf?|exp2f?|powf?)@plt")
+F = nn.functional
+WIDE = {16: "zmm", 8: "ymm", 4: ".4s"}
+FUSED = re.compile(r"\t(?:vfn?m(?:add|sub)\w+|fml[as])\t")
+ARITHMETIC = re.compile(
+    r"\t(?:v(?:fn?m(?:add|sub)\d*|add|sub|mul|div|max|min|sqrt)[ps]s|f(?:n?m)?(?:add|sub|mul|div|mla|mls|max|min|maxnm|minnm|sqrt))\t"
+)
+STORE = re.compile(r"\t(?:vmov[au]p[sd]\t%[xyz]mm\d+, .*\(|st[rp]\t[qds]\d|st1\t)")
+SPILLED = re.compile(r"\t(?:v\w+\t.*\d*\(%r[sb]p|(?:ld[rp]|st[rp])\t[qds]\d+.*\[(?:sp|x29))")
 
 
-class Block(nn.Module):
-    """One kernel of each rule of a transformer, with every approximated function."""
+@dataclass(frozen=True)
+class Expected:
+    """Of a rule's kernels: whether hot loops only add into registers, whether a task asks for workspace, and whether
+    loops that compute do so in whole vectors."""
 
-    def __init__(self) -> None:
+    accumulates: bool = False
+    workspace: bool = False
+    wide: bool = True
+
+
+EXPECTED = {
+    "packed-gemm": Expected(accumulates=True),
+    "fused-attention": Expected(accumulates=True, workspace=True),
+    "row-reduction": Expected(),
+    "column-reduction": Expected(),
+    "pointwise": Expected(),
+    "generic": Expected(wide=False),
+}
+
+
+class Case(nn.Module):
+    """A function of the inputs as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.norm, self.linear, self.out = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+        self.function = function
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, s, _ = x.shape
-        q, k, v = self.linear(self.norm(x)).view(b, s, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, s, 64)
-        y = nn.functional.gelu(self.out(y)) + x
-        return torch.softmax(torch.tanh(y) * torch.sigmoid(y.exp()) + torch.erf(y) * nn.functional.silu(y), -1)
+    def forward(self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> Any:
+        return self.function(*(x for x in (a, b, c) if x is not None))
 
 
-@pytest.fixture(scope="module", params=["cpu:x86-64-v3", "cpu:x86-64-v4"])
-def assembly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """(target, disassembly); compiled for each level whatever this machine is, never run."""
-    program = capture(Block(), (torch.randn(2, 9, 64),), dynamic_shapes={"x": {0: "b", 1: "s"}})
-    target = resolve_target(request.param, threads=2)
-    path = Path(tmp_path_factory.mktemp("code")) / "library.so"
-    path.write_bytes(cpu.build(cpu.lower({"main": program}, target).module, target))
-    done = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True)
-    return request.param, done.stdout
-
-
-def test_no_scalar_library_calls(assembly: tuple[str, str]) -> None:
-    assert not LIBM.findall(assembly[1])
-
-
-def test_multiply_adds_use_the_widest_registers(assembly: tuple[str, str]) -> None:
-    target, text = assembly
-    fused = re.findall(r"vfn?m(?:add|sub)\w*ps .*", text)
-    wide = "zmm" if target.endswith("v4") else "ymm"
-    assert len(fused) > 200
-    assert sum(wide in line for line in fused) > 0.9 * len(fused)
-
-
-def test_accumulators_stay_in_registers(assembly: tuple[str, str]) -> None:
-    """In the GEMM's loop over k there are 96 multiply-adds and no store of a register tile."""
-    target, text = assembly
-    wide = "%zmm" if target.endswith("v4") else "%ymm"
-    loops = [
-        body for body in innermost_loops(text) if len(re.findall(r"vfmadd\w+ps", body)) >= 48 and "prefetch" in body
-    ]
-    assert loops
-    for body in loops:
-        assert not re.findall(rf"vmov[au]ps {wide}\d+,.*\(", body)
-
-
-def test_workspace_is_asked_for_by_attention_only(assembly: tuple[str, str]) -> None:
-    """Its four scratch buffers, once a task each; register tiles never ask."""
-    assert 0 < len(re.findall(r"call\s+\*.*AllocWorkspace|call.*AllocWorkspace", assembly[1])) <= 4 or (
-        "AllocWorkspace" in assembly[1]
+def functions_of(x: Tensor) -> Tensor:
+    """Every function that has a polynomial."""
+    return (
+        torch.erf(x) * torch.tanh(x)
+        + torch.sigmoid(x) * x.exp()
+        + F.gelu(x)
+        + F.gelu(x, approximate="tanh")
+        + F.silu(x)
     )
 
 
-def innermost_loops(text: str) -> list[str]:
-    """Bodies between a backward jump and its target that hold no other backward jump."""
-    lines = [line for line in text.splitlines() if re.match(r"\s+[0-9a-f]+:\t", line)]
-    places = {int(line.split(":")[0], 16): number for number, line in enumerate(lines)}
-    loops = []
-    for number, line in enumerate(lines):
-        jump = re.search(r"\tj\w+\s+([0-9a-f]+) ", line)
-        start = places.get(int(jump.group(1), 16)) if jump else None
-        if start is not None and start < number:
-            loops.append((start, number))
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return ["\n".join(lines[start : end + 1]) for start, end in inner]
+def programs() -> dict[str, Program]:
+    """At least one kernel of each rule; which rule takes what is the compiler's choice."""
+    r = torch.randn
+    queries = (r(2, 4, 96, 32), r(2, 4, 96, 32), r(2, 4, 96, 32))
+    images = r(1, 96, 64, 64)
+    cases: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+        "linear": (nn.Sequential(nn.Linear(64, 96), nn.GELU()), (r(256, 64),)),
+        "vector": (nn.Linear(256, 384), (r(1, 256),)),
+        "products": (Case(torch.matmul), (r(8, 96, 64), r(8, 64, 96))),
+        "attention": (Case(F.scaled_dot_product_attention), queries),
+        "causal": (Case(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)), queries),
+        "softmax": (Case(lambda x: torch.softmax(x, -1)), (r(16, 6144),)),
+        "layer_norm": (nn.LayerNorm(6144), (r(16, 6144),)),
+        "sums": (Case(lambda x: (x.sum(0), x.amax(0), x.mean(-1), x.amax(-1))), (r(96, 6144),)),
+        "functions": (Case(functions_of), (r(16, 6144),)),
+        "convolution": (nn.Sequential(nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()), (images,)),
+        "one_by_one": (nn.Conv2d(96, 96, 1), (images,)),
+        "depthwise": (nn.Conv2d(96, 96, 3, padding=1, groups=96), (images,)),
+        "pooling": (Case(lambda x: (F.max_pool2d(x, 2), F.avg_pool2d(x, 2), x.mean((2, 3)))), (images,)),
+        "double": (Case(torch.matmul), (r(8, 16).double(), r(16, 8).double())),
+        "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
+    }
+    return {name: capture(module.eval(), inputs) for name, (module, inputs) in cases.items()}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """All kernels for one level."""
+
+    lanes: int
+    kernels: Mapping[str, KernelInfo]
+    code: Mapping[str, tuple[str, ...]]
+
+    def of_rule(self, rule: str) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Kernel -> its functions."""
+        return {name: kernel_functions(self.code, name) for name, kernel in self.kernels.items() if kernel.rule == rule}
+
+    def narrow(self, body: tuple[str, ...]) -> list[str]:
+        """Arithmetic on floats in less than the widest registers."""
+        return [line for line in body if ARITHMETIC.match(line) and WIDE[self.lanes] not in line]
+
+
+@pytest.fixture(scope="module")
+def captured() -> dict[str, Program]:
+    return programs()
+
+
+@pytest.fixture(scope="module", params=[name for name in LEVELS if name != "cpu:aarch64"])
+def compiled(request: pytest.FixtureRequest, captured: dict[str, Program]) -> Compiled:
+    target = resolve_target(request.param, threads=2)
+    lowered = cpu.lower(captured, target)
+    text = cpu.generate(lowered.module, target).mod.imports[0].inspect_source("s")
+    return Compiled(target.lanes, lowered.kernels, functions(text))
+
+
+def test_every_rule_is_looked_at(compiled: Compiled) -> None:
+    named = set()
+    for package in (rules, operators):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            named |= {
+                value for name, value in vars(import_module(module.name)).items() if re.fullmatch(r"(\w+_)?RULE", name)
+            }
+    assert named == set(EXPECTED)
+    assert {kernel.rule for kernel in compiled.kernels.values()} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("rule", EXPECTED)
+def test_no_library_is_called(compiled: Compiled, rule: str) -> None:
+    """Tasks are started and workspace is asked for through pointers; everything else has a name."""
+    for kernel, parts in compiled.of_rule(rule).items():
+        named = {name for body in parts.values() for name in calls(body) if re.match(r"[A-Za-z_]\w*$", name)}
+        named -= {"memset", "memcpy", "memmove", *(f"x{number}" for number in range(31))}
+        assert not named, kernel
+
+
+@pytest.mark.parametrize("rule", EXPECTED)
+def test_workspace_is_asked_for_once_a_task_at_most(compiled: Compiled, rule: str) -> None:
+    for kernel, parts in compiled.of_rule(rule).items():
+        for body in parts.values():
+            found = [line for line in body if "BackendAllocWorkspace" in line]
+            assert not found or EXPECTED[rule].workspace, kernel
+            inside = [line for loop in loops(body) if loop.depth for line in loop.body if line in found]
+            assert not inside, kernel
+
+
+@pytest.mark.parametrize("rule", [rule for rule, expected in EXPECTED.items() if expected.wide])
+def test_loops_compute_in_the_widest_registers(compiled: Compiled, rule: str) -> None:
+    for kernel, parts in compiled.of_rule(rule).items():
+        for loop in innermost(parts):
+            assert not compiled.narrow(loop.body), kernel
+
+
+@pytest.mark.parametrize("rule", [rule for rule, expected in EXPECTED.items() if expected.accumulates])
+def test_accumulators_stay_in_registers(compiled: Compiled, rule: str) -> None:
+    """The loops with the most multiply-adds hold whole tiles of them, store nothing and read nothing back."""
+    for kernel, parts in compiled.of_rule(rule).items():
+        hot = hottest(parts)
+        assert hot, kernel
+        for loop in hot:
+            assert not [line for line in loop.body if STORE.match(line) or SPILLED.match(line)], kernel
+            assert not calls(loop.body), kernel
+
+
+def test_tiles_have_the_size_that_was_chosen(compiled: Compiled) -> None:
+    for kernel, parts in compiled.of_rule("packed-gemm").items():
+        if "linear" not in compiled.kernels[kernel].nodes:  # one row alone is computed once and not eight times
+            continue
+        chosen = compiled.kernels[kernel].configuration
+        tile = int(chosen["rows"]) * int(chosen["columns"]) // compiled.lanes * int(chosen["steps"])
+        assert {count_fused(loop) for loop in hottest(parts)} == {tile}, kernel
+
+
+def innermost(parts: Mapping[str, tuple[str, ...]]) -> list[Loop]:
+    return [loop for body in parts.values() for loop in loops(body) if loop.innermost]
+
+
+def count_fused(loop: Loop) -> int:
+    return sum(bool(FUSED.match(line)) for line in loop.body)
+
+
+def hottest(parts: Mapping[str, tuple[str, ...]]) -> list[Loop]:
+    """Innermost loops with at least half as many multiply-adds as any has."""
+    found = innermost(parts)
+    most = max((count_fused(loop) for loop in found), default=0)
+    return [loop for loop in found if most and 2 * count_fused(loop) >= most]
