@@ -47,7 +47,7 @@ def operations(target: Target) -> int:
 
 def _accumulators(target: Target) -> int:
     tile = tile_for(target)
-    return tile.rows * tile.columns // target.lanes
+    return tile.rows * tile.vectors
 
 
 def _multiply_add(target: Target) -> tirx.PrimFunc:

@@ -78,7 +78,7 @@ def packed_product(
     order: tuple[int, ...] = (),
 ) -> View:
     """a [..., K], contiguous, times weight [N, K] with the node's epilogue; `begin` and `order` as in `anchored`."""
-    columns = tile_for(lowering.target).columns
+    columns = tile_for(lowering.target).vectors * lowering.target.lanes
     b = lowering.weight(weight, f"gemm{columns}", lambda array: pack_weight(array, columns))
     name = f"gemm_{weight.shape[0]}x{weight.shape[1]}"
     return lowering.anchored(node, lambda result, end: gemm(a, b, result, end, name, lowering.target), begin, order)

@@ -11,7 +11,6 @@ costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.lanes import zero_tile
+from graphopt.backends.rules.register_tile import RegisterTile, Tile
 from graphopt.backends.sizes import product
 from graphopt.backends.target import Target
-from graphopt.backends.values import Index, Product, View, fused_name
+from graphopt.backends.values import Product, View, fused_name
 
 RULE = "packed-gemm"
 _ROWS_KEPT_FROM = 64  # rows from which each thread keeps its own
@@ -34,18 +33,9 @@ _BLOCK_ROWS = 128  # rows that all panels pass over before the next rows; also w
 _LINE = 16  # float32 values of a cache line
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns held in registers, and steps of k written out."""
-
-    rows: int
-    columns: int
-    steps: int = 4
-
-
 def tile_for(target: Target) -> Tile:
     """24 of 32 registers as accumulators with AVX-512 and NEON, 12 of 16 with AVX2."""
-    return Tile(8 if target.registers == 32 else 4, 3 * target.lanes)
+    return Tile(8 if target.registers == 32 else 4, 3)
 
 
 def pack_weight(weight: np.ndarray, columns: int) -> np.ndarray:
@@ -80,7 +70,7 @@ def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Ta
         body,
         configuration={
             "rows": tile.rows,
-            "columns": tile.columns,
+            "columns": tile.vectors * target.lanes,
             "steps": tile.steps,
             "lanes": target.lanes,
             "block_rows": _BLOCK_ROWS,
@@ -113,7 +103,7 @@ class _Gemm:
         self.streamed = _is_streamed(weight)
         self.n = int(result.shape[-1])
         self.lanes = kernel.target.lanes
-        self.vectors = tile.columns // self.lanes
+        self.columns = tile.vectors * self.lanes
         self.row_count = product(result.shape[:-1])
         self.rows = kernel.size(self.row_count)
 
@@ -140,33 +130,31 @@ class _Gemm:
                 self.write_tile(first_panel + panel, first_tile + at * block + tile_of_block, tile_of_block)
 
     def write_tile(self, panel: Any, tile_number: Any, tile_of_block: Any) -> None:
-        kernel, tile, lanes = self.kernel, self.tile, self.lanes
-        accumulators = kernel.registers(tile.rows, self.vectors, lanes)
-        zero_tile(kernel, accumulators, tile.rows, self.vectors)
+        kernel, tile, columns = self.kernel, self.tile, self.columns
         first_row = tile_number * tile.rows
-        starts = [tirx.min(first_row + r, self.rows - 1) * self.k for r in range(tile.rows)]
-        weights = panel * (self.k * tile.columns)
-
-        def step(k: Any) -> None:
-            for r in range(tile.rows):
-                for c in range(self.vectors):
-                    with kernel.vectorized(lanes) as lane:
-                        product_ = self.a[starts[r] + k] * self.b[weights + k * tile.columns + c * lanes + lane]
-                        T.buffer_store(accumulators, accumulators[r, c, lane] + product_, [r, c, lane])
-
-        main = self.k // tile.steps
-        if main:
-            with kernel.serial(main) as outer:
-                self.prefetch(weights, tile_of_block * main + outer, main)
-                for inner in range(tile.steps):
-                    step(outer * tile.steps + inner)
-        for k in range(main * tile.steps, self.k):
-            step(int64(k))
-        self.write_epilogue(accumulators, first_row, panel)
+        starts = [T.bind(tirx.min(first_row + r, self.rows - 1) * self.k) for r in range(tile.rows)]
+        weights = panel * (self.k * columns)
+        registers = RegisterTile(kernel, tile)
+        registers.zero()
+        registers.multiply(
+            self.k,
+            lambda r, k: self.a[starts[r] + k],
+            lambda k, c, lane: self.b[weights + k * columns + c * self.lanes + lane],
+            lambda outer: self.prefetch(weights, tile_of_block * (self.k // tile.steps) + outer, self.k // tile.steps),
+        )
+        registers.write(
+            self.result,
+            self.end,
+            self.output,
+            rows=self.rows - first_row,
+            position=lambda r: first_row + r,
+            first=panel * columns,
+            width=self.n,
+        )
 
     def prefetch(self, weights: Any, step: Any, steps: int) -> None:
         """Touch this step's share of the next panel's lines."""
-        lines = -(-self.k * self.tile.columns // _LINE)
+        lines = -(-self.k * self.columns // _LINE)
         rows = min(self.row_count, _BLOCK_ROWS) if isinstance(self.row_count, int) else _BLOCK_ROWS
         tiles = max(1, -(-rows // self.tile.rows) // (self.kernel.target.threads if rows >= _ROWS_KEPT_FROM else 1))
         share = -(-lines // (tiles * steps))
@@ -174,32 +162,3 @@ class _Gemm:
             position = weights + (lines + step * share + line) * _LINE
             address = tirx.address_of(self.b[position])
             T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
-
-    def write_epilogue(self, accumulators: Any, first_row: Any, panel: Any) -> None:
-        for r in range(self.tile.rows):
-            row = first_row + r
-            with T.If(row < self.rows), T.Then():
-                for c in range(self.vectors):
-                    self.write_vector(accumulators, r, c, row, panel * self.tile.columns + c * self.lanes)
-
-    def write_vector(self, accumulators: Any, r: int, c: int, row: Any, first: Any) -> None:
-        """Store one vector; the last panel may be cut short, then column by column."""
-        if self.n % self.tile.columns == 0:
-            self.store_lanes(accumulators, r, c, row, first)
-            return
-        with T.If(first + self.lanes <= self.n):
-            with T.Then():
-                self.store_lanes(accumulators, r, c, row, first)
-            with T.Else(), self.kernel.serial(tirx.max(int64(0), self.n - first)) as lane:
-                self.store_one(accumulators, r, c, lane, row, first)
-
-    def store_lanes(self, accumulators: Any, r: int, c: int, row: Any, first: Any) -> None:
-        with self.kernel.vectorized(self.lanes) as lane:
-            self.store_one(accumulators, r, c, lane, row, first)
-
-    def store_one(self, accumulators: Any, r: int, c: int, lane: Any, row: Any, first: Any) -> None:
-        kernel, column = self.kernel, first + lane
-        kernel.define(self.result, lambda _: accumulators[r, c, lane])
-        index: Index = kernel.index(self.end.shape, row=row, column=column)
-        self.output.store(row * self.n + column, kernel.load(self.end, index))
-        kernel.forget()

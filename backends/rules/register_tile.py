@@ -1,0 +1,166 @@
+"""A tile of sums in registers: rows x vectors of columns, the core of every matrix product and convolution.
+
+One step of the depth costs a load for each vector of columns, a broadcast for each row and rows x vectors
+multiply-adds: 3 + 8 against 24 for 8 x 48 with AVX-512, so the multiply-adds bound it. `choose_tile` weighs tiles that
+fit the registers by the work that they waste on rows and columns that do not exist: 64 columns are not padded to 96.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernel import Kernel, Output, int64
+from graphopt.backends.rules.lanes import zero_tile
+from graphopt.backends.sizes import Size
+from graphopt.backends.target import Target
+from graphopt.backends.values import Product
+
+_MANY_ROWS = 840  # stands for a number of rows known at run time: a multiple of most tiles' rows
+_MOST_VECTORS = 6
+_TILE_STEPS = 12  # what starting and ending a tile costs, as steps of one multiply-add for each of its vectors
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and vectors of columns held in registers, and steps of the depth written out."""
+
+    rows: int
+    vectors: int
+    steps: int = 4
+
+
+def tiles(target: Target) -> Iterator[Tile]:
+    """Every tile that fits: its sums, a step's vectors of the right side and a broadcast.
+
+    With AVX-512 the multiply-add itself broadcasts from memory, so that only sums and vectors need registers.
+    """
+    spare = 0 if target.lanes == 16 else 1
+    for vectors in range(1, _MOST_VECTORS + 1):
+        for rows in range(1, (target.registers - vectors - spare) // vectors + 1):
+            yield Tile(rows, vectors)
+
+
+@cache
+def choose_tile(target: Target, rows: Size, columns: int, depth: int = 256) -> Tile:
+    """The tile with the least time for a product of this size; `rows` known at run time are taken as many."""
+    many = rows if isinstance(rows, int) else _MANY_ROWS
+    return min(tiles(target), key=lambda tile: tile_cost(target, tile, many, columns, depth))
+
+
+def tile_cost(target: Target, tile: Tile, rows: int, columns: int, depth: int) -> float:
+    """Time of rows x columns x depth in multiply-adds of one vector.
+
+    A step takes as long as its multiply-adds or its loads, of which vectors from the L2 cache count most.
+    """
+    count = -(-rows // tile.rows) * -(-columns // (tile.vectors * target.lanes))
+    loads = 1.5 * tile.vectors + 0.5 * tile.rows
+    step = max(tile.rows * tile.vectors, loads, 6) + 0.05 * loads
+    return count * (depth * step + _TILE_STEPS * tile.rows * tile.vectors)
+
+
+class RegisterTile:
+    """The sums of one tile while its code is written: `values` [rows, vectors, lanes]."""
+
+    def __init__(self, kernel: Kernel, tile: Tile) -> None:
+        self.kernel, self.tile, self.lanes = kernel, tile, kernel.target.lanes
+        self.values = kernel.registers(tile.rows, tile.vectors, self.lanes)
+
+    def zero(self) -> None:
+        zero_tile(self.kernel, self.values, self.tile.rows, self.tile.vectors)
+
+    def multiply(
+        self,
+        extent: Any,
+        left: Callable[[int, Any], Any],
+        right: Callable[[Any, int, Any], Any],
+        before_step: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Add left(row, k) * right(k, vector, lane) over k below `extent`, in this order, to what the tile holds.
+
+        `before_step(number)` writes what each group of `tile.steps` steps begins with, such as a prefetch.
+        """
+        steps = self.tile.steps
+        main = extent // steps if isinstance(extent, int) else tirx.truncdiv(extent, int64(steps))
+        if not (isinstance(main, int) and main == 0):
+            with self.kernel.serial(main) as outer:
+                if before_step:
+                    before_step(outer)
+                for inner in range(steps):
+                    self._step(outer * steps + inner, left, right)
+        if isinstance(extent, int):
+            for k in range(extent - extent % steps, extent):
+                self._step(int64(k), left, right)
+        else:
+            with self.kernel.serial(extent - main * steps) as rest:
+                self._step(main * steps + rest, left, right)
+
+    def _step(self, k: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
+        values = self.values
+        for r in range(self.tile.rows):
+            for c in range(self.tile.vectors):
+                with self.kernel.vectorized(self.lanes) as lane:
+                    T.buffer_store(values, values[r, c, lane] + left(r, k) * right(k, c, lane), [r, c, lane])
+
+    def write(
+        self,
+        result: Product,
+        end: Any,
+        output: Output,
+        *,
+        rows: Any,
+        position: Callable[[int], Any],
+        first: Any,
+        width: int,
+        before: Any = 0,
+    ) -> None:
+        """Store the element-wise tree `end` over `result`, whose elements the tile holds.
+
+        Row r of the tile exists where r < rows, and is row position(r) of the result, counted over all axes but the
+        last. Its columns begin at `before + first`; those from `before + width` on do not exist.
+        """
+
+        def store(r: int, c: int, start: int, count: int) -> None:
+            with self.kernel.vectorized(count) as lane:
+                column = before + first + (c * self.lanes + start) + lane
+                self.kernel.define(result, lambda _: self.values[r, c, start + lane])
+                index = self.kernel.index(end.shape, row=position(r), column=column)
+                output.store(position(r) * self.kernel.size(end.shape[-1]) + column, self.kernel.load(end, index))
+
+        for r in range(self.tile.rows):
+            if isinstance(rows, int):
+                if r < rows:
+                    self._write_row(r, first, width, store)
+                continue
+            with T.If(r < rows), T.Then():
+                self._write_row(r, first, width, store)
+
+    def _write_row(self, r: int, first: Any, width: int, store: Callable[[int, int, int, int], None]) -> None:
+        """All vectors, or those of the last columns: what is left of a vector goes in parts of 8, 4, 2 and 1 lanes."""
+        columns = self.tile.vectors * self.lanes
+        left = width % columns
+        if not left:
+            self._write_columns(r, columns, store)
+        elif width < columns:
+            self._write_columns(r, left, store)
+        else:
+            with T.If(first + columns <= width):
+                with T.Then():
+                    self._write_columns(r, columns, store)
+                with T.Else():
+                    self._write_columns(r, left, store)
+
+    def _write_columns(self, r: int, columns: int, store: Callable[[int, int, int, int], None]) -> None:
+        for c in range(columns // self.lanes):
+            store(r, c, 0, self.lanes)
+        start, part = 0, self.lanes // 2
+        while part:
+            if columns % self.lanes & part:
+                store(r, columns // self.lanes, start, part)
+                start += part
+            part //= 2
