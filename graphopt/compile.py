@@ -90,7 +90,7 @@ def compile(
             {"entry": name, **PassReport.summary(item)} for name, program in entries.items() for item in program.history
         ),
     )
-    slow = sorted(name for name, kernel in module.kernels.items() if kernel.rule == "generic")
+    slow = sorted(name for name, kernel in module.kernels.items() if kernel.slow)
     report: dict[str, Any] = {
         "format": FORMAT,
         "target": chosen.name,

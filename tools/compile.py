@@ -55,8 +55,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def summarize(artifact: Any, path: str) -> dict[str, Any]:
-    kernels, slow = artifact.report["kernels"], artifact.report["slow"]
-    return {"path": path, "bytes": size_on_disk(path), "kernels": dict(kernels), "slow": list(slow)}
+    (variant,) = artifact.manifest.variants
+    report = artifact.report
+    reasons = {name: variant.kernels[name] for name in report["slow"]}
+    return {
+        "path": path,
+        "bytes": size_on_disk(path),
+        "target": report["target"],
+        "checked_on": report["checked_on"],
+        "kernels": dict(report["kernels"]),
+        "slow": [
+            {
+                "kernel": name,
+                "reason": kernel.slow,
+                "nodes": [node for nodes in kernel.nodes.values() for node in nodes],
+            }
+            for name, kernel in reasons.items()
+        ],
+    }
 
 
 def size_on_disk(path: str | Path) -> int:
@@ -66,10 +82,13 @@ def size_on_disk(path: str | Path) -> int:
 
 
 def print_artifact(artifact: dict[str, Any]) -> None:
-    print(f"kernels  {len(artifact['kernels'])}, {len(artifact['slow'])} on a generic schedule (slow)")
-    for name in artifact["slow"]:
-        print(f"  slow: {name}")
+    print(f"kernels  {len(artifact['kernels'])}, {len(artifact['slow'])} slow whatever is measured")
+    for item in artifact["slow"]:
+        print(f"  slow: {item['kernel']} ({item['reason']}), for {', '.join(item['nodes']) or 'no node'}")
     print(f"size  {format_bytes(artifact['bytes'])}")
+    if artifact["checked_on"] != artifact["target"]:
+        name = Path(artifact["path"]).name
+        print(f"note  checked on {artifact['checked_on']}; on the target run: graphopt run {name} --check")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Show where an artifact's time goes: each kernel's time, its share of what this machine can do, its schedule rule and
 configuration, and which kernels are slow.
 
-The machine's roofs are measured in the same run: multiply-adds, and bytes read from each cache and from memory. A
-kernel is slow when its rule is the generic one, or when it reaches under 20 % of the nearer of its own roofs and takes
+The machine's roofs are measured in the same run: multiply-adds, bytes read from each cache and from memory, and the
+time of a kernel that does nothing. A kernel is slow when its rule is the generic one, or when it reaches under 20 % of the nearer of its own roofs and takes
 over 2 % of the time.
 """
 

@@ -47,6 +47,9 @@ class Entry:
     sizes: Mapping[str, Bounds] = field(default_factory=dict)
 
 
+GENERIC = "generic"  # the rule of kernels that nothing better took
+
+
 @dataclass(frozen=True)
 class KernelInfo:
     """One kernel. `rule` is the schedule rule that wrote it, "generic" the slow path; `configuration` what it chose.
@@ -64,6 +67,11 @@ class KernelInfo:
     bytes: int | str | None = None
     weight_bytes: int | str | None = None
     nodes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def slow(self) -> str | None:
+        """Why it is slow whatever the machine makes of it, or None; only measuring tells what else is."""
+        return "generic: no schedule rule took it" if self.rule == GENERIC else None
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,15 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from platform import machine
 
 import pytest
 
+from graphopt.backends.linker import find_cross_linker
 from tests.tools.conftest import DYNAMIC, ROOT, TINY, Cli
+
+OTHER_MACHINE, OTHER = ("x86_64", "cpu:x86-64-v4") if machine() == "aarch64" else ("aarch64", "cpu:cortex-a78ae")
+OTHER_LINKER = find_cross_linker(OTHER_MACHINE)
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -18,6 +23,22 @@ def test_compile_then_check(cli: Cli) -> None:
     assert outcome.code == 0, outcome.err
     assert "kernels" in outcome.out and "wrote m.gopt" in outcome.out
     assert cli("run", "m.gopt", "--check").code == 0
+
+
+def test_slow_kernels_are_named_with_reason_and_nodes(cli: Cli) -> None:
+    found = cli("compile", "tests.tools.tiny_models:unscheduled", "-o", "m.gopt", "--json").json["artifact"]
+    assert found["slow"] == [{"kernel": "cumsum", "reason": "generic: no schedule rule took it", "nodes": ["cumsum"]}]
+    assert found["checked_on"] == found["target"]
+    out = cli("compile", "tests.tools.tiny_models:unscheduled", "-o", "m.gopt").out
+    assert "slow: cumsum (generic: no schedule rule took it), for cumsum" in out
+
+
+@pytest.mark.skipif(OTHER_LINKER is None, reason="needs the package ziglang or a cross gcc")
+def test_what_could_not_run_here_is_still_to_be_checked(cli: Cli) -> None:
+    outcome = cli("compile", TINY, "-o", "m.gopt", "--target", OTHER)
+    assert outcome.code == 0 and "not on the target; on the target run: graphopt run m.gopt --check" in outcome.out
+    outcome = cli("run", "m.gopt", "--check")
+    assert outcome.code != 0 and "compiled for another CPU" in outcome.err
 
 
 def test_inspect_shows_the_artifact(cli: Cli, artifact: str) -> None:

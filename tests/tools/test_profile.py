@@ -68,6 +68,16 @@ def test_the_nearer_roof_is_named() -> None:
     assert nearest_roof(Work(None, None, None), 1.0, ROOFS, NO_WEIGHTS) is None
 
 
+def test_a_tiny_kernel_is_held_against_a_launch_and_is_not_slow() -> None:
+    times = {"tiny": (1.0, 2e-6), "waits": (1.0, 2e-5), "unknown": (1.0, 2e-6)}
+    kernels = {"tiny": KernelInfo("pointwise", flops=0, bytes=4), "waits": KernelInfo("pointwise", flops=1, bytes=4)}
+    roofs = replace(ROOFS, flops_per_second=1e12, levels=tuple(replace(e, bytes_per_second=1e11) for e in LEVELS))
+    rows = {row.kernel: row for row in make_profile(times, kernels, "main", {}, 0.0, roofs).rows}
+    assert (rows["tiny"].roof, rows["tiny"].share_of_roof, rows["tiny"].slow) == ("launch", 0.5, None)
+    assert rows["waits"].slow == "5.0% of its own roof (launch), under 20%"
+    assert rows["unknown"].roof is None and rows["unknown"].slow is None
+
+
 def test_the_memory_is_the_one_that_holds_the_bytes() -> None:
     def name(total: int, weights: int, seconds: float, all_weights: float) -> str:
         return memory_of(Work(0, total, weights), seconds, LEVELS, all_weights).name
@@ -115,7 +125,7 @@ def test_times_inside_that_are_longer_than_the_run_are_the_run() -> None:
 
 def test_fail_on_slow(cli: Cli, artifact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for speed, code in ((1e30, 1), (1.0, 0)):  # of a machine beside which the kernel is slow, and of one it beats
-        roofs = Roofs(1, speed, tuple(replace(level, bytes_per_second=speed) for level in LEVELS), 1e-6)
+        roofs = Roofs(1, speed, tuple(replace(level, bytes_per_second=speed) for level in LEVELS), 1 / speed)
         monkeypatch.setattr(profile_artifact, "find_roofs", lambda threads, roofs=roofs: (roofs, ""))
         outcome = cli("profile", artifact, "--rounds", 2, "--fail-on-slow", "--json")
         assert outcome.code == code and bool(outcome.json["slow"]) == bool(code)

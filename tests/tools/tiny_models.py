@@ -53,3 +53,12 @@ def broken() -> None:
 
 def leaves() -> None:
     raise SystemExit(7)
+
+
+class Running(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+def unscheduled() -> tuple[nn.Module, tuple[Tensor]]:
+    return Running(), (torch.randn(3, 8),)

@@ -12,7 +12,6 @@ from graphopt.runtime.sizes import parse_size
 if TYPE_CHECKING:
     from graphopt.tools.profiling.roofs import Level, Roofs
 
-GENERIC = "generic"  # the rule of kernels that nothing better took
 LEAST_SHARE = 0.20  # of its own roof, below which a kernel is slow
 NOTABLE = 0.02  # share of the model's time up to which that does not matter
 UNKNOWN = KernelInfo("runtime")  # of functions that no rule wrote
@@ -22,8 +21,8 @@ UNKNOWN = KernelInfo("runtime")  # of functions that no rule wrote
 class Row:
     """One kernel. `flops`, `bytes` and `weight_bytes` are those of one call, None where the manifest does not say.
 
-    `share` is that of the model's time, `share_of_roof` that of `roof` ("FMA", or the memory that was read), None
-    without work or without roofs. `slow` is the reason.
+    `share` is that of the model's time, `share_of_roof` that of `roof` ("FMA", the memory that was read, or "launch"),
+    None without work or without roofs. `slow` is the reason.
     """
 
     kernel: str
@@ -145,10 +144,8 @@ def _row(
     nearest = nearest_roof(work, each, roofs, weights) if roofs else None
     roof, share_of_roof = nearest or (None, None)
     share = calls * each / whole
-    slow = None
-    if kernel.rule == GENERIC:
-        slow = "generic: no schedule rule took it"
-    elif share_of_roof is not None and share_of_roof < LEAST_SHARE and share > NOTABLE:
+    slow = kernel.slow
+    if not slow and share_of_roof is not None and share_of_roof < LEAST_SHARE and share > NOTABLE:
         slow = f"{share_of_roof:.1%} of its own roof ({roof}), under {LEAST_SHARE:.0%}"
     return Row(
         name,
@@ -171,15 +168,18 @@ def _row(
 def nearest_roof(work: Work, seconds: float, roofs: Roofs, weights: float) -> tuple[str, float] | None:
     """The roof that leaves the least room above the kernel, and the share of it that is reached; None without work.
 
+    No kernel takes less time than one that does nothing, so a small one is held against that: its roof is "launch".
     `weights` is how many bytes of weights one run reads in all.
     """
-    found = []
+    if not work.flops and not work.bytes:
+        return None
+    found = [("launch", roofs.launch_seconds / seconds)]
     if work.flops:
         found.append(("FMA", work.flops / seconds / roofs.flops_per_second))
     if work.bytes:
         level = memory_of(work, seconds, roofs.levels, weights)
         found.append((level.name, work.bytes / seconds / level.bytes_per_second))
-    return max(found, key=lambda item: item[1], default=None)
+    return max(found, key=lambda item: item[1])
 
 
 def memory_of(work: Work, seconds: float, levels: Sequence[Level], weights: float) -> Level:
