@@ -20,6 +20,7 @@ from graphopt.backends.operators.element_wise import computed_in, convert, dtype
 from graphopt.backends.operators.linear import packed_product
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.operators.windows import each_axis, load_at, quotient, surrounded
+from graphopt.backends.rules import winograd
 from graphopt.backends.rules.convolution import Direct, channels_inner, configure, convolution, pack_filters
 from graphopt.backends.rules.depthwise import depthwise, pack_depthwise
 from graphopt.backends.rules.generic import reduce_generic
@@ -131,6 +132,8 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
     if window.taps == (1, 1) == window.strides and call.groups == 1 and not padded and x.contiguous:
         return packed_product(lowering, node, x, weight.flatten(1), begin, order)
     outputs = _image_shape(tuple(shape[axis] for axis in inverse(order)))
+    if winograd.suits(outputs, tuple(filters.shape), call.groups, window, lowering.target) and x.strides[3] == 1:
+        return _minimal(lowering, node, x, filters, outputs, window, name, begin, order)
     choice = configure(outputs, tuple(filters.shape), call.groups, window, lowering.target)
     columns, inner = choice.tile.vectors * lowering.target.lanes, channels_inner(x)
     key = f"conv{columns}{'' if inner else 'planar'}"
@@ -139,6 +142,26 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
     return lowering.anchored(
         node, lambda result, end: convolution(direct, result, end, name, lowering.target), begin, order
     )
+
+
+def _minimal(
+    lowering: Lowering,
+    node: Node,
+    x: View,
+    filters: torch.Tensor,
+    outputs: Shape,
+    window: Window,
+    name: str,
+    begin: Callable[[Any], Any],
+    order: tuple[int, ...],
+) -> View:
+    target = lowering.target
+    choice = winograd.configure(outputs, int(filters.shape[1]), target)
+    columns = choice.tile.vectors * target.lanes
+    key = f"winograd{columns}"
+    weight = lowering.weight(filters, key, lambda array: winograd.transform_filters(array, columns))
+    call = winograd.Winograd(x, weight, outputs, window, choice)
+    return lowering.anchored(node, lambda r, end: winograd.winograd(call, r, end, name, target), begin, order)
 
 
 def _channels_last(lowering: Lowering, argument: Any, spatial: int) -> View:

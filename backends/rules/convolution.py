@@ -364,34 +364,16 @@ class _Convolution:
 
     def write_tile(self, registers: RegisterTile, block: _Block, number: Any) -> None:
         """The element-wise tree over each pixel and channel of the tile that exists."""
-        tile = self.choice.tile
         per_group = self.panels // self.groups
         group, local = tirx.truncdiv(block.panel, int64(per_group)), tirx.truncmod(block.panel, int64(per_group))
-        for r in range(tile.rows):
-            pixel = number * tile.rows + r
-            with T.If(pixel < block.pixels), T.Then():
-                for c in range(tile.vectors):
-                    first = local * self.columns + c * self.lanes
-                    self.write_vector(registers, r, c, block.first_pixel + pixel, group * self.outputs_each, first)
-
-    def write_vector(self, registers: RegisterTile, r: int, c: int, row: Any, group: Any, first: Any) -> None:
-        """One vector of channels; a group's last panel may be cut short, then channel by channel."""
-        if self.outputs_each % self.columns == 0:
-            self.store_lanes(registers, r, c, row, group + first)
-            return
-        with T.If(first + self.lanes <= self.outputs_each):
-            with T.Then():
-                self.store_lanes(registers, r, c, row, group + first)
-            with T.Else(), self.kernel.serial(tirx.max(int64(0), self.outputs_each - first)) as lane:
-                self.store_one(registers, r, c, lane, row, group + first)
-
-    def store_lanes(self, registers: RegisterTile, r: int, c: int, row: Any, first: Any) -> None:
-        with self.kernel.vectorized(self.lanes) as lane:
-            self.store_one(registers, r, c, lane, row, first)
-
-    def store_one(self, registers: RegisterTile, r: int, c: int, lane: Any, row: Any, first: Any) -> None:
-        kernel = self.kernel
-        kernel.define(self.result, lambda _: registers.values[r, c, lane])
-        index = kernel.index(self.end.shape, row=row, column=first + lane)
-        self.output.store(row * self.outputs + first + lane, kernel.load(self.end, index))
-        kernel.forget()
+        first = number * self.choice.tile.rows
+        registers.write(
+            self.result,
+            self.end,
+            self.output,
+            rows=block.pixels - first,
+            position=lambda r: block.first_pixel + first + r,
+            first=local * self.columns,
+            width=self.outputs_each,
+            before=group * self.outputs_each,
+        )

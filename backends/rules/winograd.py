@@ -1,0 +1,343 @@
+"""Convolution by 3 x 3 filters with stride 1 through Winograd's minimal filtering F(4 x 4, 3 x 3).
+
+A tile of 4 x 4 outputs costs 36 multiplications an input channel in place of 144 (Lavin and Gray 2016, "Fast Algorithms
+for Convolutional Neural Networks", section 4.3): Y = A^T [(G g G^T) * (B^T d B)] A. The filters are transformed when
+they are packed. A task transforms the inputs of a block of tiles into scratch, [36, tiles, C], then for one panel of
+output channels after the other does 36 matrix products in register tiles and transforms the sums back, with the
+epilogue on each output. Blocks are small enough that transformed inputs and sums stay in the L2 cache. Both transforms
+run on vectors of channels: about 150 additions and multiplications of vectors for 36 C O / 16 multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import operations
+from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile
+from graphopt.backends.rules.windows import Window
+from graphopt.backends.sizes import Shape, product
+from graphopt.backends.target import Target
+from graphopt.backends.values import Product, View, fused_name
+
+RULE = "winograd"
+_OUT, _IN = 4, 6  # outputs and inputs of a tile along one axis
+_POINTS = _IN * _IN
+_BLOCK_BYTES = 512 << 10  # transformed inputs and sums of a block: half of a common L2 cache
+_WEIGHT_BYTES = 12 << 20  # transformed filters beyond this are read more slowly than direct products run
+_LEAST_CHANNELS = 32  # of inputs and outputs: with fewer the transforms cost more than they save
+_INPUT = np.array(  # B^T
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
+    np.float64,
+)
+_FILTER = np.array(  # G
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+    np.float64,
+)
+_OUTPUT = np.array(  # A^T
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    np.float64,
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Register tile, output tiles of a block, and how blocks and panels are shared out between threads."""
+
+    tile: Tile
+    block_tiles: int
+    tile_groups: int
+    panel_groups: int
+
+
+def suits(outputs: Shape, filters: Shape, groups: int, window: Window, target: Target) -> bool:
+    """Whether it is expected to be faster than the direct product: fixed sizes, enough channels, full tiles."""
+    _, height, width, count = outputs
+    if not isinstance(height, int) or not isinstance(width, int) or groups != 1:
+        return False
+    plain = window.taps == (3, 3) and window.strides == window.dilations == (1, 1)
+    channels = int(filters[1])
+    if not plain or min(channels, int(count)) < _LEAST_CHANNELS or channels % target.lanes:
+        return False
+    computed = -(-height // _OUT) * -(-width // _OUT) * _POINTS
+    weight_bytes = _POINTS * channels * int(count) * 4
+    return computed * 2 <= height * width * 9 and weight_bytes <= _WEIGHT_BYTES
+
+
+def transform_filters(filters: np.ndarray, columns: int) -> np.ndarray:
+    """[O, C, 3, 3] -> [ceil(O / columns), 36, C, columns], zero where O ends; computed in float64."""
+    outputs, channels = filters.shape[:2]
+    panels = -(-outputs // columns)
+    spread = np.einsum("ij,ocjk,lk->iloc", _FILTER, filters.astype(np.float64), _FILTER).reshape(
+        _POINTS, outputs, channels
+    )
+    packed = np.zeros((_POINTS, panels * columns, channels), np.float32)
+    packed[:, :outputs] = spread
+    return packed.reshape(_POINTS, panels, columns, channels).transpose(1, 0, 3, 2)
+
+
+def configure(outputs: Shape, channels: int, target: Target) -> Configuration:
+    """The default for outputs [N, OH, OW, O]: the shares with the least work, blocks that fit the L2 cache."""
+    _, height, width, count = outputs
+    tiles = -(-int(height) // _OUT) * -(-int(width) // _OUT)
+    best: tuple[float, Configuration] | None = None
+    for panel_groups in range(1, target.threads + 1):
+        if target.threads % panel_groups:
+            continue
+        tile_groups = target.threads // panel_groups
+        own = -(-tiles // tile_groups)
+        fitting = max(8, _BLOCK_BYTES // (_POINTS * 4 * (channels + 64)))
+        blocks = -(-own // fitting)
+        block = -(-own // blocks)
+        tile = choose_tile(target, block, int(count), channels)
+        columns = tile.vectors * target.lanes
+        panels = -(-int(count) // columns)
+        own_panels = -(-panels // panel_groups)
+        products = blocks * -(-block // tile.rows) * tile.rows * own_panels * columns * channels * _POINTS
+        transforms = blocks * block * (channels * 250 + own_panels * columns * 200)
+        work = products + 2 * transforms
+        if best is None or work < best[0]:
+            best = work, Configuration(tile, block, tile_groups, panel_groups)
+    assert best
+    return best[1]
+
+
+@dataclass(frozen=True)
+class Winograd:
+    """x [N, H, W, C] with channel stride 1, weight as `transform_filters` packs it, outputs [N, OH, OW, O]."""
+
+    x: View
+    weight: View
+    outputs: Shape
+    window: Window
+    choice: Configuration
+
+
+def winograd(convolution: Winograd, result: Product, end: Any, name: str, target: Target) -> Code:
+    """out[n, h, w, o] = sum over 3 x 3 taps and channels of x[n, h + kh - ph, w + kw - pw, c] g, then the tree `end`.
+
+    Sums of transformed values: the error is a few times that of direct products, and an infinity in the input makes
+    NaN of the outputs of every tile that reads it.
+    """
+    choice, channels = convolution.choice, int(convolution.x.shape[3])
+
+    def body(kernel: Kernel, outputs: list[Output]) -> None:
+        _Writer(kernel, convolution, result, end, outputs[0]).write()
+
+    return write_kernel(
+        RULE,
+        fused_name(name, end),
+        target,
+        [convolution.x, convolution.weight, end],
+        [(end.shape, end.dtype)],
+        body,
+        configuration={
+            "rows": choice.tile.rows,
+            "columns": choice.tile.vectors * target.lanes,
+            "lanes": target.lanes,
+            "outputs": f"{_OUT}x{_OUT}",
+            "block_tiles": choice.block_tiles,
+            "tile_groups": choice.tile_groups,
+            "panel_groups": choice.panel_groups,
+        },
+        flops=2 * 9 * channels * product(convolution.outputs) + operations([end], target),
+        extra_shapes=[convolution.outputs],
+    )
+
+
+class _Writer:
+    def __init__(self, kernel: Kernel, convolution: Winograd, result: Product, end: Any, output: Output) -> None:
+        self.kernel, self.x, self.window = kernel, convolution.x, convolution.window
+        self.result, self.end, self.output, self.choice = result, end, output, convolution.choice
+        self.data, self.weights = kernel.flat(self.x.storage), kernel.flat(convolution.weight.storage)
+        self.lanes = kernel.target.lanes
+        self.panels, _, self.channels, self.columns = (int(size) for size in convolution.weight.shape)
+        self.batch = kernel.size(convolution.outputs[0])
+        self.height, self.width, self.count = (int(size) for size in convolution.outputs[1:])
+        self.down, self.across = -(-self.height // _OUT), -(-self.width // _OUT)
+
+    def write(self) -> None:
+        """Tiles of all images are numbered through; a task takes its blocks of them and its panels."""
+        kernel, choice = self.kernel, self.choice
+        tiles = self.batch * (self.down * self.across)
+        blocks = tirx.floordiv(tiles + (choice.block_tiles - 1), int64(choice.block_tiles))
+        blocks_each = tirx.floordiv(blocks + (choice.tile_groups - 1), int64(choice.tile_groups))
+        panels_each = -(-self.panels // choice.panel_groups)
+        with kernel.parallel(choice.tile_groups * choice.panel_groups) as task:
+            first_block = tirx.truncdiv(task, int64(choice.panel_groups)) * blocks_each
+            first_panel = tirx.truncmod(task, int64(choice.panel_groups)) * panels_each
+            inputs = kernel.scratch(_POINTS * choice.block_tiles * self.channels)
+            rows = -(-choice.block_tiles // choice.tile.rows) * choice.tile.rows
+            sums = kernel.scratch(_POINTS * rows * self.columns)
+            with kernel.serial(tirx.min(blocks_each, blocks - first_block)) as number:
+                first = (first_block + number) * choice.block_tiles
+                here = tirx.min(int64(choice.block_tiles), tiles - first)
+                self.transform_inputs(inputs, first, here)
+                with kernel.serial(tirx.min(int64(panels_each), self.panels - first_panel)) as own:
+                    panel = first_panel + own
+                    self.multiply(inputs, sums, here, panel)
+                    self.transform_sums(sums, rows, first, here, panel)
+
+    # Transforms -------------------------------------------------------------------------------------------------------
+    def tile_place(self, tile: Any) -> tuple[Any, Any, Any]:
+        """(image, first output row, first output column) of a tile."""
+        each = self.down * self.across
+        image, inside = tirx.truncdiv(tile, int64(each)), tirx.truncmod(tile, int64(each))
+        row, column = tirx.truncdiv(inside, int64(self.across)), tirx.truncmod(inside, int64(self.across))
+        return T.bind(image), T.bind(row * _OUT), T.bind(column * _OUT)
+
+    def transform_inputs(self, inputs: Any, first: Any, here: Any) -> None:
+        """B^T d B of every tile and vector of channels; rows and columns outside of x are zero."""
+        kernel, x = self.kernel, self.x
+        strides = [kernel.size(stride) for stride in x.strides]
+        extents = [kernel.size(x.shape[1]), kernel.size(x.shape[2])]
+        with kernel.serial(here) as tile:
+            image, top, left = self.tile_place(first + tile)
+            start = T.bind(kernel.size(x.offset) + image * strides[0])
+            rows = [self.tap(top + i - self.window.pads[0], extents[0], strides[1]) for i in range(_IN)]
+            columns = [self.tap(left + i - self.window.pads[1], extents[1], strides[2]) for i in range(_IN)]
+            with kernel.serial(self.channels // self.lanes) as vector:
+                channel = start + vector * self.lanes
+
+                def read(i: int, j: int, lane: Any, channel: Any = channel) -> Any:
+                    (row, row_inside), (column, column_inside) = rows[i], columns[j]
+                    inside = tirx.all(row_inside, column_inside)
+                    value = self.data[channel + row + column + lane]
+                    return tirx.Select(inside, value, tirx.const(0, "float32"))
+
+                def write(i: int, j: int, lane: Any, value: Any, vector: Any = vector) -> None:
+                    place = ((i * _IN + j) * self.choice.block_tiles + tile) * self.channels + vector * self.lanes
+                    T.buffer_store(inputs, value, [place + lane])
+
+                self.both_axes(_INPUT, read, write)
+
+    def tap(self, position: Any, extent: Any, stride: Any) -> tuple[Any, Any]:
+        """(offset, whether it lies inside); outside the offset is that of an element that exists."""
+        inside = tirx.all(position >= 0, position < extent)
+        clamped = tirx.max(tirx.min(position, extent - 1), int64(0))
+        return T.bind(clamped * stride), T.bind(inside)
+
+    def both_axes(
+        self, matrix: np.ndarray, read: Callable[[int, int, Any], Any], write: Callable[[int, int, Any, Any], None]
+    ) -> None:
+        """matrix d matrix^T of 6 x 6 vectors: along columns into registers, then along rows."""
+        kernel, count = self.kernel, len(matrix)
+        middle = kernel.registers(count, _IN, self.lanes)
+        for j in range(_IN):
+            loaded = kernel.registers(_IN, self.lanes)
+            for i in range(_IN):
+                with kernel.vectorized(self.lanes) as lane:
+                    T.buffer_store(loaded, read(i, j, lane), [i, lane])
+            for i in range(count):
+                with kernel.vectorized(self.lanes) as lane:
+                    value = combination(matrix[i], [loaded[k, lane] for k in range(_IN)])
+                    T.buffer_store(middle, value, [i, j, lane])
+        for i in range(count):
+            for j in range(count):
+                with kernel.vectorized(self.lanes) as lane:
+                    write(i, j, lane, combination(matrix[j], [middle[i, k, lane] for k in range(_IN)]))
+
+    def transform_sums(self, sums: Any, rows: int, first: Any, here: Any, panel: Any) -> None:
+        """A^T m A of every tile and vector of the panel's channels, and the tree `end` over the outputs that exist."""
+        kernel = self.kernel
+        with kernel.serial(here) as tile:
+            image, top, left = self.tile_place(first + tile)
+            for c in range(self.choice.tile.vectors):
+                outputs = kernel.registers(_OUT, _OUT, self.lanes)
+
+                def read(i: int, j: int, lane: Any, c: int = c) -> Any:
+                    return sums[((i * _IN + j) * rows + tile) * self.columns + c * self.lanes + lane]
+
+                def write(i: int, j: int, lane: Any, value: Any, outputs: Any = outputs) -> None:
+                    T.buffer_store(outputs, value, [i, j, lane])
+
+                self.both_axes(_OUTPUT, read, write)
+                column = panel * self.columns + c * self.lanes
+                for i in range(_OUT):
+                    for j in range(_OUT):
+                        row = (image * self.height + top + i) * self.width + left + j
+                        inside = tirx.all(top + i < self.height, left + j < self.width)
+                        with T.If(inside), T.Then():
+                            self.write_output(outputs, i, j, row, column)
+
+    def write_output(self, outputs: Any, i: int, j: int, row: Any, column: Any) -> None:
+        kernel = self.kernel
+
+        def store(lane: Any) -> None:
+            kernel.define(self.result, lambda _: outputs[i, j, lane])
+            index = kernel.index(self.end.shape, row=row, column=column + lane)
+            self.output.store(row * self.count + column + lane, kernel.load(self.end, index))
+
+        def whole() -> None:
+            with kernel.vectorized(self.lanes) as lane:
+                store(lane)
+
+        if self.count % self.columns == 0:
+            whole()
+            return
+        with T.If(column + self.lanes <= self.count):
+            with T.Then():
+                whole()
+            with T.Else(), kernel.serial(tirx.max(int64(0), self.count - column)) as lane:
+                store(lane)
+                kernel.forget()
+
+    # Products ---------------------------------------------------------------------------------------------------------
+    def multiply(self, inputs: Any, sums: Any, here: Any, panel: Any) -> None:
+        """For each of the 36 points, the block's tiles x channels times channels x the panel's outputs."""
+        kernel, choice, tile = self.kernel, self.choice, self.choice.tile
+        row_tiles = tirx.floordiv(here + (tile.rows - 1), int64(tile.rows))
+        rows = -(-choice.block_tiles // tile.rows) * tile.rows
+        with kernel.serial(_POINTS) as point, kernel.serial(row_tiles) as number:
+            registers = RegisterTile(kernel, tile)
+            registers.zero()
+            weights = (panel * _POINTS + point) * (self.channels * self.columns)
+            starts = [
+                T.bind((point * choice.block_tiles + tirx.min(number * tile.rows + r, here - 1)) * self.channels)
+                for r in range(tile.rows)
+            ]
+            registers.multiply(
+                self.channels,
+                lambda r, k: inputs[starts[r] + k],
+                lambda k, c, lane: self.weights[weights + k * self.columns + c * self.lanes + lane],
+            )
+            for r in range(tile.rows):
+                for c in range(tile.vectors):
+                    place = (point * rows + number * tile.rows + r) * self.columns + c * self.lanes
+                    with kernel.vectorized(self.lanes) as lane:
+                        T.buffer_store(sums, registers.values[r, c, lane], [place + lane])
+
+
+def combination(factors: Sequence[float], values: Sequence[Any]) -> Any:
+    """The sum of factor times value; factors of 0 and 1 cost nothing."""
+    total: Any = None
+    for factor, value in zip(factors, values, strict=True):
+        if factor == 0:
+            continue
+        size = abs(float(factor))
+        term = value if size == 1 else value * tirx.const(size, "float32")
+        if total is None:
+            total = term if factor > 0 else tirx.const(0, "float32") - term
+        else:
+            total = total + term if factor > 0 else total - term
+    return total
