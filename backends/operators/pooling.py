@@ -1,8 +1,7 @@
-"""Pooling: the largest element or the mean of every window."""
+"""Pooling of feature maps stored channels last: the largest element or the mean of every window."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +9,15 @@ import torch
 from torch.fx import Node
 from tvm import tirx
 
-from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.kernel import int64
+from graphopt.backends.kernel import Code, int64
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of
-from graphopt.backends.operators.windows import each_axis, load_at, surrounded
-from graphopt.backends.rules.generic import reduce_generic
-from graphopt.backends.sizes import Shape, Size, shape_of
-from graphopt.backends.values import Index, Lazy, View
+from graphopt.backends.operators.reduction import mean
+from graphopt.backends.operators.windows import channels_last, each_axis
+from graphopt.backends.rules import pooling as rule
+from graphopt.backends.rules.windows import Window
+from graphopt.backends.sizes import Shape, Size, product, shape_of
+from graphopt.backends.values import Index, Lazy, Product, View
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -26,56 +26,24 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 Lower = Callable[["Lowering", Node], Any]
+Covered = Callable[["Kernel", Index], Any]
+_FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
-def _pooled(
-    lowering: Lowering,
-    node: Node,
-    source: View,
-    window: list[int],
-    strides: list[int],
-    dilations: list[int],
-    combine: str,
-) -> View:
-    """Combine the elements of every window."""
-    meta = node.meta["val"]
-    shape, dtype = shape_of(meta), DTYPES[meta.dtype]
-    lead = len(shape) - len(window)
-
-    def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
-        at = [index.axis(n) for n in range(lead)]
-        at += [index.axis(lead + n) * strides[n] + tap * dilations[n] for n, tap in enumerate(reduced)]
-        return load_at(kernel, source, tuple(at))
-
-    return reduce_generic(lowering, f"{combine}_pool", shape, dtype, tuple(window), (source,), element, combine)
-
-
-def _beyond(
-    view: View, shape: Shape, window: list[int], strides: list[int], dilations: list[int], pads: list[int]
-) -> list[int]:
-    """Elements needed after each axis: the padding, and in ceil mode what the last window sticks out further."""
-    lead = len(shape) - len(window)
-    after = []
-    for n, (size, pad, stride) in enumerate(zip(window, pads, strides, strict=True)):
-        reach = (shape[lead + n] - 1) * stride + dilations[n] * (size - 1) + 1 - pad - view.shape[lead + n]
-        after.append(max(pad, int(reach)) if isinstance(reach, int) or reach.is_number else max(pad, stride - 1 + pad))
-    return after
+def _window(size: Any, stride: Any, padding: Any, dilation: Any, spatial: int) -> Window:
+    each = (tuple(each_axis(value, spatial)) for value in (size, stride or size, padding, dilation))
+    return Window(*each)
 
 
 def _max_pool(spatial: int) -> Lower:
     def lower(lowering: Lowering, node: Node) -> View:
-        x, window, stride, padding, dilation, _ = arguments(node).values()
-        size = each_axis(window, spatial)
-        strides, dilations, pads = (
-            each_axis(stride or size, spatial),
-            each_axis(dilation, spatial),
-            each_axis(padding, spatial),
-        )
-        view, shape = lowering.view(x), shape_of(node.meta["val"])
-        if view.dtype not in ("float32", "float64", "float16"):
-            raise CompileError(f"{node.name} pools {view.dtype}; floats have a lowering")
-        source = surrounded(lowering, view, pads, _beyond(view, shape, size, strides, dilations, pads), -math.inf)
-        return _pooled(lowering, node, source, size, strides, dilations, "max")
+        x, size, stride, padding, dilation, _ = arguments(node).values()
+        view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, dilation, spatial)
+
+        def build(result: Product, end: Any) -> Code:
+            return rule.pool(view, result, end, window, "max", f"max_pool{spatial}d", lowering.target)
+
+        return lowering.anchored(node, build, order=_order(node, spatial))
 
     return lower
 
@@ -83,83 +51,108 @@ def _max_pool(spatial: int) -> Lower:
 def _average_pool(spatial: int) -> Lower:
     """Windows that stick out divide by what they cover, with the padding or without."""
 
-    def lower(lowering: Lowering, node: Node) -> Lazy:
-        x, window, stride, padding, _, include, *divisor = arguments(node).values()
-        size = each_axis(window, spatial)
-        strides, pads, ones = each_axis(stride or size, spatial), each_axis(padding, spatial), [1] * spatial
-        view, shape = lowering.view(x), shape_of(node.meta["val"])
-        source = surrounded(lowering, view, pads, _beyond(view, shape, size, strides, ones, pads))
-        total = _pooled(lowering, node, source, size, strides, ones, "sum")
-        lead = len(shape) - spatial
+    def lower(lowering: Lowering, node: Node) -> View:
+        x, size, stride, padding, ceil, include, *divisor = arguments(node).values()
+        view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, 1, spatial)
+        lead = len(view.shape) - spatial
+        extents = view.shape[lead - 1 : -1]
+        if divisor and divisor[0]:
+            count: int | Covered = int(divisor[0])
+        elif not ceil and (include or not any(window.pads)):
+            count = int(product(window.taps))
+        else:
+            count = _covered(window, extents, bool(include), lead)
 
-        def covered(kernel: Kernel, index: Index) -> Any:
-            count = int64(1)
-            for n in range(spatial):
-                extent = kernel.size(view.shape[lead + n])
-                start = index.axis(lead + n) * strides[n] - pads[n]
-                end = tirx.min(start + size[n], extent + pads[n])
-                if not include:
-                    start, end = tirx.max(start, int64(0)), tirx.min(end, extent)
-                count = count * (end - start)
-            return count
+        def build(result: Product, end: Any) -> Code:
+            return rule.pool(view, result, end, window, "sum", f"avg_pool{spatial}d", lowering.target)
 
-        def element(kernel: Kernel, index: Index) -> Any:
-            count = int64(int(divisor[0])) if divisor and divisor[0] else covered(kernel, index)
-            value = convert(kernel.load(total, index), computed_in(total.dtype))
-            return convert(value / count.astype(dtype_of(value)), total.dtype)
-
-        return Lazy(shape, total.dtype, (total,), element)
+        return lowering.anchored(node, build, lambda total: _over(total, count, extents), _order(node, spatial))
 
     return lower
+
+
+def _covered(window: Window, extents: Shape, include: bool, lead: int) -> Covered:
+    """Elements of a window inside the input, with the padding that a window covers or without."""
+
+    def covered(kernel: Kernel, index: Index) -> Any:
+        count = int64(1)
+        for n, extent in enumerate(extents):
+            size = kernel.size(extent)
+            start = index.axis(lead + n) * window.strides[n] - window.pads[n]
+            end = tirx.min(start + window.taps[n], size + window.pads[n])
+            if not include:
+                start, end = tirx.max(start, int64(0)), tirx.min(end, size)
+            count = count * (end - start)
+        return count
+
+    return covered
 
 
 def _adaptive_average_pool(spatial: int) -> Lower:
     """Window i covers floor(i S / O) up to ceil((i + 1) S / O)."""
 
-    def lower(lowering: Lowering, node: Node) -> View | Lazy:
-        source = lowering.view(node.args[0])
-        meta = node.meta["val"]
-        shape, dtype = shape_of(meta), DTYPES[meta.dtype]
+    def lower(lowering: Lowering, node: Node) -> View:
+        shape = shape_of(node.meta["val"])
         lead = len(shape) - spatial
-        pairs = list(zip(source.shape[lead:], shape[lead:], strict=True))
-        depth = tuple(_longest_window(size, count) for size, count in pairs)
+        if all(size == 1 for size in shape[lead:]):
+            return mean(lowering, lowering.tensor(node.args[0]), list(range(lead, len(shape))), shape)
+        view = _image(lowering, node, node.args[0], spatial)
+        extents, counts = view.shape[lead - 1 : -1], shape[lead:]
 
-        def bounds(kernel: Kernel, index: Index, n: int) -> tuple[Any, Any]:
-            size, count = (kernel.size(s) for s in pairs[n])
-            at = index.axis(lead + n)
-            return tirx.truncdiv(at * size, count), tirx.truncdiv((at + 1) * size + count - 1, count)
+        def covered(kernel: Kernel, index: Index) -> Any:
+            total = int64(1)
+            for n, sizes in enumerate(zip(extents, counts, strict=True)):
+                size, count = (kernel.size(each) for each in sizes)
+                at = index.axis(lead + n)
+                first = tirx.truncdiv(at * size, count)
+                total = total * (tirx.truncdiv((at + 1) * size + count - 1, count) - first)
+            return total
 
-        def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
-            axes, inside = [index.axis(n) for n in range(lead)], []
-            for n, tap in enumerate(reduced):
-                start, end = bounds(kernel, index, n)
-                inside.append(start + tap < end)
-                axes.append(tirx.min(start + tap, end - 1))
-            value = convert(load_at(kernel, source, tuple(axes)), computed_in(dtype))
-            return tirx.Select(tirx.all(*inside), value, tirx.const(0, dtype_of(value)))
+        def build(result: Product, end: Any) -> Code:
+            name = f"adaptive_avg_pool{spatial}d"
+            if taps := _equal_windows(extents, counts):
+                window = Window(taps, taps, (0,) * spatial, (1,) * spatial)
+                return rule.pool(view, result, end, window, "sum", name, lowering.target)
+            return rule.adaptive_sum(view, result, end, spatial, name, lowering.target)
 
-        total = reduce_generic(lowering, "adaptive_pool", shape, dtype, depth, (source,), element, "sum")
-
-        def mean(kernel: Kernel, index: Index) -> Any:
-            value, count = convert(kernel.load(total, index), computed_in(dtype)), int64(1)
-            for n in range(spatial):
-                start, end = bounds(kernel, index, n)
-                count = count * (end - start)
-            return convert(value / count.astype(dtype_of(value)), dtype)
-
-        return Lazy(shape, dtype, (total,), mean, sizes=source.shape)
+        equal = int(product(_equal_windows(extents, counts)))
+        divisor: int | Covered = equal if _equal_windows(extents, counts) else covered
+        return lowering.anchored(node, build, lambda total: _over(total, divisor, extents), _order(node, spatial))
 
     return lower
 
 
-def _longest_window(size: Size, count: Size) -> Size:
-    if isinstance(size, int) and isinstance(count, int) and size % count == 0:
-        return size // count
-    if count == 1:
-        return size
-    if not isinstance(size, int) or not isinstance(count, int):
-        raise CompileError(f"pooling {size} elements to {count} has no lowering; give fixed sizes or pool to 1")
-    return -(-size // count) + 1
+def _equal_windows(sizes: Shape, counts: Shape) -> tuple[int, ...]:
+    """How many elements each output covers along each axis where it is the same for all, otherwise nothing."""
+    pairs = list(zip(sizes, counts, strict=True))
+    if not all(isinstance(size, int) and isinstance(count, int) and size % count == 0 for size, count in pairs):
+        return ()
+    return tuple(int(size) // int(count) for size, count in pairs)
+
+
+def _over(total: Any, count: int | Covered, sizes: tuple[Size, ...]) -> Lazy:
+    """The total of each window divided by what it covers."""
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        value = convert(kernel.load(total, index), computed_in(total.dtype))
+        number = int64(count) if isinstance(count, int) else count(kernel, index)
+        return convert(value / number.astype(dtype_of(value)), total.dtype)
+
+    return Lazy(total.shape, total.dtype, (total,), element, sizes=sizes)
+
+
+def _image(lowering: Lowering, node: Node, argument: Any, spatial: int) -> View:
+    """[N, spatial axes, C] or [spatial axes, C] with channel stride 1."""
+    value = lowering.tensor(argument)
+    if value.dtype not in _FLOATS:
+        raise CompileError(f"{node.name} pools {value.dtype}; floats have a lowering")
+    return channels_last(lowering, value, spatial)
+
+
+def _order(node: Node, spatial: int) -> tuple[int, ...]:
+    """The axes of the node in a kernel's result [N, spatial axes, C] or [spatial axes, C]."""
+    spatial_axes = range(len(node.meta["val"].shape) - 1 - spatial, len(node.meta["val"].shape) - 1)
+    return (*range(spatial_axes.start), spatial_axes.stop, *spatial_axes)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

@@ -1,9 +1,10 @@
-"""Reductions: over trailing axes by the row rule, over others with the kept columns in vectors."""
+"""Reductions over any axes, in the order in which the operand lies in memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,21 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, constant, convert, dtype_of, is_float, like
 from graphopt.backends.operators.views import reshape
-from graphopt.backends.rules import rows
-from graphopt.backends.rules.generic import reduce_generic, scan_generic
-from graphopt.backends.sizes import Shape, Size, product, shape_of
-from graphopt.backends.values import Index, Lazy, View, whole
+from graphopt.backends.rules import reduction as rule
+from graphopt.backends.rules.scan import running_sum
+from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of
+from graphopt.backends.values import (
+    Index,
+    Lazy,
+    View,
+    inverse,
+    memory_order,
+    permutation,
+    permuted,
+    preferred_order,
+    reads_flat,
+    whole,
+)
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -26,7 +38,6 @@ if TYPE_CHECKING:
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
-COLUMNS_RULE = "column-reduction"
 Finish = Callable[["Kernel", Any], Any]
 
 
@@ -45,29 +56,63 @@ def reduce(
     lowering: Lowering, value: Any, axes: list[int], dtype: str, combine: str, finish: Finish = _unchanged
 ) -> View:
     """Reduce `axes` of `value`, computing in `dtype`; the result keeps them with size 1."""
-    rank = len(value.shape)
-    kept = [axis for axis in range(rank) if axis not in axes]
-    depth = tuple(value.shape[axis] for axis in axes)
-    shape = tuple(value.shape[axis] for axis in kept)
-    if axes and kept == list(range(len(kept))) and value.dtype == dtype == "float32":
-        merged = lowering.contiguous(reshape(lowering, value, (*shape, product(depth))))
-        (stored,) = lowering.call(rows.reduce_last(merged, shape, combine, lowering.target, finish, combine))
-    else:
-        source = value
-
-        def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
-            where = dict(zip(axes, reduced, strict=True)) | {axis: index.axis(n) for n, axis in enumerate(kept)}
-            at = Index(value.shape, kernel.sizes, axes=tuple(where[axis] for axis in range(rank)))
-            return convert(kernel.load(source, at), dtype)
-
-        rule = COLUMNS_RULE if rank - 1 in kept else "generic"
-        stored = reduce_generic(lowering, combine, shape, dtype, depth, (source,), element, combine, finish, rule)
-    return whole(stored.storage, tuple(1 if axis in axes else size for axis, size in enumerate(value.shape)))
+    source, kept, parts = _innermost_last(lowering, value, axes)
+    if pieces := rule.pieces_for(source, parts, lowering.target):
+        partial = rule.reduced(source, parts, dtype, combine, finish, lowering.target, pieces=pieces)
+        source, parts = lowering.call(partial)[0], [0]
+    (stored,) = lowering.call(
+        rule.reduced(source, parts, dtype, combine, finish, lowering.target, sizes=tuple(value.shape))
+    )
+    found = dict(zip(kept, contiguous_strides(tuple(value.shape[axis] for axis in kept)), strict=True))
+    shape = tuple(1 if axis in axes else size for axis, size in enumerate(value.shape))
+    return View(stored.storage, shape, tuple(found.get(axis, 1) for axis in range(len(shape))))
 
 
-def _as_node(node: Node, result: View) -> View:
-    """The result in the node's shape, with or without the reduced axes."""
-    return whole(result.storage, shape_of(node.meta["val"]))
+def _innermost_last(lowering: Lowering, value: Any, axes: list[int]) -> tuple[Any, list[int], list[int]]:
+    """The value with its axes as they lie in memory, neighbours of one kind as one: (value, kept axes, reduced parts).
+
+    Kept axes are those of `value`, in the order in which they lie; reduced parts are axes of the new value.
+    """
+    order = memory_order(value) if isinstance(value, View) else preferred_order(value)
+    if isinstance(value, View):
+        order = tuple(range(len(value.shape))) if 0 in value.strides else order
+        order = tuple(axis for axis in order if value.shape[axis] != 1)
+    kept = [axis for axis in order if axis not in axes]
+    groups: list[list[int]] = []
+    for place, axis in enumerate(order):
+        same = bool(groups) and (order[place - 1] in axes) == (axis in axes)
+        groups = [*groups[:-1], [*groups[-1], axis]] if same else [*groups, [axis]]
+    source = _merged(lowering, value, groups)
+    if source is None:
+        source = permuted(value, order) if isinstance(value, View) else permutation(value, order)
+        groups = [[axis] for axis in order]
+    return source, kept, [place for place, group in enumerate(groups) if group[0] in axes]
+
+
+def _merged(lowering: Lowering, value: Any, groups: list[list[int]]) -> View | Lazy | None:
+    """One axis for each group, where elements of a group lie one after the other."""
+    shape = tuple(product(value.shape[axis] for axis in group) for group in groups)
+    order = [axis for group in groups for axis in group]
+    if isinstance(value, Lazy):
+        flat = order == list(range(len(order))) and reads_flat(value, value.shape)
+        return reshape(lowering, value, shape) if flat else None
+    if any(
+        value.strides[axis] != value.strides[after] * value.shape[after]
+        for group in groups
+        for axis, after in pairwise(group)
+    ):
+        return None
+    return View(value.storage, shape, tuple(value.strides[group[-1]] for group in groups), value.offset)
+
+
+def _without(result: View, axes: list[int], shape: Shape) -> View:
+    """The result as `shape`, which may lack the reduced axes."""
+    kept = [axis for axis in range(len(result.shape)) if len(shape) == len(result.shape) or axis not in axes]
+    return View(result.storage, shape, tuple(result.strides[axis] for axis in kept))
+
+
+def _as_node(node: Node, result: View, axes: list[int]) -> View:
+    return _without(result, axes, shape_of(node.meta["val"]))
 
 
 def _prepared(lowering: Lowering, node: Node) -> tuple[Any, list[int], str]:
@@ -96,14 +141,19 @@ def _over(kernel: Kernel, total: Any, count: Size, correction: float) -> Any:
 def _simple(combine: str) -> Callable[[Lowering, Node], View]:
     def lower(lowering: Lowering, node: Node) -> View:
         value, axes, dtype = _prepared(lowering, node)
-        return _as_node(node, reduce(lowering, value, axes, dtype, combine))
+        return _as_node(node, reduce(lowering, value, axes, dtype, combine), axes)
 
     return lower
 
 
 def _mean(lowering: Lowering, node: Node) -> View:
     value, axes, dtype = _prepared(lowering, node)
-    return _as_node(node, reduce(lowering, value, axes, dtype, "sum", _mean_of(value, axes)))
+    return _as_node(node, reduce(lowering, value, axes, dtype, "sum", _mean_of(value, axes)), axes)
+
+
+def mean(lowering: Lowering, value: Any, axes: list[int], shape: Shape) -> View:
+    """The mean over `axes` as a tensor of `shape`, which has them with size 1 or not at all."""
+    return _without(reduce(lowering, value, axes, value.dtype, "sum", _mean_of(value, axes)), axes, shape)
 
 
 def _extreme_and_position(combine: str) -> Callable[[Lowering, Node], tuple[View, View]]:
@@ -115,7 +165,7 @@ def _extreme_and_position(combine: str) -> Callable[[Lowering, Node], tuple[View
         best = reduce(lowering, value, axes, dtype, combine)
         positions = _first_position(lowering, value, best, axes)
         shape = shape_of(node.meta["val"][0])
-        return whole(best.storage, shape), whole(positions.storage, shape)
+        return _without(best, axes, shape), _without(positions, axes, shape)
 
     return lower
 
@@ -128,7 +178,12 @@ def _arg_extreme(combine: str) -> Callable[[Lowering, Node], View]:
             value = reshape(lowering, value, (product(value.shape),))
         axes = axes_of(-1 if given["dim"] is None else given["dim"], len(value.shape))
         best = reduce(lowering, value, axes, value.dtype, combine)
-        return _as_node(node, _first_position(lowering, value, best, axes))
+        positions = _first_position(lowering, value, best, axes)
+        return (
+            _as_node(node, positions, axes)
+            if given["dim"] is not None
+            else whole(positions.storage, shape_of(node.meta["val"]))
+        )
 
     return lower
 
@@ -165,38 +220,39 @@ def _norm(lowering: Lowering, node: Node) -> View:
         return term(convert(kernel.load(value, index), computed_in(dtype)))
 
     terms = Lazy(value.shape, computed_in(dtype), (value,), element, flat=True)
-    return _as_node(node, reduce(lowering, terms, axes, dtype, combine, lambda _, total: last(total)))
+    return _as_node(node, reduce(lowering, terms, axes, dtype, combine, lambda _, total: last(total)), axes)
 
 
 def _spread(lowering: Lowering, node: Node, root: bool) -> tuple[View, View]:
     """Variance or its root, and the mean; in two passes, so that large values do not cancel."""
+    meta = node.meta["val"]
+    shape = shape_of(meta[0] if isinstance(meta, (tuple, list)) else meta)
     value, axes, dtype = _prepared(lowering, node)
     given = arguments(node)
     correction = given["correction"] if "correction" in given else int(given["unbiased"])
     correction = 1 if correction is None else correction
     stored = lowering.view(value)
-    mean = reduce(lowering, stored, axes, dtype, "sum", _mean_of(stored, axes))
+    center = reduce(lowering, stored, axes, dtype, "sum", _mean_of(stored, axes))
 
     def element(kernel: Kernel, index: Index) -> Any:
-        distance = kernel.load(stored, index) - kernel.load(mean, index)
+        distance = kernel.load(stored, index) - kernel.load(center, index)
         return distance * distance
 
     def finish(kernel: Kernel, total: Any) -> Any:
         result = _over(kernel, total, product(stored.shape[axis] for axis in axes), correction)
         return tirx.sqrt(result) if root else result
 
-    squares = Lazy(stored.shape, stored.dtype, (stored, mean), element)
-    return reduce(lowering, squares, axes, dtype, "sum", finish), mean
+    squares = Lazy(stored.shape, stored.dtype, (stored, center), element)
+    spread = reduce(lowering, squares, axes, dtype, "sum", finish)
+    return _without(spread, axes, shape), _without(center, axes, shape)
 
 
 def _variance(root: bool) -> Callable[[Lowering, Node], View]:
-    return lambda lowering, node: _as_node(node, _spread(lowering, node, root)[0])
+    return lambda lowering, node: _spread(lowering, node, root)[0]
 
 
 def _variance_and_mean(lowering: Lowering, node: Node) -> tuple[View, View]:
-    variance, mean = _spread(lowering, node, root=False)
-    shape = shape_of(node.meta["val"][0])
-    return whole(variance.storage, shape), whole(mean.storage, shape)
+    return _spread(lowering, node, root=False)
 
 
 def _log_sum_exp(lowering: Lowering, node: Node) -> Lazy:
@@ -216,7 +272,7 @@ def _log_sum_exp(lowering: Lowering, node: Node) -> Lazy:
 
     total = reduce(lowering, Lazy(stored.shape, dtype, (stored, top), element), axes, dtype, "sum")
     shape: Shape = shape_of(node.meta["val"])
-    total, top = whole(total.storage, shape), whole(top.storage, shape)
+    total, top = (_without(value, axes, shape) for value in (total, top))
 
     def logarithm(kernel: Kernel, index: Index) -> Any:
         return tirx.log(kernel.load(total, index)) + shift(kernel, index)
@@ -234,7 +290,7 @@ def _logical(combine: str) -> Callable[[Lowering, Node], Any]:
             return convert(convert(kernel.load(value, index), "bool"), "uint8")
 
         truth = Lazy(value.shape, "uint8", (value,), element, flat=True)
-        flag = _as_node(node, reduce(lowering, truth, axes, "uint8", combine))
+        flag = _as_node(node, reduce(lowering, truth, axes, "uint8", combine), axes)
         return Lazy(
             flag.shape, dtype, (flag,), lambda kernel, index: convert(kernel.load(flag, index), dtype), flat=True
         )
@@ -247,9 +303,10 @@ def _running_sum(lowering: Lowering, node: Node) -> View:
     source = lowering.view(given["self"])
     if not source.shape:
         return source
-    return scan_generic(
-        lowering, "cumsum", source, int(given["dim"]) % len(source.shape), DTYPES[node.meta["val"].dtype]
-    )
+    order = tuple(range(len(source.shape))) if 0 in source.strides else memory_order(source)
+    axis = order.index(int(given["dim"]) % len(order))
+    code = running_sum(permuted(source, order), axis, DTYPES[node.meta["val"].dtype], lowering.target)
+    return permuted(lowering.call(code)[0], inverse(order))
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

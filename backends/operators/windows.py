@@ -10,7 +10,7 @@ from tvm import tirx
 from graphopt.backends.kernel import int64
 from graphopt.backends.operators.indexing import padded
 from graphopt.backends.sizes import Shape
-from graphopt.backends.values import Index, View
+from graphopt.backends.values import Index, Lazy, View, permuted
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -36,6 +36,15 @@ def surrounded(lowering: Lowering, x: Any, before: Sequence[int], after: Sequenc
         return view
     pairs = [p for pair in reversed(list(zip(before, after, strict=True))) for p in pair]
     return lowering.store(padded(view, pairs, fill, _extended(view, before, after)))
+
+
+def channels_last(lowering: Lowering, argument: Any, spatial: int) -> View:
+    """[N, C, ...] or [C, ...] as a view [N, ..., C] or [..., C] with channel stride 1; copied where it is not so."""
+    value = lowering.tensor(argument) if not isinstance(argument, (View, Lazy)) else argument
+    channels = len(value.shape) - spatial - 1
+    order = (*range(channels), *range(channels + 1, len(value.shape)), channels)
+    view = permuted(value if isinstance(value, View) else lowering.store(value, order), order)
+    return view if view.strides[-1] == 1 else lowering.contiguous(view)
 
 
 def load_at(kernel: Kernel, value: View, axes: tuple[Any, ...]) -> Any:

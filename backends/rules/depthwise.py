@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Kernel, Output, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.windows import Step, Window, Windows, tile_pixels, vector_width
+from graphopt.backends.rules.windows import Step, Window, Windows, channel_shares, tile_pixels, vector_width
 from graphopt.backends.sizes import product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
@@ -56,7 +56,8 @@ def depthwise(x: View, weight: View, result: Product, end: Any, window: Window, 
         body,
         configuration={
             "pixels": tile_pixels(result.shape[-2], target),
-            "lanes": vector_width(int(result.shape[-1]), target),
+            "lanes": vector_width(result.shape[-1], target),
+            "channel_shares": channel_shares(result.shape, len(result.shape) - len(window.taps) - 1, target),
         },
         flops=2 * product(result.shape) * product(window.taps) + operations([end], target),
         extra_shapes=[result.shape],

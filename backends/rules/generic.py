@@ -17,7 +17,7 @@ from graphopt.backends.approximations import is_nan
 from graphopt.backends.kernel import Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import axes_of, count_operations, operations
 from graphopt.backends.rules.pointwise import split_rows
-from graphopt.backends.sizes import Shape, Size, contiguous_strides, product
+from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.values import Index, View
 
 if TYPE_CHECKING:
@@ -111,38 +111,6 @@ def reduce_generic(
         )
     )
     return stored
-
-
-def scan_generic(lowering: Lowering, name: str, source: View, axis: int, dtype: str) -> View:
-    """Running sums along one axis, one element after the other."""
-    shape = source.shape
-    outer = tuple(size for number, size in enumerate(shape) if number != axis)
-    strides = contiguous_strides(shape)
-
-    def body(kernel: Kernel, outputs: list[Output]) -> None:
-        with kernel.parallel(kernel.size(product(outer))) as task:
-            where = kernel.index(outer, linear=task)
-            total = kernel.registers(1, dtype=dtype)
-            T.buffer_store(total, tirx.const(0, dtype), [0])
-            with kernel.serial(kernel.size(shape[axis])) as at:
-                axes = [where.axis(number) for number in range(len(outer))]
-                axes.insert(axis, at)
-                index = Index(shape, kernel.sizes, axes=tuple(axes))
-                T.buffer_store(total, total[0] + kernel.load(source, index).astype(dtype), [0])
-                position = sum((a * kernel.size(s) for a, s in zip(axes, strides, strict=True)), int64(0))
-                outputs[0].store(position, total[0])
-
-    code = write_kernel(
-        RULE,
-        name,
-        lowering.target,
-        [source],
-        [(shape, dtype)],
-        body,
-        configuration={"lanes": 1},
-        flops=product(shape) if "float" in dtype else 0,
-    )
-    return lowering.call(code)[0]
 
 
 def _nest(

@@ -1,4 +1,4 @@
-"""Row rule: softmax, layer norm, RMS norm and reductions along the last axis, one row a task step.
+"""Row rule: softmax, layer norm and RMS norm along the last axis, one row a task step.
 
 A row is read two or three times and stays in the L1 cache. Sums run in several independent vectors, which hides the
 latency of the additions.
@@ -156,17 +156,6 @@ def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
     return _row_kernel("log_softmax" if log else "softmax", x, [], target, row, each)
 
 
-def reduce_last(
-    x: Any, shape: Any, combine: str, target: Target, finish: Callable[[Kernel, Any], Any], name: str
-) -> Code:
-    """One float32 number a row."""
-
-    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
-        output.store(at, finish(kernel, rows.fold(at, combine, lambda e, _: e)))
-
-    return _row_kernel(name, x, [], target, row, 1, shape)
-
-
 def _row_kernel(
     name: str,
     x: Any,
@@ -174,7 +163,6 @@ def _row_kernel(
     target: Target,
     write_row: Callable[[Kernel, Rows, Output, Any], None],
     operations_each: int,
-    shape: Any = None,
 ) -> Code:
     """`operations_each`: on one element of `x`, besides computing it."""
 
@@ -188,7 +176,7 @@ def _row_kernel(
         name,
         target,
         [x, *others],
-        [(x.shape if shape is None else shape, "float32")],
+        [(x.shape, "float32")],
         body,
         configuration={"lanes": target.lanes, "ways": _WAYS},
         flops=operations_each * product(x.shape) + operations([x], target),

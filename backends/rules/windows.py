@@ -17,7 +17,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Kernel, Output, int64
-from graphopt.backends.sizes import Size, product
+from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Index, Product, View
 
@@ -74,42 +74,44 @@ def tile_pixels(outputs: Size, target: Target) -> int:
     return min(range(most, most // 2, -1), key=lambda pixels: (-(-outputs // pixels) * pixels, -pixels))
 
 
-def vector_width(channels: int, target: Target) -> int:
+def vector_width(channels: Size, target: Target) -> int:
     """Lanes of one vector of channels; the last vector of a pixel starts early where they do not divide."""
-    width: int = target.lanes
-    while width > channels:
+    width: int = target.lanes if isinstance(channels, int) else 1
+    while isinstance(channels, int) and width > channels:
         width //= 2
     return width
 
 
 class Windows:
-    """A kernel over all windows of `x` [N, spatial axes, C], which has channel stride 1.
+    """A kernel over all windows of `x` [N, spatial axes, C] or [spatial axes, C], which has channel stride 1.
 
     `start` is what accumulators begin with, `combine` adds a step to them. `end` is the element-wise tree over the bare
-    `result` [N, spatial axes, C].
+    `result`, which has the axes of `x`. float16 and bfloat16 are combined in float32.
     """
 
     def __init__(self, kernel: Kernel, x: View, window: Window, result: Product, end: Any, output: Output) -> None:
         self.kernel, self.window, self.result, self.end, self.output = kernel, window, result, end, output
         self.x, self.data = x, kernel.flat(x.storage)
-        self.channels = int(result.shape[-1])
-        self.width = vector_width(self.channels, kernel.target)
+        self.lead = len(result.shape) - len(window.taps) - 1  # axes before the spatial ones
+        self.compute = "float32" if x.dtype in ("float16", "bfloat16") else x.dtype
+        self.channels = kernel.size(result.shape[-1])
+        self.width = vector_width(result.shape[-1], kernel.target)
         self.outputs = result.shape[-2]
         self.pixels = tile_pixels(self.outputs, kernel.target)
 
     def write(self, start: float, combine: Callable[[Step], None]) -> None:
         kernel = self.kernel
         self.start, self.combine = start, combine
-        vectors = -(-self.channels // self.width)
-        shares = _channel_shares(self.result, vectors, kernel.target)
-        each = -(-vectors // shares)
+        vectors = tirx.truncdiv(self.channels + (self.width - 1), int64(self.width))
+        shares = channel_shares(self.result.shape, self.lead, kernel.target)
+        each = tirx.truncdiv(vectors + (shares - 1), int64(shares))
         rows = kernel.size(product(self.result.shape[:-2]))
         with kernel.parallel(shares * rows) as task:
             self.row = tirx.truncmod(task, rows) if shares > 1 else task
             self.place = _axes(kernel, self.row, self.result.shape[:-2])
             first = tirx.truncdiv(task, rows) * each if shares > 1 else int64(0)
-            with kernel.serial(tirx.min(int64(each), vectors - first)) as vector:
-                self.channel = tirx.min((first + vector) * self.width, int64(self.channels - self.width))
+            with kernel.serial(tirx.min(each, vectors - first)) as vector:
+                self.channel = tirx.min((first + vector) * self.width, self.channels - self.width)
                 self.write_row()
 
     def write_row(self) -> None:
@@ -172,8 +174,7 @@ class Windows:
         """One pixel wherever it lies."""
         window = self.window
         accumulators = self.begin(1)
-        corner = pixel * window.strides[-1] - window.pads[-1]
-        low, high = self.inside(-1, corner)
+        corner, low, high = self.span(len(window.taps) - 1, pixel)
         with ExitStack() as loops:
             outer, position = self.outer_taps(loops)
             tap = low + loops.enter_context(self.kernel.serial(high - low))
@@ -182,10 +183,10 @@ class Windows:
         self.finish(accumulators, pixel, 1)
 
     def begin(self, pixels: int) -> Any:
-        accumulators = self.kernel.registers(pixels, self.width)
+        accumulators = self.kernel.registers(pixels, self.width, dtype=self.compute)
         for pixel in range(pixels):
             with self.kernel.vectorized(self.width) as lane:
-                T.buffer_store(accumulators, tirx.const(self.start, "float32"), [pixel, lane])
+                T.buffer_store(accumulators, tirx.const(self.start, self.compute), [pixel, lane])
         return accumulators
 
     def step(self, accumulators: Any, taps: Sequence[tuple[int, int]], first: Any, position: Any, corner: Any) -> None:
@@ -193,42 +194,47 @@ class Windows:
         origin = position + corner * stride + self.channel
 
         def load(pixel: int, tap: int, lane: Any) -> Any:
-            return self.data[origin + self.window.covers(pixel, tap) * stride + lane]
+            value = self.data[origin + self.window.covers(pixel, tap) * stride + lane]
+            return value if self.compute == self.x.dtype else value.astype(self.compute)
 
         self.combine(Step(accumulators, taps, first, self.channel, self.width, load))
 
     def outer_taps(self, loops: ExitStack) -> tuple[Any, Any]:
         """Open a loop for each spatial axis but the last: the taps' linear number and where their row begins in `x`."""
         kernel, window = self.kernel, self.window
-        position = kernel.size(self.x.offset) + self.place[0] * kernel.size(self.x.strides[0])
-        number = int64(0)
+        position, number = kernel.size(self.x.offset), int64(0)
+        for at, stride in zip(self.place[: self.lead], self.x.strides, strict=False):
+            position = position + at * kernel.size(stride)
         for axis in range(len(window.taps) - 1):
-            corner = self.place[1 + axis] * window.strides[axis] - window.pads[axis]
-            low, high = self.inside(axis, corner)
+            corner, low, high = self.span(axis, self.place[self.lead + axis])
             tap = low + loops.enter_context(kernel.serial(high - low))
             number = number * window.taps[axis] + tap
-            position = position + (corner + tap * window.dilations[axis]) * kernel.size(self.x.strides[1 + axis])
+            stride = kernel.size(self.x.strides[self.lead + axis])
+            position = position + (corner + tap * window.dilations[axis]) * stride
         return number, position
 
-    def inside(self, axis: int, corner: Any) -> tuple[Any, Any]:
-        """First tap inside the input, and the one after the last, of a window that begins at `corner`."""
-        window, size = self.window, self.kernel.size(self.x.shape[1:-1][axis])
+    def span(self, axis: int, at: Any) -> tuple[Any, Any, Any]:
+        """Where along a spatial axis the window of output `at` begins, its first tap inside the input, and the end."""
+        window, size = self.window, self.kernel.size(self.x.shape[self.lead + axis])
+        corner = at * window.strides[axis] - window.pads[axis]
         taps, apart = window.taps[axis], int64(window.dilations[axis])
         low = tirx.truncdiv(tirx.max(-corner, int64(0)) + (apart - 1), apart)
         high = tirx.truncdiv(tirx.max(size - corner, int64(0)) + (apart - 1), apart)
         high = tirx.min(high, int64(taps))
-        return low, tirx.max(low, high)
+        return corner, low, tirx.max(low, high)
 
     def finish(self, accumulators: Any, first: Any, pixels: int) -> None:
         """The epilogue of each pixel, and the store."""
-        kernel, shape = self.kernel, self.result.shape
         for pixel in range(pixels):
-            with kernel.vectorized(self.width) as lane:
-                column, at = self.channel + lane, first + pixel
-                row = self.row * kernel.size(self.outputs) + at
-                kernel.define(self.result, lambda _, p=pixel, lane=lane: accumulators[p, lane])
-                index = Index(shape, kernel.sizes, axes=(*self.place, at, column), row=row, column=column)
-                self.output.store(row * self.channels + column, kernel.load(self.end, index.reshaped(self.end.shape)))
+            with self.kernel.vectorized(self.width) as lane:
+                self.store(accumulators[pixel, lane], first + pixel, self.channel + lane)
+
+    def store(self, value: Any, pixel: Any, channel: Any) -> None:
+        kernel, result = self.kernel, self.result
+        row = self.row * kernel.size(self.outputs) + pixel
+        kernel.define(result, lambda _: value if self.compute == result.dtype else value.astype(result.dtype))
+        index = Index(result.shape, kernel.sizes, axes=(*self.place, pixel, channel), row=row, column=channel)
+        self.output.store(row * self.channels + channel, kernel.load(self.end, index.reshaped(self.end.shape)))
 
 
 def _axes(kernel: Kernel, row: Any, shape: Sequence[Size]) -> tuple[Any, ...]:
@@ -236,9 +242,13 @@ def _axes(kernel: Kernel, row: Any, shape: Sequence[Size]) -> tuple[Any, ...]:
     return tuple(kernel.index(tuple(shape), linear=row).axis(number) for number in range(len(shape)))
 
 
-def _channel_shares(result: Product, vectors: int, target: Target) -> int:
-    """Parts into which channels are shared out between threads: 1 where the rows of an image can be."""
-    rows = product(result.shape[1:-2])
+def channel_shares(shape: Shape, lead: int, target: Target) -> int:
+    """Parts into which channels are shared out between threads: 1 where the rows of an image can be.
+
+    `shape` is the result's, `lead` of its axes come before the spatial ones.
+    """
+    rows = product(shape[lead:-2])
     if not isinstance(rows, int) or rows % target.threads == 0 or rows >= _ROWS_SHARED_FROM * target.threads:
         return 1
-    return min(target.threads, vectors)
+    channels = shape[-1]
+    return min(target.threads, -(-channels // vector_width(channels, target))) if isinstance(channels, int) else 1
