@@ -31,7 +31,7 @@ ARITHMETIC = re.compile(
     r"\t(?:v(?:fn?m(?:add|sub)\d*|add|sub|mul|div|max|min|sqrt)[ps]s|f(?:n?m)?(?:add|sub|mul|div|mla|mls|max|min|maxnm|minnm|sqrt))\t"
 )
 STORE = re.compile(r"\t(?:vmov[au]p[sd]\t%[xyz]mm\d+, .*\(|st[rp]\t[qds]\d|st1\t)")
-SPILLED = re.compile(r"\t(?:v\w+\t.*\d*\(%r[sb]p|(?:ld[rp]|st[rp])\t[qds]\d+.*\[(?:sp|x29))")
+SPILLED = re.compile(r"\t(?:v\w+\t.*\d*\(%rsp|(?:ld[rp]|st[rp])\t[qds]\d+.*\[sp)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Expected:
 EXPECTED = {
     "packed-gemm": Expected(accumulates=True),
     "fused-attention": Expected(accumulates=True, workspace=True),
+    "direct-convolution": Expected(accumulates=True, workspace=True),
+    "depthwise": Expected(),
     "row-reduction": Expected(),
     "column-reduction": Expected(),
     "pointwise": Expected(),
