@@ -16,7 +16,6 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import build
-from graphopt.backends.rules.gemm import tile_for
 from graphopt.backends.target import Target, resolve_target
 
 MULTIPLY_ADD, READ = "graphopt_multiply_add", "graphopt_read"
@@ -41,13 +40,12 @@ def target_here(threads: int) -> Target:
 
 
 def operations(target: Target) -> int:
-    """Of one round of one share: each accumulator of a matrix product's tile gets a multiply-add in every lane."""
+    """Of one round of one share: three in four registers get a multiply-add in every lane."""
     return 2 * _accumulators(target) * target.lanes
 
 
 def _accumulators(target: Target) -> int:
-    tile = tile_for(target)
-    return tile.rows * tile.vectors
+    return 3 * target.registers // 4
 
 
 def _multiply_add(target: Target) -> tirx.PrimFunc:

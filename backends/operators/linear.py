@@ -11,14 +11,14 @@ from torch.fx import Node
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, like
-from graphopt.backends.rules.gemm import gemm, pack_weight, tile_for
+from graphopt.backends.rules.gemm import configure, gemm, pack_weight
 from graphopt.backends.rules.generic import reduce_generic
-from graphopt.backends.sizes import Size, shape_of
-from graphopt.backends.values import Index, Lazy, View
+from graphopt.backends.sizes import Size, product, shape_of
+from graphopt.backends.values import Index, Lazy, Product, View
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
-    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.kernel import Code, Kernel
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
@@ -66,7 +66,8 @@ def _packed(lowering: Lowering, node: Node, x: Any, weight: torch.Tensor, bias: 
     def begin(result: Any) -> Any:
         return result if bias is None else _plus(lowering, result, bias)
 
-    return packed_product(lowering, node, lowering.contiguous(x), weight, begin)
+    a = lowering.view(x)
+    return packed_product(lowering, node, a if a.strides[-1] == 1 else lowering.contiguous(a), weight, begin)
 
 
 def packed_product(
@@ -77,11 +78,19 @@ def packed_product(
     begin: Callable[[Any], Any],
     order: tuple[int, ...] = (),
 ) -> View:
-    """a [..., K], contiguous, times weight [N, K] with the node's epilogue; `begin` and `order` as in `anchored`."""
-    columns = tile_for(lowering.target).vectors * lowering.target.lanes
+    """a [..., K], its last axis contiguous, times weight [N, K] with the node's epilogue.
+
+    `begin` and `order` as in `anchored`.
+    """
+    n, k = weight.shape
+    choice = configure(lowering.target, product(a.shape[:-1]), n, k)
+    columns = choice.tile.vectors * lowering.target.lanes
     b = lowering.weight(weight, f"gemm{columns}", lambda array: pack_weight(array, columns))
-    name = f"gemm_{weight.shape[0]}x{weight.shape[1]}"
-    return lowering.anchored(node, lambda result, end: gemm(a, b, result, end, name, lowering.target), begin, order)
+
+    def build(result: Product, end: Any) -> Code:
+        return gemm(a, b, result, end, f"gemm_{n}x{k}", lowering.target, choice)
+
+    return lowering.anchored(node, build, begin, order)
 
 
 def _plus(lowering: Lowering, product: Any, bias: Any, alpha: float = 1, beta: float = 1) -> Lazy:

@@ -1,16 +1,20 @@
-"""Packed-weight matrix product with its epilogue in registers: rows x K times [N / 48, K, 48].
+"""Packed-weight matrix product with its epilogue in registers: rows x K times [N / columns, K, columns].
 
-A tile of 8 rows x 48 columns is 24 accumulators of 16 lanes (AVX2: 4 x 24, 12 of 8). One step of k costs 3 weight
-loads, 8 broadcasts and 24 multiply-adds, so the multiply-adds bound it. Weights stream once per group of rows: each
-step of k prefetches its share of the next panel's cache lines, which hides memory latency where weights are cold.
-From 64 rows on each thread keeps the same rows in every kernel, so activations stay in its own L2; below, and for
-weights larger than a cache, panels are shared out, so weights are read once. Rows are taken in blocks of 128, which
-stay in the L2 cache while all panels pass. Row tails re-read the last row and store nothing, so a symbolic row count
-costs nothing.
+A register tile of about 24 accumulators runs down one panel of the weight; a step of k costs 3 weight loads, 8
+broadcasts and 24 multiply-adds (8 x 48, AVX-512), so the multiply-adds bound it. All tiles of a block of rows pass over
+a panel while it lies in the L2 cache, and each step prefetches its share of the next panel's lines, which hides memory
+latency where weights are cold. A panel deeper than the cache's share is taken in parts, its sums kept in between. Row
+tails re-read the last row and store nothing, so a row count known at run time costs nothing.
+
+Threads share out rows, so that activations stay in their own L2 cache, or panels, so that weights are read once:
+whatever gives the more even shares. Sums always run over k from first to last, so results depend on neither.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,23 +23,81 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.register_tile import RegisterTile, Tile
-from graphopt.backends.sizes import product
+from graphopt.backends.rules.register_tile import RegisterTile, Tile, tile_cost, tiles
+from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "packed-gemm"
 _ROWS_KEPT_FROM = 64  # rows from which each thread keeps its own
-_WEIGHT_STREAMED_FROM = (
-    16 << 20
-)  # bytes from which a weight comes from memory, so that only one thread may read each part
-_BLOCK_ROWS = 128  # rows that all panels pass over before the next rows; also what prefetching expects
+_WEIGHT_STREAMED_FROM = 16 << 20  # bytes from which a weight comes from memory, so that one thread may read each part
+_PANEL_BYTES = 320 << 10  # of a panel that shares a common L2 cache with the next one
+_BLOCK_BYTES = 512 << 10  # of the rows that all panels pass over before the next ones
+_MOST_BLOCK_ROWS = 256
+_MANY_ROWS = 840  # what choosing a tile takes such a row count for: a multiple of most tiles' rows
+_TYPICAL_ROWS = 128  # what prefetching expects of a row count known at run time
+_SERIAL_BELOW = 1 << 18  # multiply-adds that are not worth the launch of threads
+_FEW_ROWS = 4  # up to which a row count known at run time is done row by row
 _LINE = 16  # float32 values of a cache line
 
 
-def tile_for(target: Target) -> Tile:
-    """24 of 32 registers as accumulators with AVX-512 and NEON, 12 of 16 with AVX2."""
-    return Tile(8 if target.registers == 32 else 4, 3)
+@dataclass(frozen=True)
+class Configuration:
+    """What may be chosen for one product; results do not depend on it."""
+
+    tile: Tile
+    block_rows: int  # rows that all panels pass over before the next ones, a multiple of the tile's
+    block_depth: int  # k of a panel that all tiles of a block pass over before the next
+    row_shares: int  # shares of the rows between threads
+    panel_shares: int  # shares of the panels between threads
+
+
+@cache
+def configure(target: Target, rows: Size, n: int, k: int) -> Configuration:
+    """The default for rows x K times K x N: the tile and shares with the least time of the longest share."""
+    return min(candidates(target, rows, n, k), key=lambda choice: _cost(target, choice, rows, n, k))
+
+
+def candidates(target: Target, rows: Size, n: int, k: int) -> Iterator[Configuration]:
+    """Everything worth timing for this product."""
+    for tile in tiles(target):
+        depth = _part(k, max(1, _PANEL_BYTES // (4 * tile.vectors * target.lanes)), tile.steps)
+        for row_shares, panel_shares in _shares(target, rows, n, k):
+            share = -(-rows // row_shares) if isinstance(rows, int) else _MOST_BLOCK_ROWS
+            most = min(_MOST_BLOCK_ROWS, max(_ROWS_KEPT_FROM, _BLOCK_BYTES // (4 * k)))
+            yield Configuration(tile, _part(share, most, tile.rows), depth, row_shares, panel_shares)
+
+
+def _part(whole: int, most: int, unit: int) -> int:
+    """The length of equal parts of at most about `most`, in whole units."""
+    parts = -(-whole // most)
+    return -(-whole // (parts * unit)) * unit
+
+
+def _shares(target: Target, rows: Size, n: int, k: int) -> list[tuple[int, int]]:
+    """(shares of rows, shares of panels), those that keep rows on their thread first."""
+    threads = target.threads
+    if not isinstance(rows, int):
+        return [(1 if _is_streamed(n, k) else threads, threads)]
+    if rows * n * k < _SERIAL_BELOW:
+        return [(1, 1)]
+    if _is_streamed(n, k) or rows < _ROWS_KEPT_FROM:
+        return [(1, threads)]
+    return [(threads // panels, panels) for panels in range(1, threads + 1) if threads % panels == 0]
+
+
+def _cost(target: Target, choice: Configuration, rows: Size, n: int, k: int) -> float:
+    """Time of the longest share; at run time rows are shared out evenly."""
+    tile, columns = choice.tile, choice.tile.vectors * target.lanes
+    if not isinstance(rows, int):
+        return tile_cost(target, tile, _MANY_ROWS, n, k)
+    tiles_, panels = -(-rows // tile.rows), -(-n // columns)
+    own_rows, own_panels = -(-tiles_ // choice.row_shares), -(-panels // choice.panel_shares)
+    return tile_cost(target, tile, own_rows * tile.rows, own_panels * columns, k)
+
+
+def _is_streamed(n: int, k: int) -> bool:
+    return 4 * n * k >= _WEIGHT_STREAMED_FROM
 
 
 def pack_weight(weight: np.ndarray, columns: int) -> np.ndarray:
@@ -50,115 +112,173 @@ def pack_weight(weight: np.ndarray, columns: int) -> np.ndarray:
     return packed
 
 
-def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Target) -> Code:
+def gemm(
+    a: View, weight: View, result: Product, end: Any, name: str, target: Target, choice: Configuration | None = None
+) -> Code:
     """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`.
 
-    float32; `a` [..., K] is contiguous, `weight` is packed as `pack_weight` does.
+    float32; `a` [..., K] has its last axis contiguous, `weight` is packed as `pack_weight` does for the columns of the
+    tile of `choice`, by default what `configure` says.
     """
-    reads, tile = [a, weight, end], tile_for(target)
-    steps = product(result.shape) * a.shape[-1]
+    rows, n, k = product(result.shape[:-1]), int(result.shape[-1]), int(a.shape[-1])
+    choice = configure(target, rows, n, k) if choice is None else choice
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Gemm(kernel, a, weight, result, end, outputs[0], tile).write()
+        _Gemm(kernel, a, weight, result, end, outputs[0], choice).write()
 
     return write_kernel(
         RULE,
         fused_name(name, end),
         target,
-        reads,
+        [a, weight, end],
         [(end.shape, end.dtype)],
         body,
         configuration={
-            "rows": tile.rows,
-            "columns": tile.vectors * target.lanes,
-            "steps": tile.steps,
+            "rows": choice.tile.rows,
+            "columns": choice.tile.vectors * target.lanes,
+            "steps": choice.tile.steps,
             "lanes": target.lanes,
-            "block_rows": _BLOCK_ROWS,
-            "shares": target.threads,
-            "split": _split(weight, result),
+            "block_rows": choice.block_rows,
+            "block_depth": choice.block_depth,
+            "row_shares": choice.row_shares,
+            "panel_shares": choice.panel_shares,
         },
-        flops=2 * steps + operations([end], target),
+        flops=2 * rows * n * k + operations([end], target),
     )
-
-
-def _split(weight: View, result: Product) -> str:
-    """What is shared out between threads: rows, or panels of the weight, so that each part of it is read once."""
-    rows = product(result.shape[:-1])
-    if _is_streamed(weight) or (isinstance(rows, int) and rows < _ROWS_KEPT_FROM):
-        return "panels"
-    return "rows" if isinstance(rows, int) else f"rows from {_ROWS_KEPT_FROM}"
-
-
-def _is_streamed(weight: View) -> bool:
-    return int(product(weight.shape)) * 4 >= _WEIGHT_STREAMED_FROM
 
 
 class _Gemm:
     def __init__(
-        self, kernel: Kernel, a: View, weight: View, result: Product, end: Any, output: Output, tile: Tile
+        self, kernel: Kernel, a: View, weight: View, result: Product, end: Any, output: Output, choice: Configuration
     ) -> None:
-        self.kernel, self.tile, self.output, self.end, self.result = kernel, tile, output, end, result
-        self.a, self.b = kernel.flat(a.storage), kernel.flat(weight.storage)
-        self.panels, self.k, _ = (int(size) for size in weight.shape)
-        self.streamed = _is_streamed(weight)
-        self.n = int(result.shape[-1])
-        self.lanes = kernel.target.lanes
-        self.columns = tile.vectors * self.lanes
+        self.kernel, self.choice, self.tile = kernel, choice, choice.tile
+        self.output, self.end, self.result = output, end, result
+        self.view, self.a, self.b = a, kernel.flat(a.storage), kernel.flat(weight.storage)
+        self.panels, self.k, self.columns = (int(size) for size in weight.shape)
+        self.n, self.lanes = int(result.shape[-1]), kernel.target.lanes
         self.row_count = product(result.shape[:-1])
         self.rows = kernel.size(self.row_count)
 
+    # Shares -----------------------------------------------------------------------------------------------------------
     def write(self) -> None:
-        kernel, tile = self.kernel, self.tile
-        tiles = tirx.floordiv(self.rows + (tile.rows - 1), int64(tile.rows))
-        threads = kernel.target.threads
-        row_groups = tirx.Select(tiles >= _ROWS_KEPT_FROM // tile.rows, int64(threads), int64(1))
-        if self.streamed:
-            row_groups = int64(1)
-        tiles_each = tirx.floordiv(tiles + row_groups - 1, row_groups)
-        panels_each = -(-self.panels // threads)
-        with kernel.parallel(row_groups * threads) as task:
-            first_tile = tirx.truncdiv(task, int64(threads)) * tiles_each
-            first_panel = tirx.truncmod(task, int64(threads)) * panels_each
-            own_tiles = tirx.min(tiles_each, tiles - first_tile)
-            own_panels = tirx.min(int64(panels_each), self.panels - first_panel)
-            block = _BLOCK_ROWS // tile.rows
+        """Tasks are shares of rows x shares of panels. Few rows known at run time are one share, taken row by row."""
+        if isinstance(self.row_count, int):
+            self.write_shares(self.tile, int64(self.choice.row_shares))
+            return
+        with T.If(self.rows > _FEW_ROWS):
+            with T.Then():
+                kept = tirx.Select(self.rows >= _ROWS_KEPT_FROM, int64(self.choice.row_shares), int64(1))
+                self.write_shares(self.tile, kept)
+            with T.Else():
+                self.write_shares(replace(self.tile, rows=1), int64(1))
+
+    def write_shares(self, tile: Tile, row_shares: Any) -> None:
+        kernel, panel_shares = self.kernel, self.choice.panel_shares
+        tiles_ = tirx.floordiv(self.rows + (tile.rows - 1), int64(tile.rows))
+        alone = isinstance(self.row_count, int) and self.choice.row_shares * panel_shares == 1
+        with (kernel.serial if alone else kernel.parallel)(row_shares * panel_shares) as task:
+            row_share = tirx.truncdiv(task, int64(panel_shares))
+            panel_share = tirx.truncmod(task, int64(panel_shares))
+            first = T.bind(tirx.truncdiv(row_share * tiles_, row_shares))
+            own = T.bind(tirx.truncdiv((row_share + 1) * tiles_, row_shares) - first)
+            first_panel = T.bind(tirx.truncdiv(panel_share * self.panels, int64(panel_shares)))
+            panels = tirx.truncdiv((panel_share + 1) * self.panels, int64(panel_shares)) - first_panel
+            block = max(1, self.choice.block_rows // tile.rows)
+            parts = -(-self.k // self.choice.block_depth)
+            sums = kernel.scratch(block * tile.rows * self.columns) if parts > 1 else None
             with (
-                kernel.serial(tirx.floordiv(own_tiles + (block - 1), int64(block))) as at,
-                kernel.serial(own_panels) as panel,
-                kernel.serial(tirx.min(int64(block), own_tiles - at * block)) as tile_of_block,
+                kernel.serial(tirx.truncdiv(own + (block - 1), int64(block))) as at,
+                kernel.serial(panels) as panel,
+                kernel.serial(parts) as part,
+                kernel.serial(tirx.min(int64(block), own - at * block)) as number,
             ):
-                self.write_tile(first_panel + panel, first_tile + at * block + tile_of_block, tile_of_block)
+                _Step(self, tile, sums, first_panel + panel, part, first + at * block + number, number).write()
 
-    def write_tile(self, panel: Any, tile_number: Any, tile_of_block: Any) -> None:
-        kernel, tile, columns = self.kernel, self.tile, self.columns
-        first_row = tile_number * tile.rows
-        starts = [T.bind(tirx.min(first_row + r, self.rows - 1) * self.k) for r in range(tile.rows)]
-        weights = panel * (self.k * columns)
-        registers = RegisterTile(kernel, tile)
-        registers.zero()
+    def expected_tiles(self, tile: Tile) -> int:
+        """Tiles that pass over a part of a panel, as far as is known."""
+        if tile.rows == 1 and not isinstance(self.row_count, int):
+            return 1
+        rows = self.row_count if isinstance(self.row_count, int) else _TYPICAL_ROWS
+        return max(1, -(-min(-(-rows // self.choice.row_shares), self.choice.block_rows) // tile.rows))
+
+    def row_start(self, row: Any) -> Any:
+        """Where a row of A lies; past the last one it is read again."""
+        kernel, view = self.kernel, self.view
+        row = tirx.min(row, self.rows - 1)
+        if view.contiguous:
+            return row * self.k
+        index = kernel.index(view.shape, row=row, column=int64(0))
+        start = kernel.size(view.offset)
+        for number, stride in enumerate(view.strides[:-1]):
+            if view.shape[number] != 1 and stride != 0:
+                start = start + index.axis(number) * kernel.size(stride)
+        return start
+
+
+class _Step:
+    """One tile over one part of a panel."""
+
+    def __init__(
+        self, gemm_: _Gemm, tile: Tile, sums: Any, panel: Any, part: Any, tile_number: Any, number: Any
+    ) -> None:
+        self.gemm, self.kernel, self.tile, self.sums = gemm_, gemm_.kernel, tile, sums
+        self.panel, self.part, self.number = panel, part, number
+        self.first_row = tile_number * tile.rows
+        self.depth = gemm_.choice.block_depth
+        self.parts = -(-gemm_.k // self.depth)
+
+    def write(self) -> None:
+        gemm_, kernel = self.gemm, self.kernel
+        registers = RegisterTile(kernel, self.tile)
+        if self.sums is None:
+            registers.zero()
+        else:
+            with T.If(self.part == 0):
+                with T.Then():
+                    registers.zero()
+                with T.Else():
+                    registers.read(self.sums, self.number * (self.tile.rows * gemm_.columns))
+        self.multiply(registers)
+        if self.sums is None:
+            self.write_end(registers)
+            return
+        with T.If(self.part == self.parts - 1):
+            with T.Then():
+                self.write_end(registers)
+            with T.Else():
+                registers.keep(self.sums, self.number * (self.tile.rows * gemm_.columns))
+
+    def multiply(self, registers: RegisterTile) -> None:
+        gemm_, depth = self.gemm, self.depth
+        starts = [T.bind(gemm_.row_start(self.first_row + r) + self.part * depth) for r in range(self.tile.rows)]
+        weights = T.bind((self.panel * gemm_.k + self.part * depth) * gemm_.columns)
+        even = gemm_.k % depth == 0
         registers.multiply(
-            self.k,
-            lambda r, k: self.a[starts[r] + k],
-            lambda k, c, lane: self.b[weights + k * columns + c * self.lanes + lane],
-            lambda outer: self.prefetch(weights, tile_of_block * (self.k // tile.steps) + outer, self.k // tile.steps),
-        )
-        registers.write(
-            self.result,
-            self.end,
-            self.output,
-            rows=self.rows - first_row,
-            position=lambda r: first_row + r,
-            first=panel * columns,
-            width=self.n,
+            min(depth, gemm_.k) if even else tirx.min(int64(depth), gemm_.k - self.part * depth),
+            lambda r, k: gemm_.a[starts[r] + k],
+            lambda k, c, lane: gemm_.b[weights + k * gemm_.columns + c * gemm_.lanes + lane],
+            lambda outer: self.prefetch(weights, outer),
         )
 
-    def prefetch(self, weights: Any, step: Any, steps: int) -> None:
-        """Touch this step's share of the next panel's lines."""
-        lines = -(-self.k * self.columns // _LINE)
-        rows = min(self.row_count, _BLOCK_ROWS) if isinstance(self.row_count, int) else _BLOCK_ROWS
-        tiles = max(1, -(-rows // self.tile.rows) // (self.kernel.target.threads if rows >= _ROWS_KEPT_FROM else 1))
-        share = -(-lines // (tiles * steps))
+    def prefetch(self, weights: Any, outer: Any) -> None:
+        """Touch this step's share of the lines of the next part of a panel."""
+        gemm_ = self.gemm
+        depth = min(self.depth, gemm_.k)
+        steps = max(1, depth // self.tile.steps)
+        lines = -(-depth * gemm_.columns // _LINE)
+        share = -(-lines // (gemm_.expected_tiles(self.tile) * steps))
         for line in range(share):
-            position = weights + (lines + step * share + line) * _LINE
-            address = tirx.address_of(self.b[position])
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+            position = weights + (lines + (self.number * steps + outer) * share + line) * _LINE
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(gemm_.b[position]), 0, 2, 1))
+
+    def write_end(self, registers: RegisterTile) -> None:
+        gemm_ = self.gemm
+        registers.write(
+            gemm_.result,
+            gemm_.end,
+            gemm_.output,
+            rows=gemm_.rows - self.first_row,
+            position=lambda r: self.first_row + r,
+            first=self.panel * gemm_.columns,
+            width=gemm_.n,
+        )

@@ -107,6 +107,25 @@ class RegisterTile:
                 with self.kernel.vectorized(self.lanes) as lane:
                     T.buffer_store(values, values[r, c, lane] + left(r, k) * right(k, c, lane), [r, c, lane])
 
+    def keep(self, memory: Any, start: Any) -> None:
+        """Store the sums so far in `memory`, to go on with later."""
+        for r, c, lane in self._elements():
+            T.buffer_store(memory, self.values[r, c, lane], [self._place(start, r, c) + lane])
+
+    def read(self, memory: Any, start: Any) -> None:
+        """Go on with the sums that `keep` stored there."""
+        for r, c, lane in self._elements():
+            T.buffer_store(self.values, memory[self._place(start, r, c) + lane], [r, c, lane])
+
+    def _elements(self) -> Iterator[tuple[int, int, Any]]:
+        for r in range(self.tile.rows):
+            for c in range(self.tile.vectors):
+                with self.kernel.vectorized(self.lanes) as lane:
+                    yield r, c, lane
+
+    def _place(self, start: Any, r: int, c: int) -> Any:
+        return start + (r * self.tile.vectors + c) * self.lanes
+
     def write(
         self,
         result: Product,
