@@ -13,7 +13,9 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "bench",
+    "openvino": "bench",
     "matplotlib": "bench",
+    "transformers": "bench",
 }
 
 

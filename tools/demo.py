@@ -125,17 +125,19 @@ def print_figures(report: Any, artifact: Path, shipped: dict[str, Any], cosine: 
 
 
 def time_beside_onnxruntime(program: Program, artifact: Path, rounds: int) -> dict[str, Any]:
-    from graphopt.tools.benchmark import choose_cores, measure
-    from graphopt.tools.benchmarking.peers import check_peers, export_for_peers
+    from graphopt.tools.benchmarking.comparison import Settings, choose_cores, compare
+    from graphopt.tools.benchmarking.peers import check_peers, peer_entrants
     from graphopt.tools.benchmarking.report import format_notes, format_rows
     from graphopt.tools.benchmarking.turns import Entrant
     from graphopt.tools.subject import program_subject
 
     subject = program_subject(program)
+    feed = subject.draw({"batch": 1, "seq": TOKENS}, 0)
     with tempfile.TemporaryDirectory() as folder:
-        peers = [Entrant(name, export_for_peers(program, Path(folder))) for name in check_peers("onnxruntime")]
+        peers, failures = peer_entrants(program, check_peers("onnxruntime"), Path(folder))
         entrants = [Entrant("graphopt", str(artifact)), *peers]
-        report = measure(entrants, subject, subject, {"batch": 1, "seq": TOKENS}, 0, choose_cores(None), rounds)
+        expected = list(subject.run(feed).values())
+        report = compare(entrants, failures, feed, expected, Settings(choose_cores(None), rounds))
     print(f"latency at {TOKENS} tokens\n{format_notes(report)}\n{format_rows(report)}")
     return report
 

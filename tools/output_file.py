@@ -25,7 +25,7 @@ INPUTS = (
     "report",
     "profile",
 )  # what the verbs call the files that they read
-OUTPUTS = {"output": "-o", "json": "--json", "chart": "--chart", "html": "--html"}
+OUTPUTS = {"output": "-o", "json": "--json", "chart": "--chart", "html": "--html", "markdown": "--markdown"}
 
 
 @contextlib.contextmanager

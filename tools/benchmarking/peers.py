@@ -1,34 +1,78 @@
-"""The runtimes that can stand beside graphopt, and the model as they take it."""
+"""The runtimes that can stand beside graphopt, and the model as each takes it."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphopt.errors import MissingExtraError, UnknownNameError
+from graphopt.errors import GraphoptError, MissingExtraError, UnknownNameError
+from graphopt.tools.benchmarking.turns import Entrant, Failure
 
 if TYPE_CHECKING:
     from graphopt.program import Program
 
-PEERS = {"onnxruntime": "onnxruntime"}
-"""Name -> module that must be installed."""
+ALL = "all"
+ONNX, PT2 = ".onnx", ".pt2"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The module that must be installed, the kind of file it opens, and whether to call it as rarely as can be."""
+
+    module: str
+    suffix: str
+    sparing: bool = False
+
+
+PEERS = {
+    "onnxruntime": Peer("onnxruntime", ONNX),
+    "openvino": Peer("openvino", ONNX),
+    "inductor": Peer("torch", PT2),
+    "tvm": Peer("tvm", PT2, sparing=True),
+}
 
 
 def check_peers(text: str) -> list[str]:
-    """The names in "a,b"; raises UnknownNameError, or MissingExtraError for one that is not installed."""
+    """The names in "a,b", or every installed one for "all".
+
+    Raises UnknownNameError, or MissingExtraError for a named one that is not installed.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == [ALL]:
+        return [name for name in PEERS if installed(name)]
     for name in names:
         if name not in PEERS:
-            raise UnknownNameError("runtime", name, PEERS)
-        if importlib.util.find_spec(PEERS[name]) is None:
+            raise UnknownNameError("runtime", name, [*PEERS, ALL])
+        if not installed(name):
             raise MissingExtraError(f'{name} is not installed; run pip install "graphopt[bench]"')
     return list(dict.fromkeys(names))
 
 
-def export_for_peers(program: Program, folder: Path) -> str:
-    """The captured, unoptimized model as ONNX with the same dynamic sizes, written once; returns its path."""
-    path = folder / "model.onnx"
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(PEERS[name].module) is not None
+
+
+def peer_entrants(program: Program, peers: list[str], folder: Path) -> tuple[list[Entrant], list[Failure]]:
+    """Each peer with its file, or why there is none: not everything can be written as ONNX."""
+    entrants, failures = [], []
+    for name in peers:
+        try:
+            path = export_for_peer(program, PEERS[name].suffix, folder)
+        except GraphoptError as e:
+            failures.append(Failure(name, f"{name} cannot have this model: {e}"))
+        else:
+            entrants.append(Entrant(name, path, PEERS[name].sparing))
+    return entrants, failures
+
+
+def export_for_peer(program: Program, suffix: str, folder: Path) -> str:
+    """The captured, unoptimized model with the same dynamic sizes, each kind of file written once; returns its path."""
+    path = folder / f"model{suffix}"
     if not path.exists():
-        program.to_onnx(str(path))
+        if suffix == ONNX:
+            program.to_onnx(str(path))
+        else:
+            program.save(str(path))
     return str(path)

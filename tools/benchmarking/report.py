@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.tools.benchmarking.turns import DRIFT, TURN, Measurement
+from graphopt.tools.benchmarking.turns import DRIFT, TURN, Failure, Measurement
 from graphopt.tools.benchmarking.usage import Interference
-from graphopt.tools.table import format_shape, format_table
+from graphopt.tools.table import format_bytes, format_shape, format_table
 
 Array = np.ndarray[Any, Any]
 BUSY = 0.1  # share of the CPUs that others may take before no row is valid
@@ -22,6 +22,7 @@ AGREE = 1e-3  # largest error of an output, relative to its largest value, that 
 
 def build_report(
     measurements: Sequence[Measurement],
+    failures: Sequence[Failure],
     others: Interference,
     feed: Mapping[str, Array],
     expected: Sequence[Array] | None,
@@ -57,6 +58,7 @@ def build_report(
         "interference": asdict(others),
         "reference": "PyTorch" if expected is not None else first.side,
         "rows": rows,
+        "failures": [asdict(failure) for failure in failures],
         "agree": all(row["error"] <= AGREE for row in rows),
     }
 
@@ -89,11 +91,15 @@ def format_rows(report: Mapping[str, Any]) -> str:
             "ratio": f"{row['ratio']:.2f}x",
             "calls": row["calls"],
             "error": f"{row['error']:.1e}",
+            "load s": f"{row['load_seconds']:.2f}",
+            "memory": format_bytes(row["peak_bytes"]),
             "valid": row["valid"],
         }
         for row in report["rows"]
     ]
+    rows += [{"runtime": failure["side"], "median ms": "none"} for failure in report["failures"]]
     text = format_table(rows)
+    text += "".join(f"\n{failure['side']} has no figures: {failure['reason']}" for failure in report["failures"])
     if not all(row["valid"] for row in report["rows"]):
         text += (
             f"\nnot valid: in turns and alone differ by over {DRIFT:.0%}, or others took over {BUSY:.0%} of the CPUs"

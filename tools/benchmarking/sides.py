@@ -5,21 +5,27 @@ A side is opened inside its child process, which imports nothing but that side's
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+Arrays = list[np.ndarray[Any, Any]]
 Feed = Mapping[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """`call` runs the model once on the feed it was opened with; `about` is versions and options, for the report."""
+    """`call` runs the model once on the feed it was opened with; `about` is versions and options, for the report.
 
-    call: Callable[[], list[np.ndarray[Any, Any]]]
+    `measure` runs it once or more and returns seconds that the side took itself, instead of the time of `call`.
+    """
+
+    call: Callable[[], Arrays]
     about: dict[str, Any]
+    measure: Callable[[], list[float]] | None = None
 
 
 def open_graphopt(path: str, feed: Feed, threads: int) -> Opened:
@@ -50,8 +56,37 @@ def open_onnxruntime(path: str, feed: Feed, threads: int) -> Opened:
     return Opened(lambda: list(session.run(None, feed)), about)
 
 
-SIDES: dict[str, Callable[[str, Feed, int], Opened]] = {
-    "graphopt": open_graphopt,
-    "onnxruntime": open_onnxruntime,
+def open_openvino(path: str, feed: Feed, threads: int) -> Opened:
+    import openvino
+
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    model = openvino.Core().compile_model(path, "CPU", options)
+    request = model.create_infer_request()
+
+    def call() -> Arrays:
+        results = request.infer(feed, share_inputs=True)
+        return [results[output] for output in model.outputs]
+
+    settled = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS")
+    about = {"openvino": openvino.__version__, **{name: str(model.get_property(name)) for name in settled}}
+    return Opened(call, about)
+
+
+SIDES = {
+    "graphopt": "sides:open_graphopt",
+    "onnxruntime": "sides:open_onnxruntime",
+    "openvino": "sides:open_openvino",
+    "inductor": "inductor_side:open_inductor",
+    "tvm": "tvm_side:open_tvm",
+    "kernel": "kernel_sides:open_kernel",
+    "torch": "kernel_sides:open_torch",
+    "multiply-adds": "kernel_sides:open_multiply_adds",
 }
-"""Name -> opens a file with a feed and a number of threads; graphopt takes artifacts, the peers ONNX files."""
+"""Name -> module beside this one and function in it: opens a file with a feed and a number of threads."""
+
+
+def find_side(name: str) -> Callable[[str, Feed, int], Opened]:
+    module, _, function = SIDES[name].partition(":")
+    found: Callable[[str, Feed, int], Opened]
+    found = getattr(importlib.import_module(f"graphopt.tools.benchmarking.{module}"), function)
+    return found

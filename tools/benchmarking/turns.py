@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,16 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import GraphoptError
+from graphopt.progress import tell
 from graphopt.tools.array_file import save_arrays
 from graphopt.tools.benchmarking.usage import Interference, interference, read_usage
 
 TURN = 0.2  # seconds, the least a turn takes
 ALONE = 0.5  # seconds without a pause; PARTS + 1 such blocks a side, spread over the whole time
 PARTS = 3
+SPARING_SECONDS = 15.0  # of turns, after which a side that is sparing sits out
+LONGEST = 300  # characters of what a process said
+PATIENCE = 900.0  # seconds a side may take to open its model, and for each turn
 DRIFT = 0.05  # a side whose median in turns is further than this from its median alone was disturbed
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
@@ -32,10 +38,14 @@ Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 @dataclass(frozen=True)
 class Entrant:
-    """One side and the file it runs."""
+    """One side and the file it runs.
+
+    A sparing side may take a hundred times as long as others: it makes as few calls as can be, and its turns end early.
+    """
 
     side: str
     model: str
+    sparing: bool = False
 
 
 @dataclass
@@ -64,22 +74,49 @@ class Measurement:
         return abs(self.median / self.median_alone - 1) <= DRIFT
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A side that could not be measured, and why."""
+
+    side: str
+    reason: str
+
+
+class SideError(GraphoptError):
+    """A side cannot open or run its model, or takes too long."""
+
+
 class Side:
     """A side's process; stopped except while `measure` waits for it."""
 
-    def __init__(self, entrant: Entrant, inputs: Path, outputs: Path, cores: Sequence[int]) -> None:
+    def __init__(
+        self, entrant: Entrant, inputs: Path, outputs: Path, cores: Sequence[int], patience: float = PATIENCE
+    ) -> None:
         self.name = entrant.side
+        self.sparing = entrant.sparing
+        self.patience = patience
         self.outputs = outputs
-        environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "TVM_NUM_THREADS": str(len(cores))}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "graphopt.tools.benchmarking.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,  # the process and its own children are stopped together
-        )
-        configuration = {"side": entrant.side, "model": entrant.model, "inputs": str(inputs)}
+        self.answers = b""
+        self.log = outputs.with_suffix(".log")
+        scratch = outputs.with_suffix(".tmp")  # outlives a killed process only until our folder is removed
+        scratch.mkdir()
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(len(cores)),
+            "TVM_NUM_THREADS": str(len(cores)),
+            "TMPDIR": str(scratch),
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        }
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "graphopt.tools.benchmarking.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # the process and its own children are stopped together
+            )
+        configuration = {"side": entrant.side, "model": entrant.model, "inputs": str(inputs), "sparing": self.sparing}
         self.send({**configuration, "outputs": str(outputs), "cores": list(cores)})
 
     def __enter__(self) -> Side:
@@ -88,30 +125,53 @@ class Side:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.kill()
         with self.process:
             pass
+
+    def kill(self) -> None:
+        """The process keeps its entry in /proc, with the time it used, until this context ends."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def send(self, value: Any) -> None:
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):  # the answer, or its absence, says what happened
-            self.process.stdin.write(json.dumps(value) + "\n")
+            self.process.stdin.write(json.dumps(value).encode() + b"\n")
             self.process.stdin.flush()
 
-    def receive(self) -> Any:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
+    def receive(self, doing: str) -> Any:
+        line = self.read_line(doing)
         if not line:
-            raise GraphoptError(f"{self.name} ended with code {self.process.wait()} while it was measured")
+            raise SideError(f"{self.name} ended with code {self.process.wait()} while {doing}{self.last_words()}")
         value = json.loads(line)
         if isinstance(value, dict) and "error" in value:
-            raise GraphoptError(f"{self.name} cannot run this model: {value['error']}")
+            raise SideError(f"{self.name} cannot run this model: {value['error']}")
         return value
+
+    def last_words(self) -> str:
+        """What the process wrote to stderr before it ended, as the end of a sentence."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return f": {lines[-1].strip()[:LONGEST]}" if lines else ""
+
+    def read_line(self, doing: str) -> bytes:
+        """Empty when the process has ended."""
+        assert self.process.stdout
+        descriptor = self.process.stdout.fileno()
+        end = time.monotonic() + self.patience
+        while b"\n" not in self.answers:
+            if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise SideError(f"{self.name} took over {self.patience:g} s while {doing}; --peer-timeout allows more")
+            part = os.read(descriptor, 1 << 16)
+            if not part:
+                return b""
+            self.answers += part
+        line, _, self.answers = self.answers.partition(b"\n")
+        return line
 
     def opened(self) -> Measurement:
         """Wait until the side is open and warm, then stop it."""
-        answer = self.receive()
+        answer = self.receive("it opened its model")
         self.stop()
         with np.load(self.outputs) as arrays:
             outputs = [arrays[name] for name in arrays.files]
@@ -121,7 +181,7 @@ class Side:
         """Seconds of each call of one turn."""
         os.killpg(self.process.pid, signal.SIGCONT)
         self.send({"seconds": seconds})
-        times: list[float] = self.receive()
+        times: list[float] = self.receive("it was measured")
         self.stop()
         return times
 
@@ -131,6 +191,48 @@ class Side:
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
+@dataclass
+class Contest:
+    """The sides that take part, what was measured of each, and which ones failed."""
+
+    sides: list[Side] = field(default_factory=list)
+    results: list[Measurement] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    out: set[Side] = field(default_factory=set)
+
+    def open(self, side: Side, alone: float) -> None:
+        try:
+            result = side.opened()
+            result.alone += side.measure(alone)
+        except SideError as e:
+            self.fail(side, e)
+            return
+        self.sides.append(side)
+        self.results.append(result)
+
+    def turn(self, number: int, seconds: float, together: bool) -> None:
+        """One block of one side; nothing for a side that failed, or is sparing and had its share."""
+        side, result = self.sides[number], self.results[number]
+        times = result.turns if together else result.alone
+        if side in self.out or (side.sparing and sum(times) >= SPARING_SECONDS):
+            return
+        try:
+            times += side.measure(seconds)
+        except SideError as e:
+            self.fail(side, e)
+
+    def fail(self, side: Side, error: SideError) -> None:
+        """Without the first side there is nothing to compare with: raises its error."""
+        if not self.sides or side is self.sides[0]:
+            raise error
+        self.failures.append(Failure(side.name, str(error)))
+        self.out.add(side)
+        side.kill()
+
+    def measured(self) -> list[Measurement]:
+        return [result for side, result in zip(self.sides, self.results, strict=True) if side not in self.out]
+
+
 def take_turns(
     entrants: Sequence[Entrant],
     feed: Arrays,
@@ -138,27 +240,30 @@ def take_turns(
     rounds: int,
     turn: float = TURN,
     alone: float = ALONE,
-) -> tuple[list[Measurement], Interference]:
-    """Measure all entrants on the same feed and cores; raises GraphoptError when one cannot run."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    patience: float = PATIENCE,
+) -> tuple[list[Measurement], list[Failure], Interference]:
+    """Measure all entrants on the same feed and cores; raises SideError when the first cannot run.
+
+    Any other that cannot is among the failures, and the rest go on. `patience`: seconds that a side may take to open
+    its model, and for each turn.
+    """
+    contest = Contest()
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder, contextlib.ExitStack() as stack:
         inputs = Path(folder) / "inputs.npz"
         with open(inputs, "wb") as stream:
             save_arrays(stream, feed)
-        sides: list[Side] = []
-        results: list[Measurement] = []
         for number, entrant in enumerate(entrants):
-            side = stack.enter_context(Side(entrant, inputs, Path(folder) / f"outputs_{number}.npz", cores))
-            results.append(side.opened())
-            results[-1].alone += side.measure(alone)
-            sides.append(side)
-        processes = [side.process.pid for side in sides]
+            tell(f"opening {entrant.side}", number, len(entrants))
+            outputs = Path(folder) / f"outputs_{number}.npz"
+            contest.open(stack.enter_context(Side(entrant, inputs, outputs, cores, patience)), alone)
+        processes = [side.process.pid for side in contest.sides]
         before = read_usage(cores, processes)
-        for number, together in schedule(len(sides), rounds):
-            if together:
-                results[number].turns += sides[number].measure(turn)
-            else:
-                results[number].alone += sides[number].measure(alone)
-        return results, interference(before, read_usage(cores, processes), cores)
+        count = len(contest.sides)
+        for step, (number, together) in enumerate(schedule(count, rounds)):
+            tell("taking turns", step, count * (rounds + min(rounds, PARTS)))
+            contest.turn(number, turn if together else alone, together)
+        others = interference(before, read_usage(cores, processes), cores)
+        return contest.measured(), contest.failures, others
 
 
 def schedule(sides: int, rounds: int) -> Iterator[tuple[int, bool]]:

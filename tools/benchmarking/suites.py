@@ -1,0 +1,114 @@
+"""Runs a suite from its command line: tables as they come, files after each step, so that Ctrl-C loses nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt.errors import UsageError
+from graphopt.optional import missing_extra
+from graphopt.tools.benchmarking.comparison import Settings
+from graphopt.tools.benchmarking.peers import ALL, check_peers
+from graphopt.tools.output_file import check_suffix, replace_file
+from graphopt.tools.table import wants_text, write_json
+
+CHART = ".png"
+STDOUT = "-"
+
+Report = Mapping[str, Any]
+Publish = Callable[[Report], None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`measure` tells the report after each step to its argument; the others say or draw what is in a report."""
+
+    measure: Callable[[Publish], None]
+    describe_step: Callable[[Report], str]
+    describe: Callable[[Report], str]
+    markdown: Callable[[Report], str]
+    draw: Callable[[str, Report], None]
+    is_right: Callable[[Report], bool]
+
+
+def run_suite(arguments: argparse.Namespace, settings: Settings) -> int:
+    check_needed(arguments)
+    suite = models_suite(arguments, settings) if arguments.suite == "e2e" else kernels_suite(arguments, settings)
+    latest: Report = {}
+
+    def publish(report: Report) -> None:
+        nonlocal latest
+        latest = report
+        if arguments.json != STDOUT:
+            write_json(arguments, report)
+        if arguments.markdown is not None:
+            with replace_file(arguments.markdown) as stream:
+                stream.write(suite.markdown(report).encode())
+        if arguments.chart is not None:
+            suite.draw(arguments.chart, report)
+        if wants_text(arguments):
+            print(suite.describe_step(report), end="\n\n", flush=True)
+
+    try:
+        suite.measure(publish)
+    finally:
+        if latest and wants_text(arguments):
+            print(suite.describe(latest), flush=True)
+        elif latest:
+            write_json(arguments, latest)
+    return 0 if suite.is_right(latest) else 1
+
+
+def check_needed(arguments: argparse.Namespace) -> None:
+    """Before the work. Raises UsageError or MissingExtraError."""
+    try:
+        import torch  # noqa: F401 - every suite captures models
+
+        if arguments.suite == "e2e":
+            import transformers  # noqa: F401
+        if arguments.chart is not None:
+            check_suffix(arguments.chart, (CHART,))
+            import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise missing_extra(f"--suite {arguments.suite}", e) or e from e
+
+
+def models_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import summary
+    from graphopt.tools.benchmarking.chart import draw_models
+    from graphopt.tools.benchmarking.e2e import run_models
+    from graphopt.tools.benchmarking.models import choose_models
+
+    peers = check_peers(ALL if arguments.against is None else arguments.against)
+    names = choose_models(arguments.models)
+    return Suite(
+        lambda publish: run_models(names, peers, settings, publish),
+        lambda report: summary.format_model(report["models"][-1]),
+        summary.format_suite,
+        summary.format_markdown,
+        draw_models,
+        lambda report: all(map(summary.is_right, report["models"])),
+    )
+
+
+def kernels_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import kernel_summary
+    from graphopt.tools.benchmarking.chart import draw_kernels
+    from graphopt.tools.benchmarking.kernel_cases import choose_cases
+    from graphopt.tools.benchmarking.kernels import run_kernels
+
+    if arguments.against is not None:
+        raise UsageError(
+            "--suite kernels stands beside torch's own kernels and the machine's peak; leave out --against"
+        )
+    cases = choose_cases(arguments.models)
+    return Suite(
+        lambda publish: run_kernels(cases, settings, publish),
+        lambda report: kernel_summary.format_kernel(report["kernels"][-1]),
+        kernel_summary.format_suite,
+        kernel_summary.format_markdown,
+        draw_kernels,
+        lambda report: all(map(kernel_summary.is_right, report["kernels"])),
+    )
