@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from graphopt.tools.benchmarking.report import format_machine
 from graphopt.tools.benchmarking.summary import format_mean, row_of
 from graphopt.tools.output_file import replace_file
 
@@ -45,7 +46,7 @@ def draw_models(path: str, report: Report) -> None:
     titles = [model["title"] if model["counts"] else f"{model['title']}\nno schedule written" for model in models]
     finish(axes, titles, LONGEST + 0.6, f"time, graphopt = 1 (cut at {LONGEST:g})")
     legend(axes)
-    axes.set_title(f"{format_mean(report['summary'])}\n{place_of(report)}", loc="left", fontsize=9, color=_DARK)
+    axes.set_title(f"{format_mean(report['summary'])}\n{format_machine(report)}", loc="left", fontsize=9, color=_DARK)
     write(path, figure)
 
 
@@ -63,7 +64,7 @@ def draw_kernels(path: str, report: Report) -> None:
             label(axes, value + 0.01, place, f"{value:.0%}{roof}")
     finish(axes, [kernel["name"] for kernel in kernels], 1.25, "share of the machine's roof")
     legend(axes)
-    axes.set_title(place_of(report), loc="left", fontsize=9, color=_DARK)
+    axes.set_title(format_machine(report), loc="left", fontsize=9, color=_DARK)
     write(path, figure)
 
 
@@ -96,10 +97,6 @@ def legend(axes: Any) -> None:
     once = dict(zip(names, handles, strict=True))
     if once:
         axes.legend(once.values(), once.keys(), loc="lower right", fontsize=8, frameon=False)
-
-
-def place_of(report: Report) -> str:
-    return f"{report['cpu']}, {len(report['cores'])} threads, float32"
 
 
 def write(path: str, figure: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphopt.tools.benchmarking.report import AGREE
+from graphopt.tools.benchmarking.report import AGREE, format_machine
 from graphopt.tools.table import format_table
 
 Report = Mapping[str, Any]
@@ -71,10 +71,10 @@ def format_kernel(kernel: Report) -> str:
 
 
 def format_head(report: Report) -> str:
-    cores, roofs = report["cores"], report["roofs"]
+    roofs = report["roofs"]
     reads = ", ".join(f"{level['name']} {level['bytes_per_second'] / 1e9:.0f}" for level in roofs["levels"])
     return (
-        f"{report['cpu']}, {len(cores)} threads on CPUs {','.join(map(str, cores))}, float32; "
+        f"{format_machine(report)}; "
         f"{report['rounds']} turns of {report['turn_seconds']:g} s each; FMA peak "
         f"{roofs['flops_per_second'] / 1e9:.0f} GFLOP/s (measured again beside each kernel); reading GB/s: {reads}"
     )

@@ -116,12 +116,18 @@ def format_notes(report: Mapping[str, Any]) -> str:
     )
     others = report["interference"]
     lines = [
-        f"{report['cpu']}, {len(report['cores'])} threads on CPUs {','.join(map(str, report['cores']))}, float32",
+        format_machine(report),
         f"inputs: {inputs}; errors against {report['reference']}",
         f"{report['rounds']} turns of {report['turn_seconds']:g} s each, the others stopped; meanwhile other processes "
         f"took {others['elsewhere']:.0%} of these CPUs and other machines on the host {others['stolen']:.0%}",
     ]
     return "\n".join(lines + [f"{row['side']}: {format_about(row['about'])}" for row in report["rows"]])
+
+
+def format_machine(report: Mapping[str, Any]) -> str:
+    cores = report["cores"]
+    plural = "s" * (len(cores) > 1)
+    return f"{report['cpu']}, {len(cores)} thread{plural} on CPU{plural} {','.join(map(str, cores))}, float32"
 
 
 def format_about(about: Mapping[str, Any]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from graphopt.tools.benchmarking.report import AGREE, format_about, format_rows
+from graphopt.tools.benchmarking.report import AGREE, format_about, format_machine, format_rows
 from graphopt.tools.table import format_bytes, format_table
 
 Report = Mapping[str, Any]
@@ -79,9 +79,8 @@ def format_model(model: Report) -> str:
 
 def format_head(report: Report) -> str:
     """What a reader needs to repeat the figures."""
-    cores = report["cores"]
     return (
-        f"{report['cpu']}, {len(cores)} threads on CPUs {','.join(map(str, cores))}, float32, batch 1; "
+        f"{format_machine(report)}, batch 1; "
         f"{report['rounds']} turns of {report['turn_seconds']:g} s each, the others stopped; "
         f"models from transformers {report['transformers']}"
     )
@@ -154,8 +153,15 @@ def markdown_cells(model: Report, peers: Sequence[str]) -> list[str]:
     ours = model["rows"][0]
     medians = [milliseconds(row_of(model, side)) for side in (ours["side"], *peers)]
     ratio = format_ratio(model) + ("" if model["valid"] or model["ratio"] is None else " (not valid)")
-    memory = format_bytes(ours["peak_bytes"])
-    return [title, *medians, ratio, f"{ours['load_seconds']:.2f}", memory, str(len(model["slow_kernels"]))]
+    load = beside(model, lambda row: f"{row['load_seconds']:.2f}")
+    memory = beside(model, lambda row: format_bytes(row["peak_bytes"]))
+    return [title, *medians, ratio, load, memory, str(len(model["slow_kernels"]))]
+
+
+def beside(model: Report, cell: Callable[[Report], str]) -> str:
+    """Our figure, and that of ONNX Runtime where it ran: what is loaded to run a model everywhere else."""
+    other = row_of(model, "onnxruntime")
+    return cell(model["rows"][0]) + ("" if other is None else f", onnxruntime {cell(other)}")
 
 
 def milliseconds(row: Report | None) -> str:
