@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.approximations import is_nan
 from graphopt.backends.kernel import Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import axes_of, count_operations, operations
 from graphopt.backends.rules.pointwise import split_rows
@@ -42,8 +41,12 @@ def combined(combine: str, a: Any, b: Any) -> Any:
         return a + b
     if combine == "product":
         return a * b
-    better = b > a if combine == "max" else b < a
-    return tirx.Select(tirx.any(better, is_nan(b)) if "float" in str(b.ty.dtype) else better, b, a)
+    better = tirx.Select(b > a if combine == "max" else b < a, b, a)
+    kind = str(b.ty.dtype)
+    if "float" not in kind:
+        return better
+    # A NaN in `a` stays, since comparisons with it are false. TVM keeps this one and would turn its opposite around.
+    return tirx.Select(b <= tirx.const(math.inf, kind), better, b)
 
 
 def reduce_generic(

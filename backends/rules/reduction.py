@@ -89,10 +89,15 @@ def pieces_for(value: View | Lazy, axes: Sequence[int], target: Target) -> int:
     kept = [size for axis, size in enumerate(value.shape) if axis not in axes]
     total = product(value.shape)
     if kept and len(value.shape) - 1 not in axes:
-        kept[-1] = 1
+        kept[-1] = _blocks(kept[-1], target) if isinstance(kept[-1], int) else 1
     results = product(kept)
     few = isinstance(results, int) and results < _FEW_TASKS
     return PIECES if few and axes and not (isinstance(total, int) and total < _LEAST_SPLIT) else 0
+
+
+def _blocks(columns: int, target: Target) -> int:
+    """Tasks along an innermost axis that is kept."""
+    return -(-columns // (vector_width(columns, target) * _VECTORS))
 
 
 class _Reduction:
@@ -168,8 +173,7 @@ class _Columns(_Reduction):
         width = kernel.size(self.columns)
         if isinstance(self.columns, int):
             lanes = vector_width(self.columns, kernel.target)
-            vectors = min(_VECTORS, -(-self.columns // lanes))
-            blocks = -(-self.columns // (lanes * vectors))
+            vectors, blocks = min(_VECTORS, -(-self.columns // lanes)), _blocks(self.columns, kernel.target)
             with kernel.parallel(self.tasks(outer) * blocks) as task:
                 self.place(tirx.truncdiv(task, int64(blocks)), outer)
                 self.write_block(tirx.truncmod(task, int64(blocks)), lanes, vectors)

@@ -108,7 +108,7 @@ class Windows:
         rows = kernel.size(product(self.result.shape[:-2]))
         with kernel.parallel(shares * rows) as task:
             self.row = tirx.truncmod(task, rows) if shares > 1 else task
-            self.place = _axes(kernel, self.row, self.result.shape[:-2])
+            self.place = axes_at(kernel, self.row, self.result.shape[:-2])
             first = tirx.truncdiv(task, rows) * each if shares > 1 else int64(0)
             with kernel.serial(tirx.min(each, vectors - first)) as vector:
                 self.channel = tirx.min((first + vector) * self.width, self.channels - self.width)
@@ -237,7 +237,7 @@ class Windows:
         self.output.store(row * self.channels + channel, kernel.load(self.end, index.reshaped(self.end.shape)))
 
 
-def _axes(kernel: Kernel, row: Any, shape: Sequence[Size]) -> tuple[Any, ...]:
+def axes_at(kernel: Kernel, row: Any, shape: Sequence[Size]) -> tuple[Any, ...]:
     """The position of a row along the axes before it."""
     return tuple(kernel.index(tuple(shape), linear=row).axis(number) for number in range(len(shape)))
 

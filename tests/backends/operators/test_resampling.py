@@ -37,3 +37,14 @@ def test_symbolic_image(agree: Check) -> None:
     more = [(torch.randn(1, 2, h, w),) for h, w in [(4, 9), (8, 4)]]
     cases = {name: CASES[name] for name in names}
     agree(cases, [torch.randn(1, 2, 5, 6)], [{2: "height", 3: "width"}], more, atol=1e-5)
+
+
+def test_channels_last(agree: Check) -> None:
+    """Through a channels-last input: whole vectors of channels, tails, and an epilogue."""
+    names = ("nearest_size", "bilinear", "bilinear_corners", "bilinear_smaller")
+    for channels in (1, 3, 16, 37):
+        cases = {name: lambda x, case=CASES[name]: torch.relu(case(x.permute(0, 3, 1, 2))) for name in names}
+        inputs = [torch.randn(2, 5, 6, channels)]
+        run = agree(cases, inputs, [{0: "b", 1: "h"}], [(torch.randn(1, 7, 6, channels),)], atol=1e-5)
+        rules = {kernel.rule for kernel in run.artifact.manifest.variants[0].kernels.values()}
+        assert "resampling" in rules or channels == 1
