@@ -17,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.linker import link
-from graphopt.backends.lowering import Weights, lower_program
+from graphopt.backends.lowering import Weights, lower_program, reserve
 from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
 from graphopt.errors import CompileError
@@ -50,6 +50,8 @@ def lower(programs: Mapping[str, Program], target: Target) -> Module:
     kernels: dict[str, KernelInfo] = {}
     weights = Weights()
     builder = relax.BlockBuilder()
+    for entry in programs:
+        reserve(entry, builder)
     for entry, program in programs.items():
         lowered = lower_program(program, target, entry, weights, builder)
         arguments[entry] = lowered.weights

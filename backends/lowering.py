@@ -340,12 +340,18 @@ def named(node: Node, value: Lazy, nodes: tuple[str, ...] = ()) -> Lazy:
     return replace(value, name=str(node.target).split(".")[1].strip("_"), branching=is_branching(node))
 
 
+def reserve(name: str, builder: relax.BlockBuilder) -> None:
+    """Keep a function's name from kernels that are added before it."""
+    nothing = relax.Function([], relax.ShapeExpr([]), relax.ShapeType(ndim=0))
+    builder.add_func(nothing.with_attr("global_symbol", name), name)  # equal functions would be one
+
+
 def lower_program(
     program: Program, target: Target, name: str, weights: Weights, builder: relax.BlockBuilder
 ) -> Lowered:
     """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`.
 
-    Raises CompileError naming the first node that has no lowering.
+    It takes the place of what `reserve` put there. Raises CompileError naming the first node that has no lowering.
     """
     module = program.graph_module
     lowering = Lowering(target, module, weights, builder, Kernels(name, program.symbols))
@@ -373,7 +379,7 @@ def lower_program(
     }
     if limits:
         function = function.with_attr("tir_var_upper_bound", limits)
-    lowering.builder.add_func(function, name)
+    builder.update_func(builder.get().get_global_var(name), function)
     return Lowered(tuple(lowering.constants), lowering.kernels.found)
 
 

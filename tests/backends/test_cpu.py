@@ -103,6 +103,14 @@ def test_both_sides_of_a_condition_are_fused() -> None:
     assert len(found) <= 6  # four in the branches, the sum and the comparison outside
 
 
+def test_entries_may_have_the_names_of_kernels() -> None:
+    program = capture(nn.Softmax(-1), (torch.randn(3, 5),))
+    artifact = compile({"softmax": program, "copy": program.copy(), "main": program.copy()})
+    session = artifact.session()
+    results = [session.run(None, {"input": np.zeros((3, 5), np.float32)}, entry=name)[0] for name in session.entries]
+    assert all(np.allclose(result, 0.2) for result in results) and "softmax" not in artifact.report["kernels"]
+
+
 def test_a_weight_used_twice_is_stored_once() -> None:
     program = optimize(models.program("tied"), "O2").program
     module = cpu.lower({"first": program, "second": program.copy()}, resolve_target("cpu"))
