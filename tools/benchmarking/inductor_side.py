@@ -18,7 +18,7 @@ def open_inductor(path: str, feed: Feed, threads: int) -> Opened:
     if shutil.which(compiler) is None:
         raise UsageError(f"there is no C++ compiler {compiler!r}; install g++ or name another one in CXX")
     import torch
-    from torch._inductor import list_mode_options
+    from torch._inductor import config, list_mode_options
 
     import graphopt
 
@@ -36,4 +36,5 @@ def open_inductor(path: str, feed: Feed, threads: int) -> Opened:
             return [output.numpy() for output in function(*inputs)[:count]]
 
     call()  # compiles, so that it counts as loading
-    return Opened(call, {"torch": torch.__version__, **options, "threads": threads, "compiler": compiler})
+    backends = {"max_autotune_gemm_backends": config.max_autotune_gemm_backends}
+    return Opened(call, {"torch": torch.__version__, **options, **backends, "threads": threads, "compiler": compiler})

@@ -64,11 +64,12 @@ def open_openvino(path: str, feed: Feed, threads: int) -> Opened:
     request = model.create_infer_request()
 
     def call() -> Arrays:
-        results = request.infer(feed, share_inputs=True)
+        results = request.infer(feed, share_inputs=True, share_outputs=True)
         return [results[output] for output in model.outputs]
 
     settled = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS")
-    about = {"openvino": openvino.__version__, **{name: str(model.get_property(name)) for name in settled}}
+    shared = {"share_inputs": True, "share_outputs": True}
+    about = {"openvino": openvino.__version__, **shared, **{name: str(model.get_property(name)) for name in settled}}
     return Opened(call, about)
 
 
