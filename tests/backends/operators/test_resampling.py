@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Check = Callable[..., None]
+Check = Callable[..., Any]
 
 CASES: dict[str, Callable[[Tensor], Any]] = {
     "nearest": lambda x: F.interpolate(x, scale_factor=2),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from graphopt.backends.rules.windows import tile_pixels, vector_width
 from graphopt.backends.target import resolve_target
 from graphopt.capture import capture
 
-Check = Callable[..., None]
+Check = Callable[..., Any]
 Case = Callable[[Tensor], Tensor]
-# (channels, taps, stride, padding, dilation)
-DEPTHWISE = [
+Pair = int | tuple[int, int]
+Kind = tuple[int, Pair, Pair, Pair, Pair]  # channels, taps, stride, padding, dilation
+DEPTHWISE: list[Kind] = [
     (16, 3, 1, 1, 1),
     (17, 3, 2, 1, 1),
     (3, 5, 1, 2, 1),
@@ -43,17 +45,20 @@ POOLS: dict[str, Case] = {
 class Depthwise(nn.Module):
     """Every depthwise convolution on its part of the channels of a channels-last map."""
 
-    def __init__(self, kinds: list[tuple[int, ...]]) -> None:
+    def __init__(self, kinds: list[Kind]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(c, c, *options, groups=c) for c, *options in kinds)
+        self.kinds = kinds
+        self.layers = nn.ModuleList(
+            nn.Conv2d(c, c, taps, stride, padding, dilation, groups=c) for c, taps, stride, padding, dilation in kinds
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         images = x.permute(0, 3, 1, 2)
-        return [torch.relu(layer(images[:, : layer.weight.shape[0]])) for layer in self.layers]
+        return [torch.relu(layer(images[:, : kind[0]])) for kind, layer in zip(self.kinds, self.layers, strict=True)]
 
 
-def channels_last(cases: Mapping[str, Case]) -> dict[str, Case]:
-    return {name: lambda x, case=case: case(x.permute(0, 3, 1, 2)) for name, case in cases.items()}
+def channels_last(case: Case) -> Case:
+    return lambda x: case(x.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 13), (1, 40)])
@@ -77,7 +82,12 @@ def test_depthwise_of_sequences(agree: Check) -> None:
 def test_pools(agree: Check, channels: int) -> None:
     image = torch.randn(2, 9, 14, channels)
     image[0, 4, 5], image[1, 8, 13], image[0, 0, 0], image[1, 2, 2] = torch.nan, torch.nan, torch.inf, -torch.inf
-    agree(channels_last(POOLS), [image], [{0: "b"}], [(torch.randn(1, 9, 14, channels),)])
+    agree(
+        {name: channels_last(case) for name, case in POOLS.items()},
+        [image],
+        [{0: "b"}],
+        [(torch.randn(1, 9, 14, channels),)],
+    )
 
 
 def test_pools_of_other_ranks_and_types(agree: Check) -> None:
