@@ -45,7 +45,7 @@ def draw_models(path: str, report: Report) -> None:
     axes.axvline(1.0, color=_DARK, linewidth=0.8)
     titles = [model["title"] if model["counts"] else f"{model['title']}\nno schedule written" for model in models]
     finish(axes, titles, LONGEST + 0.6, f"time, graphopt = 1 (cut at {LONGEST:g})")
-    legend(axes)
+    legend(figure, axes)
     axes.set_title(f"{format_mean(report['summary'])}\n{format_machine(report)}", loc="left", fontsize=9, color=_DARK)
     write(path, figure)
 
@@ -63,7 +63,7 @@ def draw_kernels(path: str, report: Report) -> None:
             roof = f" of {kernel['roof']}" if side == "graphopt" else ""
             label(axes, value + 0.01, place, f"{value:.0%}{roof}")
     finish(axes, [kernel["name"] for kernel in kernels], 1.25, "share of the machine's roof")
-    legend(axes)
+    legend(figure, axes)
     axes.set_title(format_machine(report), loc="left", fontsize=9, color=_DARK)
     write(path, figure)
 
@@ -92,11 +92,12 @@ def finish(axes: Any, titles: Sequence[str], right: float, what: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def legend(axes: Any) -> None:
+def legend(figure: Any, axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
     if once:
-        axes.legend(once.values(), once.keys(), loc="lower right", fontsize=8, frameon=False)
+        place = {"loc": "outside lower center", "ncols": len(once)}
+        figure.legend(once.values(), once.keys(), fontsize=8, frameon=False, **place)
 
 
 def write(path: str, figure: Any) -> None:
