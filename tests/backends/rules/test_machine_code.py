@@ -49,6 +49,9 @@ EXPECTED = {
     "fused-attention": Expected(accumulates=True, workspace=True),
     "direct-convolution": Expected(accumulates=True, workspace=True),
     "depthwise": Expected(),
+    "pooling": Expected(),
+    "resampling": Expected(wide=False),  # positions are scalars
+    "scan": Expected(),
     "row-reduction": Expected(),
     "column-reduction": Expected(),
     "pointwise": Expected(),
@@ -97,6 +100,7 @@ def programs() -> dict[str, Program]:
         "one_by_one": (nn.Conv2d(96, 96, 1), (images,)),
         "depthwise": (nn.Conv2d(96, 96, 3, padding=1, groups=96), (images,)),
         "pooling": (Case(lambda x: (F.max_pool2d(x, 2), F.avg_pool2d(x, 2), x.mean((2, 3)))), (images,)),
+        "resampling": (Case(lambda x: F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2)), (r(1, 8, 8, 96),)),
         "double": (Case(torch.matmul), (r(8, 16).double(), r(16, 8).double())),
         "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
     }
