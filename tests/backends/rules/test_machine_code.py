@@ -48,7 +48,7 @@ EXPECTED = {
     "packed-gemm": Expected(accumulates=True),
     "fused-attention": Expected(accumulates=True, workspace=True),
     "direct-convolution": Expected(accumulates=True, workspace=True),
-    "depthwise": Expected(),
+    "depthwise": Expected(accumulates=True),
     "pooling": Expected(),
     "resampling": Expected(wide=False),  # positions are scalars
     "scan": Expected(),
