@@ -1,14 +1,19 @@
-"""Fused attention: softmax(scale Q K^T + mask) V for one (batch, head) a task, float32.
+"""Fused attention: softmax(scale Q K^T + mask) V, float32, without ever storing the scores.
 
-K is transposed and V copied to contiguous scratch once a task, so both products run on unit strides. A tile of 8 query
-rows x 2 vectors of keys is 16 accumulators: 2 loads, 8 broadcasts and 16 multiply-adds a step. Scores live in an
-[8, keys] buffer that stays in the L1 cache; the exponential is five multiply-adds a vector; rows are normalised after
-the second product, on 8 x depth values in place of 8 x keys. Keys are padded to whole tiles with a score of -inf.
+A task is one group of heads that share keys (and, where there are few, a part of their rows). Keys come in blocks that
+stay in the L2 cache: transposed by shuffles into panels of 2 vectors and read by all rows of all heads of the group.
+A tile of 8 query rows x 2 vectors is 16 accumulators: 2 loads, 8 broadcasts and 16 multiply-adds a step, in both
+products. Its scores, 8 x 256 at most, stay in L1. The exponential has base 2, its factor is folded into the scale: 13
+instructions a vector. With more than one block the largest score and the sum of weights are carried from block to block
+(Milakov and Gimelshein, 2018; Dao et al., 2022) and the unfinished rows lie in the output. One query row alone is left
+to the rule for single rows, which reads keys and values once, as they are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +25,21 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import count_operations
-from graphopt.backends.rules.lanes import fold_lanes, zero_tile
+from graphopt.backends.rules.attention_operands import MASKED, Masks, strides_of
+from graphopt.backends.rules.attention_row import write_single_rows
+from graphopt.backends.rules.lanes import fill_tile, fold_rows, settled, span, transposed, zero_tile
 from graphopt.backends.sizes import Size
 from graphopt.backends.target import Target
 from graphopt.backends.values import View
 
 RULE = "fused-attention"
 f32 = approximations.f32
-_MASKED = -math.inf
-_TILE_VECTORS = 2  # vectors of keys beside each other in a tile
+_TILE_VECTORS = 2  # vectors of keys, and of values, beside each other in a tile
+_BLOCK = 256  # keys of one block
+_LEAST_ROWS = 64  # of a task, where heads are too few: below, copying the keys again costs more than it brings
+_TOGETHER = 4  # rows whose exponentials are computed beside each other
+_STEPS = 4  # keys of the second product written out
+_LOG2_E = 1 / math.log(2)
 
 
 def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal: bool, target: Target) -> Code:
@@ -37,7 +48,18 @@ def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal
     shape = (batch, rows, heads, v.shape[3])
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Attention(kernel, q, k, v, mask, scale, causal, outputs[0]).write()
+        masks = Masks(mask, causal)
+        single = int(q.shape[3]) % target.lanes == 0 and int(v.shape[3]) % target.lanes == 0
+        if single and rows == 1:
+            write_single_rows(kernel, q, k, v, masks, scale, outputs[0])
+        elif single and not isinstance(rows, int):
+            with T.If(kernel.size(rows) == 1):
+                with T.Then():
+                    write_single_rows(kernel, q, k, v, masks, scale, outputs[0])
+                with T.Else():
+                    _Attention(kernel, q, k, v, masks, scale, outputs[0]).write()
+        else:
+            _Attention(kernel, q, k, v, masks, scale, outputs[0]).write()
 
     reads = [q, k, v] + ([] if mask is None else [mask])
     # Both products, then scaling, mask, largest score, distance to it, exponential and sum.
@@ -50,17 +72,18 @@ def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal
         [(shape, "float32")],
         body,
         configuration={
-            "rows": _tile_rows(target),
+            "rows": 1 if rows == 1 else _tile_rows(target),
             "columns": _TILE_VECTORS * target.lanes,
+            "block": _BLOCK,
             "lanes": target.lanes,
-            "mask": "causal" if causal else "none" if mask is None else "shared" if _shares_mask(mask) else "each row",
+            "mask": "causal" if causal else "none" if mask is None else "given",
         },
         flops=batch * heads * _pairs(rows, k.shape[2], causal) * each,
     )
 
 
 def _exponential(_: Kernel) -> Any:
-    return approximations.exp_nonpositive(tirx.Var("score", "float32"))
+    return approximations.exp2_nonpositive(tirx.Var("score", "float32"))[0]
 
 
 def _pairs(rows: Size, columns: Size, causal: bool) -> Size:
@@ -74,214 +97,337 @@ def _pairs(rows: Size, columns: Size, causal: bool) -> Size:
 
 
 def _tile_rows(target: Target) -> int:
-    return 8 if target.registers == 32 else 4
+    return 8 if target.lanes == 16 else 6
 
 
-def _shares_mask(mask: View) -> bool:
-    """One mask for all rows."""
-    return mask.shape[-2] == 1 or mask.strides[-2] == 0
+def _ceiling(a: Any, b: int) -> Any:
+    return tirx.truncdiv(a + (b - 1), int64(b))
 
 
 @dataclass(frozen=True)
-class _Strides:
-    """Where (batch, head, row, 0) lies in a view."""
+class _Memory:
+    """Working memory of a task; all of it stays in the L2 cache."""
 
-    flat: Any
-    offset: Any
+    keys: Any  # [panels, depth, columns of a panel]
+    values: Any  # [keys, vectors of depth, lanes], or None where they are read where they are
+    scores: Any  # [rows of a tile, keys]
+    state: Any  # [tiles, 2, rows of a tile]: largest score and sum of weights so far, or None with one block
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One tile of rows against one block of keys; `start` and `count` are the block's, `state` numbers the tile."""
+
     batch: Any
+    group: Any
     head: Any
-    row: Any
+    first: Any
+    start: Any
+    count: Any
+    state: Any
+    memory: _Memory
 
-    def at(self, batch: Any, head: Any, row: Any) -> Any:
-        return self.offset + batch * self.batch + head * self.head + row * self.row
 
+@dataclass(frozen=True)
+class _Numbers:
+    """One number a row of a tile, each in a small register buffer."""
 
-def _strides(kernel: Kernel, view: View) -> _Strides:
-    batch, head, row = (kernel.size(stride) for stride in view.strides[:3])
-    return _Strides(kernel.flat(view.storage), kernel.size(view.offset), batch, head, row)
+    shift: Any  # what the exponent is less by
+    factor: Any  # what sums and products of the blocks before are multiplied by
+    scale: Any  # what the second product is multiplied by
 
 
 class _Attention:
-    def __init__(
-        self, kernel: Kernel, q: View, k: View, v: View, mask: View | None, scale: float, causal: bool, output: Output
-    ) -> None:
-        self.kernel, self.mask, self.scale, self.causal, self.output = kernel, mask, scale, causal, output
-        self.q, self.k, self.v = (_strides(kernel, view) for view in (q, k, v))
-        self.lanes = kernel.target.lanes
-        self.tile_rows = _tile_rows(kernel.target)
-        self.tile_vectors = _TILE_VECTORS
-        self.tile_columns = self.tile_vectors * self.lanes
+    def __init__(self, kernel: Kernel, q: View, k: View, v: View, masks: Masks, scale: float, output: Output) -> None:
+        self.kernel, self.masks, self.scale, self.output = kernel, masks, scale, output
+        self.q, self.k, self.v = (strides_of(kernel, view) for view in (q, k, v))
+        self.lanes, self.tile_rows = kernel.target.lanes, _tile_rows(kernel.target)
+        self.folded = 1 << (self.tile_rows - 1).bit_length()  # lanes of a vector with one number a row
+        self.tile_columns = _TILE_VECTORS * self.lanes
         self.depth, self.value_depth = int(q.shape[3]), int(v.shape[3])
-        self.batch, self.heads, self.groups = kernel.size(q.shape[0]), int(q.shape[1]), int(k.shape[1])
-        self.rows, self.columns = kernel.size(q.shape[2]), kernel.size(k.shape[2])
-        self.column_tiles = tirx.floordiv(self.columns + (self.tile_columns - 1), int64(self.tile_columns))
-        self.padded = self.column_tiles * self.tile_columns
+        self.heads, self.groups = int(q.shape[1]), int(k.shape[1])
+        self.batch, self.rows, self.columns = (kernel.size(s) for s in (q.shape[0], q.shape[2], k.shape[2]))
         self.value_vectors = -(-self.value_depth // self.lanes)
-        self.rows_share_mask = not causal and (mask is None or _shares_mask(mask))
+        self.values_in_place = self.value_depth % self.lanes == 0
+        self.one_block = isinstance(k.shape[2], int) and k.shape[2] <= _BLOCK
+        self.raw = masks.given is None and scale > 0  # scores are kept as they are and scaled in the exponent
+        self.padded = -(-k.shape[2] // self.tile_columns) * self.tile_columns if self.one_block else _BLOCK
 
+    # Shares -----------------------------------------------------------------------------------------------------------
     def write(self) -> None:
-        kernel = self.kernel
-        with kernel.parallel(self.batch * self.heads) as task:
-            batch, head = tirx.truncdiv(task, int64(self.heads)), tirx.truncmod(task, int64(self.heads))
-            group = tirx.truncdiv(head, int64(self.heads // self.groups))
-            keys = kernel.scratch(self.depth, self.padded)
-            values = kernel.scratch(self.padded, self.value_vectors * self.lanes)
-            scores = kernel.scratch(self.tile_rows, self.padded)
-            bias = kernel.scratch(1 if self.rows_share_mask else self.tile_rows, self.padded)
-            self.copy_keys(keys, batch, group)
-            self.copy_values(values, batch, group)
-            if self.rows_share_mask:
-                self.write_bias(bias, 0, batch, head, int64(0))
-            row_tiles = tirx.floordiv(self.rows + (self.tile_rows - 1), int64(self.tile_rows))
-            with kernel.serial(row_tiles) as row_tile:
-                first = row_tile * self.tile_rows
-                self.write_rows(keys, values, scores, bias, batch, head, first)
+        kernel, threads = self.kernel, self.kernel.target.threads
+        pairs, tiles = self.batch * self.groups, _ceiling(self.rows, self.tile_rows)
+        parts = T.bind(self.parts(pairs, threads))
+        each = T.bind(tirx.truncdiv(tiles + parts - 1, parts))
+        with kernel.parallel(pairs * parts) as task:
+            pair, part = settled(kernel, tirx.truncdiv(task, parts)), settled(kernel, tirx.truncmod(task, parts))
+            if self.masks.causal:  # late rows have more keys: a thread gets early and late parts in turn
+                half = tirx.truncdiv(part, int64(2))
+                part = tirx.Select(tirx.EQ(tirx.truncmod(part, int64(2)), int64(0)), half, parts - 1 - half)
+            first = settled(kernel, part * each)
+            own = settled(kernel, tirx.max(int64(0), tirx.min(each, tiles - first)))
+            groups = int64(self.groups)
+            batch, group = settled(kernel, tirx.truncdiv(pair, groups)), settled(kernel, tirx.truncmod(pair, groups))
+            self.write_group(batch, group, first, own)
 
-    def copy_keys(self, keys: Any, batch: Any, group: Any) -> None:
-        """Transposed; padded columns repeat the last key, and their scores are masked."""
-        kernel = self.kernel
-        with kernel.serial(self.padded) as column:
-            start = self.k.at(batch, group, tirx.min(column, self.columns - 1))
-            with kernel.serial(self.depth) as d:
-                T.buffer_store(keys, self.k.flat[start + d], [d, column])
+    def parts(self, pairs: Any, threads: int) -> Any:
+        """Parts of the rows: one where groups of heads can be shared out evenly, or nearly."""
+        wanted = 2 * threads if self.masks.causal else threads
+        if threads == 1:
+            return int64(1)
+        even = tirx.any(tirx.EQ(tirx.truncmod(pairs, int64(threads)), int64(0)), pairs >= 8 * threads)
+        return tirx.Select(tirx.any(even, self.rows < wanted * _LEAST_ROWS), int64(1), int64(wanted))
 
-    def copy_values(self, values: Any, batch: Any, group: Any) -> None:
-        """Padded columns repeat the last value and get weight 0; lanes past the depth are 0."""
+    def write_group(self, batch: Any, group: Any, first_tile: Any, tiles: Any) -> None:
+        kernel, share = self.kernel, self.heads // self.groups
+        memory = self.memory(tiles * share)
+        columns = self.columns
+        if self.masks.causal:  # keys that any row of the task attends to
+            columns = tirx.min(columns, (first_tile + tiles) * self.tile_rows)
+        with kernel.serial(int64(1) if self.one_block else _ceiling(columns, _BLOCK)) as number:
+            start = int64(0) if self.one_block else number * _BLOCK
+            count = self.columns if self.one_block else settled(kernel, tirx.min(self.columns - start, int64(_BLOCK)))
+            self.copy_keys(memory, batch, group, start, count)
+            if memory.values is not None:
+                self.copy_values(memory, batch, group, start, count)
+            with kernel.serial(int64(share)) as member, kernel.serial(tiles) as tile:
+                first_row = settled(kernel, (first_tile + tile) * self.tile_rows)
+                rows = _Rows(
+                    batch, group, group * share + member, first_row, start, count, member * tiles + tile, memory
+                )
+                later = self.masks.causal and not self.one_block
+                with _only_if(start < first_row + self.tile_rows if later else None):
+                    self.write_rows(rows)
+
+    def memory(self, tiles: Any) -> _Memory:
+        kernel = self.kernel
+        most = _ceiling(self.rows, self.tile_rows) * (self.heads // self.groups)
+        state = None if self.one_block else kernel.scratch(most, 2, self.folded)
+        if state is not None:
+            with kernel.serial(tiles) as tile:
+                for number, start in enumerate((MASKED, 0.0)):
+                    with kernel.vectorized(self.folded) as lane:
+                        T.buffer_store(state, f32(start), [tile, number, lane])
+        return _Memory(
+            kernel.scratch(self.padded // self.tile_columns, self.depth, self.tile_columns),
+            None if self.values_in_place else kernel.scratch(self.padded, self.value_vectors, self.lanes),
+            kernel.scratch(self.tile_rows, self.padded + self.lanes),  # rows apart by no power of two
+            state,
+        )
+
+    # Copies -----------------------------------------------------------------------------------------------------------
+    def copy_keys(self, memory: _Memory, batch: Any, group: Any, first: Any, count: Any) -> None:
+        """Transposed; what pads the last vector repeats the last key, and its scores are masked."""
         kernel, lanes = self.kernel, self.lanes
-        with kernel.serial(self.padded) as column:
-            start = self.v.at(batch, group, tirx.min(column, self.columns - 1))
+        with kernel.serial(_ceiling(count, lanes)) as vector:
+            panel, column = self.place(vector)
+            numbers = [tirx.min(first + vector * lanes + lane, self.columns - 1) for lane in range(lanes)]
+            starts = [settled(kernel, self.k.at(batch, group, number)) for number in numbers]
+            with kernel.serial(int64(self.depth // lanes)) as at:
+                square = [T.bind(self.k.flat[span(start + at * lanes, lanes)]) for start in starts]
+                for number, row in enumerate(transposed(square)):
+                    T.buffer_store(memory.keys, row, [panel, at * lanes + number, span(column, lanes)])
+            for d in range(self.depth // lanes * lanes, self.depth):
+                for lane, start in enumerate(starts):
+                    T.buffer_store(memory.keys, self.k.flat[start + d], [panel, int64(d), column + lane])
+
+    def place(self, vector: Any) -> tuple[Any, Any]:
+        """Panel and column of a vector of keys."""
+        beside = int64(_TILE_VECTORS)
+        return tirx.truncdiv(vector, beside), tirx.truncmod(vector, beside) * self.lanes
+
+    def copy_values(self, memory: _Memory, batch: Any, group: Any, first: Any, count: Any) -> None:
+        """Lanes past the depth are 0."""
+        kernel, lanes = self.kernel, self.lanes
+        with kernel.serial(count) as column:
+            start = self.v.at(batch, group, first + column)
             for c in range(self.value_vectors):
                 if (c + 1) * lanes <= self.value_depth:
                     with kernel.vectorized(lanes) as lane:
-                        T.buffer_store(values, self.v.flat[start + c * lanes + lane], [column, c * lanes + lane])
+                        T.buffer_store(memory.values, self.v.flat[start + c * lanes + lane], [column, c, lane])
                     continue
                 for number in range(lanes):
                     at = c * lanes + number
                     value = self.v.flat[start + at] if at < self.value_depth else f32(0)
-                    T.buffer_store(values, value, [column, at])
+                    T.buffer_store(memory.values, value, [column, c, number])
 
-    def write_bias(self, bias: Any, slot: int, batch: Any, head: Any, row: Any) -> None:
-        """What is added to the scores of one row: 0 or the mask's number, -inf where masked or padded."""
-        kernel, lanes = self.kernel, self.lanes
-
-        def term(column: Any) -> Any:
-            value: Any = f32(0)
-            if self.mask is not None:
-                value = self.mask_term(self.mask, (batch, head, row, column))
-            return tirx.Select(column <= row, value, f32(_MASKED)) if self.causal else value
-
-        full = tirx.truncdiv(self.columns, int64(lanes))
-        with kernel.serial(full) as step, kernel.vectorized(lanes) as lane:
-            T.buffer_store(bias, term(step * lanes + lane), [slot, step * lanes + lane])
-        done = full * lanes
-        with kernel.serial(self.padded - done) as step:
-            column = done + step
-            inside = term(tirx.min(column, self.columns - 1))
-            T.buffer_store(bias, tirx.Select(column < self.columns, inside, f32(_MASKED)), [slot, column])
-
-    def mask_term(self, mask: View, axes: tuple[Any, ...]) -> Any:
-        """What the mask adds to the score at these axes of [B, H, S, T]."""
-        skip = len(axes) - len(mask.shape)
-        position = self.kernel.size(mask.offset)
-        for number, (size, stride) in enumerate(zip(mask.shape, mask.strides, strict=True)):
-            if size != 1 and stride != 0:
-                position = position + axes[skip + number] * self.kernel.size(stride)
-        value = self.kernel.flat(mask.storage)[position]
-        return tirx.Select(value, f32(0), f32(_MASKED)) if mask.dtype == "bool" else value.astype("float32")
-
-    def write_rows(self, keys: Any, values: Any, scores: Any, bias: Any, batch: Any, head: Any, first: Any) -> None:
+    # One tile of rows -------------------------------------------------------------------------------------------------
+    def write_rows(self, rows: _Rows) -> None:
         kernel = self.kernel
-        tiles = self.column_tiles
-        if self.causal:  # columns right of the last row of the tile have weight 0
-            reached = tirx.floordiv(first + (self.tile_rows + self.tile_columns - 1), int64(self.tile_columns))
-            tiles = tirx.min(tiles, reached)
-        if not self.rows_share_mask:
-            for r in range(self.tile_rows):
-                self.write_bias(bias, r, batch, head, tirx.min(first + r, self.rows - 1))
-        starts = [self.q.at(batch, head, tirx.min(first + r, self.rows - 1)) for r in range(self.tile_rows)]
-        with kernel.serial(tiles) as tile:
-            self.write_scores(keys, scores, bias, starts, tile * self.tile_columns)
-        inverse = kernel.registers(self.tile_rows)
-        for r in range(self.tile_rows):
-            self.write_softmax(scores, inverse, r, tiles)
-        self.write_output(values, scores, inverse, tiles, batch, head, first)
+        limit = free = rows.count
+        if self.masks.causal:  # `limit` columns reach some row of the tile, `free` of them every row
+            limit = settled(kernel, tirx.min(limit, rows.first + self.tile_rows - rows.start))
+            free = settled(kernel, tirx.max(int64(0), tirx.min(free, rows.first + 1 - rows.start)))
+        tops = kernel.registers(self.tile_rows, 1, self.lanes)
+        fill_tile(kernel, tops, self.tile_rows, 1, MASKED)
+        full = tirx.truncdiv(free, int64(self.tile_columns))
+        full = settled(kernel, full)
+        with kernel.serial(full) as panel:
+            self.write_scores(rows, tops, panel, int64(0), _TILE_VECTORS)
+        done = full * _TILE_VECTORS
+        with kernel.serial(tirx.max(int64(0), _ceiling(limit, self.lanes) - done)) as rest:
+            panel, column = self.place(done + rest)
+            self.write_scores(rows, tops, panel, column, 1)
+        numbers = _Numbers(*(kernel.registers(self.folded) for _ in range(3)))
+        self.write_shift(rows, tops, numbers)
+        fill_tile(kernel, tops, self.tile_rows, 1, 0.0)
+        self.write_weights(rows, numbers, tops, limit)
+        self.write_scale(rows, tops, numbers)
+        for begin in range(0, self.value_vectors, _TILE_VECTORS):
+            self.write_context(rows, numbers, limit, begin, min(_TILE_VECTORS, self.value_vectors - begin))
 
-    def write_scores(self, keys: Any, scores: Any, bias: Any, starts: list[Any], first: Any) -> None:
-        kernel, lanes = self.kernel, self.lanes
-        total = kernel.registers(self.tile_rows, self.tile_vectors, lanes)
-        zero_tile(kernel, total, self.tile_rows, self.tile_vectors)
+    def write_scores(self, rows: _Rows, tops: Any, panel: Any, column: Any, vectors: int) -> None:
+        """Of whole panels, which nothing but a given mask concerns, or of single vectors at the right end."""
+        kernel, lanes, keys = self.kernel, self.lanes, rows.memory.keys
+        numbers = [settled(kernel, tirx.min(rows.first + r, self.rows - 1)) for r in range(self.tile_rows)]
+        starts = [settled(kernel, self.q.at(rows.batch, rows.head, number)) for number in numbers]
+        total = kernel.registers(self.tile_rows, vectors, lanes)
+        zero_tile(kernel, total, self.tile_rows, vectors)
         steps = 4 if self.depth % 4 == 0 else 1
-        with kernel.serial(self.depth // steps) as outer:
+        with kernel.serial(int64(self.depth // steps)) as outer:
             for inner in range(steps):
                 d = outer * steps + inner
                 for r in range(self.tile_rows):
-                    for c in range(self.tile_vectors):
+                    for c in range(vectors):
                         with kernel.vectorized(lanes) as lane:
-                            term = self.q.flat[starts[r] + d] * keys[d, first + c * lanes + lane]
+                            term = self.q.flat[starts[r] + d] * keys[panel, d, column + c * lanes + lane]
                             T.buffer_store(total, total[r, c, lane] + term, [r, c, lane])
-        for r in range(self.tile_rows):
-            for c in range(self.tile_vectors):
-                with kernel.vectorized(lanes) as lane:
-                    column = first + c * lanes + lane
-                    added = bias[0 if self.rows_share_mask else r, column]
-                    T.buffer_store(scores, total[r, c, lane] * f32(self.scale) + added, [r, column])
-
-    def write_softmax(self, scores: Any, inverse: Any, r: int, tiles: Any) -> None:
-        """Weights without their common factor, which `inverse` keeps; a row with nothing to attend to gets 0."""
-        kernel, lanes, vectors = self.kernel, self.lanes, self.tile_vectors
-        top, total = kernel.registers(vectors, lanes), kernel.registers(vectors, lanes)
         for c in range(vectors):
-            with kernel.vectorized(lanes) as lane:
-                T.buffer_store(top, f32(_MASKED), [c, lane])
-            with kernel.vectorized(lanes) as lane:
-                T.buffer_store(total, f32(0), [c, lane])
-        with kernel.serial(tiles) as tile:
-            for c in range(vectors):
-                with kernel.vectorized(lanes) as lane:
-                    score = scores[r, tile * self.tile_columns + c * lanes + lane]
-                    T.buffer_store(top, tirx.max(top[c, lane], score), [c, lane])
-        fold_lanes(kernel, top, vectors, "max")
-        shift = kernel.registers(1)
-        T.buffer_store(shift, tirx.Select(tirx.EQ(top[0, 0], f32(_MASKED)), f32(0), top[0, 0]), [0])
-        with kernel.serial(tiles) as tile:
-            for c in range(vectors):
-                column = tile * self.tile_columns + c * lanes
-                with kernel.vectorized(lanes) as lane:
-                    weight = approximations.exp_nonpositive(scores[r, column + lane] - shift[0])
-                    T.buffer_store(scores, weight, [r, column + lane])
-                with kernel.vectorized(lanes) as lane:
-                    T.buffer_store(total, total[c, lane] + scores[r, column + lane], [c, lane])
-        fold_lanes(kernel, total, vectors, "sum")
-        nothing = tirx.EQ(total[0, 0], f32(0))
-        T.buffer_store(inverse, tirx.Select(nothing, f32(0), f32(1) / total[0, 0]), [r])
+            self.finish_scores(rows, tops, total, numbers, c, panel * self.tile_columns + column + c * lanes)
 
-    def write_output(
-        self, values: Any, scores: Any, inverse: Any, tiles: Any, batch: Any, head: Any, first: Any
-    ) -> None:
-        kernel, lanes = self.kernel, self.lanes
-        for begin in range(0, self.value_vectors, 2):  # two vectors of depth at a time: 16 accumulators
-            width = min(2, self.value_vectors - begin)
-            context = kernel.registers(self.tile_rows, width, lanes)
-            zero_tile(kernel, context, self.tile_rows, width)
-            with kernel.serial(tiles * (self.tile_columns // 4)) as outer:
-                for inner in range(4):
-                    column = outer * 4 + inner
-                    for r in range(self.tile_rows):
-                        for c in range(width):
-                            with kernel.vectorized(lanes) as lane:
-                                term = scores[r, column] * values[column, (begin + c) * lanes + lane]
-                                T.buffer_store(context, context[r, c, lane] + term, [r, c, lane])
+    def finish_scores(self, rows: _Rows, tops: Any, total: Any, numbers: list[Any], c: int, first: Any) -> None:
+        """Scale and mask one vector of columns of every row; `first` counts from the start of the block."""
+        kernel, lanes, cut = self.kernel, self.lanes, total.shape[1] == 1
+        shared = kernel.registers(lanes)
+        axes = (rows.batch, rows.head)
+        last = self.columns - 1
+
+        def column(lane: Any) -> Any:
+            at = rows.start + first + lane
+            return tirx.min(at, last) if cut else at
+
+        if self.masks.same_for_rows:
+            with kernel.vectorized(lanes) as lane:
+                T.buffer_store(shared, self.masks.term(kernel, (*axes, int64(0), column(lane))), [lane])
+        for r, number in enumerate(numbers):
+            inside = rows.count - first
+            if self.masks.causal:
+                inside = tirx.min(inside, number + 1 - rows.start - first)
+            with kernel.vectorized(lanes) as lane:
+                score = total[r, c, lane] if self.raw else total[r, c, lane] * f32(self.scale)
+                if self.masks.same_for_rows:
+                    score = score + shared[lane]
+                elif self.masks.given is not None:
+                    score = score + self.masks.term(kernel, (*axes, number, column(lane)))
+                if cut:
+                    score = tirx.Select(lane.astype("int32") < inside.astype("int32"), score, f32(MASKED))
+                score = T.bind(score)
+                T.buffer_store(rows.memory.scores, score, [r, first + lane])
+                T.buffer_store(tops, tirx.max(tops[r, 0, lane], score), [r, 0, lane])
+
+    def exponent(self, score: Any, shift: Any, lanes: int = 1) -> Any:
+        """Of 2, for a score less the largest one of its row, which `shift` holds in the same units."""
+
+        def splat(value: Any) -> Any:
+            return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+        if self.raw:
+            return score * splat(f32(self.scale * _LOG2_E)) - splat(shift)
+        return (score - splat(shift)) * splat(f32(_LOG2_E))
+
+    def write_shift(self, rows: _Rows, tops: Any, numbers: _Numbers) -> None:
+        """The largest score of each row so far, and what the sums before this block are worth now."""
+        kernel, state = self.kernel, rows.memory.state
+        vectors = [T.bind(tops[r, 0, span(0, self.lanes)]) for r in range(self.tile_rows)]
+        T.buffer_store(numbers.scale, fold_rows(vectors, self.lanes, "max"), [span(0, self.folded)])
+        with kernel.vectorized(self.folded) as lane:
+            top = numbers.scale[lane]
+            if state is not None:
+                top = T.bind(tirx.max(state[rows.state, 0, lane], top))
+            nothing = tirx.EQ(top, f32(MASKED))
+            shift = T.bind(tirx.Select(nothing, f32(0), top * f32(self.scale * _LOG2_E) if self.raw else top))
+            T.buffer_store(numbers.shift, shift, [lane])
+            if state is not None:
+                earlier = self.exponent(state[rows.state, 0, lane], shift)
+                T.buffer_store(numbers.factor, approximations.exp2_nonpositive(earlier)[0], [lane])
+                T.buffer_store(state, top, [rows.state, 0, lane])
+
+    def write_weights(self, rows: _Rows, numbers: _Numbers, sums: Any, limit: Any) -> None:
+        scores, whole = rows.memory.scores, span(0, self.lanes)
+        with self.kernel.serial(_ceiling(limit, self.lanes)) as vector:
+            place = span(vector * self.lanes, self.lanes)
+            for begin in range(0, self.tile_rows, _TOGETHER):
+                some = range(begin, min(begin + _TOGETHER, self.tile_rows))
+                exponents = [self.exponent(T.bind(scores[r, place]), numbers.shift[r], self.lanes) for r in some]
+                for r, weight in zip(some, approximations.exp2_nonpositive(*exponents), strict=True):
+                    weight = T.bind(weight)
+                    T.buffer_store(scores, weight, [r, place])
+                    T.buffer_store(sums, sums[r, 0, whole] + weight, [r, 0, whole])
+
+    def write_scale(self, rows: _Rows, sums: Any, numbers: _Numbers) -> None:
+        """What the second product is multiplied by: 1 / sum once all keys are in; rows without any key get 0."""
+        kernel, state = self.kernel, rows.memory.state
+        vectors = [T.bind(sums[r, 0, span(0, self.lanes)]) for r in range(self.tile_rows)]
+        T.buffer_store(numbers.scale, fold_rows(vectors, self.lanes, "sum"), [span(0, self.folded)])
+        with kernel.vectorized(self.folded) as lane:
+            total = numbers.scale[lane]
+            if state is not None:
+                total = T.bind(state[rows.state, 1, lane] * numbers.factor[lane] + total)
+                T.buffer_store(state, total, [rows.state, 1, lane])
+            scale = tirx.Select(tirx.EQ(total, f32(0)), f32(0), f32(1) / total)
+            if state is not None:
+                reach = tirx.min(self.columns, rows.first + self.tile_rows) if self.masks.causal else self.columns
+                scale = tirx.Select(rows.start + _BLOCK >= reach, scale, f32(1))
+            T.buffer_store(numbers.scale, scale, [lane])
+
+    def write_context(self, rows: _Rows, numbers: _Numbers, limit: Any, begin: int, width: int) -> None:
+        kernel, lanes, scores = self.kernel, self.lanes, rows.memory.scores
+        context = kernel.registers(self.tile_rows, width, lanes)
+        zero_tile(kernel, context, self.tile_rows, width)
+        origin = settled(kernel, self.v.at(rows.batch, rows.group, rows.start))
+
+        def step(column: Any) -> None:
             for r in range(self.tile_rows):
-                with T.If(first + r < self.rows), T.Then():
-                    start = ((batch * self.rows + first + r) * self.heads + head) * self.value_depth
-                    for c in range(width):
-                        self.store_context(context, inverse, r, c, start, begin + c)
+                for c in range(width):
+                    with kernel.vectorized(lanes) as lane:
+                        if rows.memory.values is None:
+                            at = origin + column * self.v.row + (begin + c) * lanes + lane
+                            value = self.v.flat[at]
+                        else:
+                            value = rows.memory.values[column, begin + c, lane]
+                        T.buffer_store(context, context[r, c, lane] + scores[r, column] * value, [r, c, lane])
 
-    def store_context(self, context: Any, inverse: Any, r: int, c: int, start: Any, vector: int) -> None:
-        kernel, lanes = self.kernel, self.lanes
-        if (vector + 1) * lanes <= self.value_depth:
-            with kernel.vectorized(lanes) as lane:
-                self.output.store(start + vector * lanes + lane, context[r, c, lane] * inverse[r])
-            return
-        for lane_number in range(self.value_depth - vector * lanes):
-            self.output.store(start + vector * lanes + lane_number, context[r, c, lane_number] * inverse[r])
+        main = tirx.truncdiv(limit, int64(_STEPS))
+        with kernel.serial(main) as outer:
+            for inner in range(_STEPS):
+                step(outer * _STEPS + inner)
+        with kernel.serial(limit - main * _STEPS) as rest:
+            step(main * _STEPS + rest)
+        for r in range(self.tile_rows):
+            with _only_if(rows.first + r < self.rows):
+                row = rows.batch * self.rows + rows.first + r
+                start = settled(kernel, (row * self.heads + rows.head) * self.value_depth)
+                for c in range(width):
+                    self.store_context(rows, numbers, context, r, c, start + (begin + c) * lanes, begin + c)
+
+    def store_context(
+        self, rows: _Rows, numbers: _Numbers, context: Any, r: int, c: int, start: Any, vector: int
+    ) -> None:
+        """One vector of depth; with several blocks on top of what the output holds from those before."""
+        kernel = self.kernel
+        width = min(self.lanes, self.value_depth - vector * self.lanes)
+        if not self.one_block:
+            with _only_if(rows.start > 0), kernel.vectorized(width) as lane:
+                earlier = self.output.flat[start + lane] * numbers.factor[r]
+                T.buffer_store(context, context[r, c, lane] + earlier, [r, c, lane])
+        with kernel.vectorized(width) as lane:
+            self.output.store(start + lane, context[r, c, lane] * numbers.scale[r])
+
+
+@contextmanager
+def _only_if(condition: Any) -> Iterator[None]:
+    if condition is None:
+        yield
+        return
+    with T.If(condition), T.Then():
+        yield

@@ -6,18 +6,20 @@ operand is read at its own linear position the tensor is one long row, cut into 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tvm import tirx
 
 from graphopt.backends.kernel import Code, Configuration, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.sizes import Shape, product
+from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Lazy, View, reads_flat
 
 RULE = "pointwise"
-_BLOCK = 4096  # elements of one task of a flat kernel: less is not worth the 1.3 us of a parallel launch
+_BLOCK = 4096  # elements of one task of a flat kernel
+_SERIAL_UP_TO = 1 << 17  # operations on vectors of 16 in 2 to 4 us: less is not worth the 1.3 us of a parallel launch
 
 
 def pointwise(value: Lazy | View, name: str, target: Target) -> Code:
@@ -43,10 +45,22 @@ def pointwise(value: Lazy | View, name: str, target: Target) -> Code:
     )
 
 
+def shared_out(kernel: Kernel, extent: Any, operations_done: Size) -> AbstractContextManager[Any]:
+    """A loop whose steps are shared out between threads, unless it is known to be too short."""
+    few = isinstance(operations_done, int) and operations_done <= _SERIAL_UP_TO
+    return kernel.serial(extent) if few else kernel.parallel(extent)
+
+
+def work(value: Lazy | View, target: Target) -> Size:
+    """Operations of storing `value`; reading and writing an element is worth four."""
+    return 4 * product(value.shape) + operations([value], target)
+
+
 def write_flat(kernel: Kernel, value: Any, output: Output) -> None:
     total = kernel.size(product(value.shape))
     lanes = kernel.target.lanes
-    with kernel.parallel(tirx.floordiv(total + (_BLOCK - 1), int64(_BLOCK))) as block:
+    blocks = tirx.floordiv(total + (_BLOCK - 1), int64(_BLOCK))
+    with shared_out(kernel, blocks, work(value, kernel.target)) as block:
         here = tirx.min(total - block * _BLOCK, int64(_BLOCK))
         with kernel.serial(tirx.truncdiv(here, int64(lanes))) as step, kernel.vectorized(lanes) as lane:
             position = block * _BLOCK + step * lanes + lane
@@ -61,7 +75,7 @@ def write_flat(kernel: Kernel, value: Any, output: Output) -> None:
 def write_rows(kernel: Kernel, value: Any, output: Output) -> None:
     rows, columns = split_rows(value.shape)
     width = kernel.size(columns)
-    with kernel.parallel(kernel.size(rows)) as row:
+    with shared_out(kernel, kernel.size(rows), work(value, kernel.target)) as row:
         for_columns(
             kernel,
             width,

@@ -1,11 +1,13 @@
-"""Row rule: softmax, layer norm and RMS norm along the last axis, one row a task step.
+"""Row rule: softmax, layer norm and RMS norm along the last axis, four rows together.
 
-A row is read two or three times and stays in the L1 cache. Sums run in several independent vectors, which hides the
-latency of the additions.
+A row is read two or three times and stays in the L1 cache. Four rows together hide the latency of each other's sums,
+divisions and roots, share the loads of weights, and are folded to one vector of four numbers by six shuffles and three
+additions. Rows that are left are computed one by one, in the same order of additions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,161 +17,214 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import count_operations, operations
-from graphopt.backends.rules.generic import combined, start_value
-from graphopt.backends.rules.lanes import fold_lanes
-from graphopt.backends.rules.pointwise import for_columns, split_rows
+from graphopt.backends.rules.lanes import fill_tile, fold_rows, span
+from graphopt.backends.rules.pointwise import shared_out, split_rows
 from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import View
 
 RULE = "row-reduction"
-_WAYS = 4  # independent vectors of partial sums
+_TOGETHER = 4  # rows
+_WAYS = 2  # independent vectors of partial sums of one row
 f32 = approximations.f32
 
 
 class Rows:
-    """One float32 tensor walked row by row inside a kernel."""
+    """Some rows of a float32 tensor; what is folded from them are buffers with one number a row."""
 
-    def __init__(self, kernel: Kernel, value: Any) -> None:
-        self.kernel, self.value = kernel, value
-        rows, columns = split_rows(value.shape)
-        self.count, self.width = kernel.size(rows), kernel.size(columns)
-        self.columns: Size = columns
+    def __init__(self, kernel: Kernel, value: Any, output: Output, first: Any, count: int) -> None:
+        self.kernel, self.value, self.output = kernel, value, output
+        self.numbers = [first + number for number in range(count)]
+        self.columns: Size = split_rows(value.shape)[1]
+        self.width = kernel.size(self.columns)
         self.lanes = kernel.target.lanes
-        self.partial = kernel.registers(_WAYS, self.lanes)
 
-    def at(self, row: Any, column: Any) -> Any:
-        return self.kernel.load(self.value, self.kernel.index(self.value.shape, row=row, column=column))
+    def at(self, number: int, column: Any) -> Any:
+        index = self.kernel.index(self.value.shape, row=self.numbers[number], column=column)
+        return self.kernel.load(self.value, index)
 
-    def fold(self, row: Any, combine: str, element: Callable[[Any, Any], Any]) -> Any:
-        """Combine element(x, column) over the row; the result is a scalar read from a register."""
-        kernel, partial, lanes = self.kernel, self.partial, self.lanes
-        block = _WAYS * lanes
-        for way in range(_WAYS):
-            with kernel.vectorized(lanes) as lane:
-                T.buffer_store(partial, start_value(combine, "float32"), [way, lane])
+    def each_column(self, write: Callable[[Any, Any, int], None]) -> None:
+        """write(column, lane, way) in whole vectors, `_WAYS` of them beside each other, then in what is left.
 
-        def step(way: int, column: Any, lane: Any) -> None:
-            value = element(self.at(row, column), column)
-            T.buffer_store(partial, combined(combine, partial[way, lane], value), [way, lane])
+        A known rest is cut into vectors of 8, 4, 2 and 1 lanes, an unknown one into single columns.
+        """
+        kernel, lanes, block = self.kernel, self.lanes, _WAYS * self.lanes
+
+        def vector(first: Any, count: int, way: int) -> None:
+            with kernel.vectorized(count) as lane:
+                write(first + lane, lane, way)
+
+        blocks = tirx.truncdiv(self.width, int64(block))
+        with kernel.serial(blocks) as at:
+            for way in range(_WAYS):
+                vector(at * block + way * lanes, lanes, way)
+        if isinstance(self.columns, int):
+            done = self.columns // block * block
+            while done < self.columns:
+                count = min(lanes, 1 << (self.columns - done).bit_length() - 1)
+                vector(int64(done), count, 0)
+                done += count
+            return
+        with kernel.serial(tirx.truncdiv(self.width - blocks * block, int64(lanes))) as at:
+            vector(blocks * block + at * lanes, lanes, 0)
+        done = tirx.truncdiv(self.width, int64(lanes)) * lanes
+        with kernel.serial(self.width - done) as at:
+            write(done + at, int64(0), 0)
             kernel.forget()
 
-        with kernel.serial(tirx.truncdiv(self.width, int64(block))) as at:
-            for way in range(_WAYS):
-                with kernel.vectorized(lanes) as lane:
-                    step(way, at * block + way * lanes + lane, lane)
-        done = tirx.truncdiv(self.width, int64(block)) * block
-        if not (isinstance(self.columns, int) and self.columns % block == 0):
-            with kernel.serial(tirx.truncdiv(self.width - done, int64(lanes))) as at, kernel.vectorized(lanes) as lane:
-                step(0, done + at * lanes + lane, lane)
-            done = tirx.truncdiv(self.width, int64(lanes)) * lanes
-        if not (isinstance(self.columns, int) and self.columns % lanes == 0):
-            with kernel.serial(self.width - done) as at:
-                step(0, done + at, int64(0))
-        fold_lanes(kernel, partial, _WAYS, combine)
-        result = kernel.registers(1)
-        T.buffer_store(result, partial[0, 0], [0])
-        return result[0]
+    def fold(self, combine: str, element: Callable[[Any, int, Any], Any]) -> Any:
+        """Combine element(x, number of the row, column) over every row."""
+        return self.fold_together(combine, lambda column: [element(x, r, column) for r, x in self.loaded(column)])
+
+    def loaded(self, column: Any) -> list[tuple[int, Any]]:
+        return [(number, self.at(number, column)) for number in range(len(self.numbers))]
+
+    def fold_together(self, combine: str, elements: Callable[[Any], list[Any]]) -> Any:
+        """Combine over every row what `elements(column)` gives for all rows; "max" may lose NaN."""
+        kernel, lanes, count = self.kernel, self.lanes, len(self.numbers)
+        partial = kernel.registers(count, _WAYS, lanes)
+        fill_tile(kernel, partial, count, _WAYS, 0.0 if combine == "sum" else -math.inf)
+        apply = tirx.max if combine == "max" else lambda a, b: a + b
+
+        def step(column: Any, lane: Any, way: int) -> None:
+            for r, value in enumerate(elements(column)):
+                T.buffer_store(partial, apply(partial[r, way, lane], value), [r, way, lane])
+
+        self.each_column(step)
+        whole = span(0, lanes)
+        vectors = [T.bind(apply(partial[r, 0, whole], partial[r, 1, whole])) for r in range(count)]
+        return self.numbers_of(fold_rows(vectors, lanes, combine))
+
+    def numbers_of(self, vector: Any) -> Any:
+        """A vector with one number a row as a buffer."""
+        count = len(self.numbers)
+        result = self.kernel.registers(count)
+        T.buffer_store(result, vector, [span(0, count) if count > 1 else int64(0)])
+        return result
+
+    def map(self, numbers: Any, function: Callable[[Any], Any]) -> Any:
+        """function(number) of every row, in a new buffer."""
+        result = self.kernel.registers(len(self.numbers))
+        with self.kernel.vectorized(len(self.numbers)) as number:
+            T.buffer_store(result, function(numbers[number]), [number])
+        return result
+
+    def store(self, element: Callable[[Any, int, Any], Any]) -> None:
+        """Store element(x, number of the row, column) everywhere."""
+
+        def write(column: Any, _lane: Any, _way: int) -> None:
+            for number, x in self.loaded(column):
+                self.output.store(self.position(number, column), element(x, number, column))
+
+        self.each_column(write)
+
+    def position(self, number: int, column: Any) -> Any:
+        return self.numbers[number] * self.width + column
 
 
 def layer_norm(x: Any, weight: View | None, bias: View | None, epsilon: float, target: Target) -> Code:
     """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis; two passes, so no cancellation."""
 
-    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
+    def write(rows: Rows) -> None:
+        flat = rows.kernel.flat
         inverse_width = f32(1) / rows.width.astype("float32")
-        mean = kernel.registers(1)
-        T.buffer_store(mean, rows.fold(at, "sum", lambda e, _: e) * inverse_width, [0])
-        variance = rows.fold(at, "sum", lambda e, _: (e - mean[0]) * (e - mean[0])) * inverse_width
-        scale = kernel.registers(1)
-        T.buffer_store(scale, f32(1) / tirx.sqrt(variance + f32(epsilon)), [0])
+        mean = rows.map(rows.fold("sum", lambda e, *_: e), lambda total: total * inverse_width)
+        squares = rows.fold("sum", lambda e, r, _: (e - mean[r]) * (e - mean[r]))
+        scale = rows.map(squares, lambda total: f32(1) / tirx.sqrt(total * inverse_width + f32(epsilon)))
 
-        def write(column: Any) -> None:
-            value = (rows.at(at, column) - mean[0]) * scale[0]
-            value = value if weight is None else value * kernel.flat(weight.storage)[column]
-            value = value if bias is None else value + kernel.flat(bias.storage)[column]
-            output.store(at * rows.width + column, value)
+        def element(e: Any, r: int, column: Any) -> Any:
+            value = (e - mean[r]) * scale[r]
+            value = value if weight is None else value * flat(weight.storage)[column]
+            return value if bias is None else value + flat(bias.storage)[column]
 
-        for_columns(kernel, rows.width, write)
+        rows.store(element)
 
     # Mean 1, variance 3, result 2 and one for each parameter.
     parameters = [v for v in (weight, bias) if v is not None]
-    return _row_kernel("layer_norm", x, parameters, target, row, 6 + len(parameters))
+    return _row_kernel("layer_norm", x, parameters, target, write, 6 + len(parameters))
 
 
 def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target) -> Code:
     """x / sqrt(mean(x^2) + epsilon) weight over the last axis."""
 
-    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
-        squares = rows.fold(at, "sum", lambda e, _: e * e)
-        scale = kernel.registers(1)
-        mean = squares * (f32(1) / rows.width.astype("float32"))
-        T.buffer_store(scale, f32(1) / tirx.sqrt(mean + f32(epsilon)), [0])
+    def write(rows: Rows) -> None:
+        inverse_width = f32(1) / rows.width.astype("float32")
+        squares = rows.fold("sum", lambda e, *_: e * e)
+        scale = rows.map(squares, lambda total: f32(1) / tirx.sqrt(total * inverse_width + f32(epsilon)))
 
-        def write(column: Any) -> None:
-            value = rows.at(at, column) * scale[0]
-            output.store(
-                at * rows.width + column, value if weight is None else value * kernel.flat(weight.storage)[column]
-            )
+        def element(e: Any, r: int, column: Any) -> Any:
+            return e * scale[r] if weight is None else e * scale[r] * rows.kernel.flat(weight.storage)[column]
 
-        for_columns(kernel, rows.width, write)
+        rows.store(element)
 
     parameters = [weight] if weight is not None else []
-    return _row_kernel("rms_norm", x, parameters, target, row, 3 + len(parameters))
+    return _row_kernel("rms_norm", x, parameters, target, write, 3 + len(parameters))
 
 
 def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
     """Over the last axis; a row of nothing but -inf is NaN, as in PyTorch."""
 
-    def row(kernel: Kernel, rows: Rows, output: Output, at: Any) -> None:
-        top = kernel.registers(1)
-        T.buffer_store(top, rows.fold(at, "max", lambda e, _: e), [0])
+    def write(rows: Rows) -> None:
+        top = rows.fold("max", lambda e, *_: e)
+
+        def powers(column: Any) -> list[Any]:
+            return _exponentials([e - top[r] for r, e in rows.loaded(column)])
+
         if log:
-            total = rows.fold(at, "sum", lambda e, _: approximations.exp(e - top[0]))
-            shift = kernel.registers(1)
-            T.buffer_store(shift, tirx.log(total), [0])
-            for_columns(
-                kernel,
-                rows.width,
-                lambda c: output.store(at * rows.width + c, rows.at(at, c) - top[0] - shift[0]),
-            )
+            shift = rows.map(rows.fold_together("sum", powers), tirx.log)
+            rows.store(lambda e, r, _: e - top[r] - shift[r])
             return
-        for_columns(
-            kernel,
-            rows.width,
-            lambda c: output.store(at * rows.width + c, approximations.exp_nonpositive(rows.at(at, c) - top[0])),
-        )
-        inverse = kernel.registers(1)
-        total = rows.fold(at, "sum", lambda _, column: output.flat[at * rows.width + column])
-        T.buffer_store(inverse, f32(1) / total, [0])
-        for_columns(
-            kernel,
-            rows.width,
-            lambda c: output.store(at * rows.width + c, output.flat[at * rows.width + c] * inverse[0]),
-        )
+
+        def stored(column: Any) -> list[Any]:
+            values = [T.bind(value) for value in powers(column)]
+            for r, value in enumerate(values):
+                rows.output.store(rows.position(r, column), value)
+            return values
+
+        inverse = rows.map(rows.fold_together("sum", stored), lambda total: f32(1) / total)
+
+        def scaled(column: Any, _lane: Any, _way: int) -> None:
+            for r in range(len(rows.numbers)):
+                at = rows.position(r, column)
+                rows.output.store(at, rows.output.flat[at] * inverse[r])
+
+        rows.each_column(scaled)
 
     def exponential(_: Kernel) -> Any:
-        x = tirx.Var("x", "float32")
-        return approximations.exp(x) if log else approximations.exp_nonpositive(x)
+        return _exponentials([tirx.Var("x", "float32")])[0]
 
     # Largest 1, distance to it 1, exponential, sum 1, result 2 with the logarithm and 1 without.
     each = 4 + log + count_operations(target, exponential)
-    return _row_kernel("log_softmax" if log else "softmax", x, [], target, row, each)
+    return _row_kernel("log_softmax" if log else "softmax", x, [], target, write, each)
+
+
+def _exponentials(distances: list[Any]) -> list[Any]:
+    return approximations.exp2_nonpositive(*(distance * f32(1 / math.log(2)) for distance in distances))
 
 
 def _row_kernel(
-    name: str,
-    x: Any,
-    others: list[View],
-    target: Target,
-    write_row: Callable[[Kernel, Rows, Output, Any], None],
-    operations_each: int,
+    name: str, x: Any, others: list[View], target: Target, write: Callable[[Rows], None], operations_each: int
 ) -> Code:
     """`operations_each`: on one element of `x`, besides computing it."""
+    count, _ = split_rows(x.shape)
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        rows, _ = split_rows(x.shape)
-        with kernel.parallel(kernel.size(rows)) as at:
-            write_row(kernel, Rows(kernel, x), outputs[0], at)
+        rows = kernel.size(count)
+
+        def some(first: Any, number: int) -> None:
+            write(Rows(kernel, x, outputs[0], first, number))
+
+        groups = tirx.truncdiv(rows + (_TOGETHER - 1), int64(_TOGETHER))
+        with shared_out(kernel, groups, product(x.shape) * operations_each) as group:
+            first = group * _TOGETHER
+            if isinstance(count, int) and count % _TOGETHER == 0:
+                some(first, _TOGETHER)
+                return
+            with T.If(first + _TOGETHER <= rows):
+                with T.Then():
+                    some(first, _TOGETHER)
+                with T.Else(), kernel.serial(tirx.min(int64(_TOGETHER), rows - first)) as rest:
+                    some(first + rest, 1)
 
     return write_kernel(
         RULE,
@@ -178,6 +233,6 @@ def _row_kernel(
         [x, *others],
         [(x.shape, "float32")],
         body,
-        configuration={"lanes": target.lanes, "ways": _WAYS},
+        configuration={"lanes": target.lanes, "rows": _TOGETHER, "ways": _WAYS},
         flops=operations_each * product(x.shape) + operations([x], target),
     )

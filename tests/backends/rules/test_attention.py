@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 from graphopt.capture import capture
 from graphopt.compile import compile
 
-SIZES = [(1, 1), (2, 7), (1, 31), (1, 32), (3, 33), (1, 130)]
+SIZES = [(1, 1), (2, 7), (1, 31), (1, 32), (3, 33), (1, 130), (1, 257), (1, 523)]
 
 
 class Forms(nn.Module):
@@ -53,6 +54,62 @@ def test_grouped_heads_and_other_lengths(agree: Callable[..., None]) -> None:
     agree(Cross(), (torch.randn(1, 6, 4, 64), torch.randn(1, 2, 11, 64)), [{2: "n"}, {2: "m"}], more)
 
 
+class Whole(nn.Module):
+    """Depths of whole vectors, read where they are; heads in groups; every mask."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, keep: torch.Tensor) -> dict[str, torch.Tensor]:
+        full = (keep[:, None, None, :] > 0) & (
+            torch.arange(q.shape[2])[:, None] != torch.arange(k.shape[2])[None, :] - 1
+        )
+        return {
+            "plain": attend(q, k, k, enable_gqa=True),
+            "causal": attend(q, k, k, is_causal=True, enable_gqa=True),
+            "padding": attend(q, k, k, attn_mask=torch.where(keep > 0, 0.0, -1e4)[:, None, None, :], enable_gqa=True),
+            "full": attend(q, k, k, attn_mask=full, enable_gqa=True),
+            "negative": attend(q, k, k, scale=-0.2, enable_gqa=True),
+        }
+
+
+def whole(b: int, s: int, t: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keep = torch.ones(b, t)
+    keep[:, t // 2 + 1 :] = 0
+    return torch.randn(b, 4, s, 32), torch.randn(b, 2, t, 32), keep
+
+
+AXES = [{0: "b", 2: "s"}, {0: "b", 2: "t"}, {0: "b", 1: "t"}]
+PAIRS = [(1, 1, 1), (2, 1, 300), (1, 1, 16), (1, 9, 300), (1, 300, 9), (1, 263, 513), (3, 197, 197)]
+
+
+def test_whole_vectors_in_several_blocks(agree: Callable[..., None]) -> None:
+    agree(Whole(), whole(2, 5, 11), AXES, [whole(*sizes) for sizes in PAIRS])
+
+
+class Fixed(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"plain": attend(q, k, k, enable_gqa=True), "causal": attend(q, k, k, is_causal=True, enable_gqa=True)}
+
+
+@pytest.mark.parametrize(("rows", "keys", "target"), [(1, 40, "cpu"), (197, 197, "cpu"), (19, 300, "cpu:x86-64-v3")])
+def test_fixed_sizes(rows: int, keys: int, target: str) -> None:
+    q, k = torch.randn(2, 4, rows, 64), torch.randn(2, 2, keys, 64)
+    program = capture(Fixed(), (q, k))
+    results = compile(program, target=target).session().run(None, {"q": q.numpy(), "k": k.numpy()})
+    for result, want in zip(results, program(q, k), strict=True):
+        torch.testing.assert_close(torch.from_numpy(result), want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_threads_change_no_bit(causal: bool) -> None:
+    """One head whose rows are shared out: 300 keys are two blocks."""
+    q, k, v = (torch.randn(1, 1, 300, 40) for _ in range(3))
+    program = capture(Apart(causal), (q, k, v))
+    arrays = {"q": q.numpy(), "k": k.numpy(), "v": v.numpy()}
+    one, two = (compile(program, threads=n).session().run(None, arrays)[0] for n in (1, 2))
+    assert (one == two).all()
+    want = attend(q, k, v, is_causal=causal)
+    torch.testing.assert_close(torch.from_numpy(one), want, rtol=2e-5, atol=2e-6)
+
+
 class Masked(nn.Module):
     def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         return attend(x, x, x, attn_mask=keep)
@@ -67,8 +124,12 @@ def test_fully_masked_rows_are_zero() -> None:
 
 
 class Apart(nn.Module):
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.causal = causal
+
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend(q, k, v)
+        return attend(q, k, v, is_causal=self.causal)
 
 
 def test_nan_stays_in_the_rows_it_reaches() -> None:
