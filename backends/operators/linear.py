@@ -1,4 +1,4 @@
-"""Matrix products: with a constant weight a packed GEMM that takes its epilogue along, otherwise the generic kernel."""
+"""Matrix products with their epilogues: packed for a constant weight, batched for two computed tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch.fx import Node
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, like
+from graphopt.backends.rules.batched_gemm import batched_gemm
 from graphopt.backends.rules.gemm import configure, gemm, pack_weight
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, product, shape_of
-from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.backends.values import Index, Lazy, Product, View, permuted
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -28,28 +29,39 @@ def _linear(lowering: Lowering, node: Node) -> Any:
     """x [..., K], weight [N, K], bias [N] or none."""
     x, weight, bias = arguments(node).values()
     constant = lowering.value(weight)
+
+    def begin(result: Any) -> Any:
+        return result if bias is None else _plus(lowering, result, bias)
+
     if _packable(lowering, node, constant):
-        return _packed(lowering, node, x, constant, bias)
-    product = _matmul_of(lowering, node, x, weight, transposed=True)
-    return product if bias is None else _plus(lowering, product, bias)
+        return _packed(lowering, node, x, constant, begin)
+    return _matmul_of(lowering, node, x, weight, transposed=True, begin=begin)
 
 
 def _addmm(lowering: Lowering, node: Node) -> Any:
     """bias + x weight, weight [K, N]."""
     bias, x, weight, beta, alpha = arguments(node).values()
     constant = lowering.value(weight)
+
+    def begin(result: Any) -> Any:
+        return _plus(lowering, result, bias, alpha, beta)
+
     if alpha == beta == 1 and _packable(lowering, node, constant):
-        return _packed(lowering, node, x, constant.t(), bias)
-    product = _matmul_of(lowering, node, x, weight, transposed=False)
-    return _plus(lowering, product, bias, alpha, beta)
+        return _packed(lowering, node, x, constant.t(), begin)
+    return _matmul_of(lowering, node, x, weight, begin=begin)
 
 
 def _matmul(lowering: Lowering, node: Node) -> Any:
     x, weight = node.args
     constant = lowering.value(weight)
     if _packable(lowering, node, constant) and constant.dim() == 2:
-        return _packed(lowering, node, x, constant.t(), None)
-    return _matmul_of(lowering, node, x, weight, transposed=False)
+        return _packed(lowering, node, x, constant.t(), _bare)
+    return _matmul_of(lowering, node, x, weight)
+
+
+def _bare(result: Any) -> Any:
+    """Nothing belongs to the node besides its product."""
+    return result
 
 
 def _packable(lowering: Lowering, node: Node, weight: Any) -> bool:
@@ -62,10 +74,7 @@ def _packable(lowering: Lowering, node: Node, weight: Any) -> bool:
     )
 
 
-def _packed(lowering: Lowering, node: Node, x: Any, weight: torch.Tensor, bias: Any) -> Any:
-    def begin(result: Any) -> Any:
-        return result if bias is None else _plus(lowering, result, bias)
-
+def _packed(lowering: Lowering, node: Node, x: Any, weight: torch.Tensor, begin: Callable[[Any], Any]) -> Any:
     a = lowering.view(x)
     return packed_product(lowering, node, a if a.strides[-1] == 1 else lowering.contiguous(a), weight, begin)
 
@@ -106,12 +115,27 @@ def _plus(lowering: Lowering, product: Any, bias: Any, alpha: float = 1, beta: f
     return Lazy(product.shape, dtype, (product, added), element)
 
 
-def _matmul_of(lowering: Lowering, node: Node, x: Any, y: Any, *, transposed: bool) -> Any:
-    """General product with broadcast leading axes; `transposed`: y is [N, K]."""
+def _matmul_of(
+    lowering: Lowering,
+    node: Node,
+    x: Any,
+    y: Any,
+    *,
+    transposed: bool = False,
+    begin: Callable[[Any], Any] = _bare,
+) -> Any:
+    """Product of two computed tensors with broadcast leading axes; `transposed`: y is [N, K]."""
     a, b = lowering.view(x), lowering.view(y)
-    shape = shape_of(node.meta["val"])
-    dtype = DTYPES[node.meta["val"].dtype]
-    depth: Size = a.shape[-1]
+    b = permuted(b, (*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)) if transposed else b
+    if len(a.shape) > 1 and len(b.shape) > 1 and a.dtype == b.dtype == DTYPES[node.meta["val"].dtype] == "float32":
+        return lowering.anchored(
+            node, lambda result, end: batched_gemm(a, b, result, end, f"matmul_{node.name}", lowering.target), begin
+        )
+    return begin(_generic(lowering, node, a, b))
+
+
+def _generic(lowering: Lowering, node: Node, a: View, b: View) -> View:
+    shape, dtype = shape_of(node.meta["val"]), DTYPES[node.meta["val"].dtype]
     vector_a, vector_b = len(a.shape) == 1, len(b.shape) == 1
 
     def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
@@ -120,15 +144,14 @@ def _matmul_of(lowering: Lowering, node: Node, x: Any, y: Any, *, transposed: bo
         column = None if vector_b else axes.pop()
         row = None if vector_a else axes.pop()
         left = _broadcast(a.shape[:-2], axes) + ([k] if vector_a else [row, k])
-        last = [k] if vector_b else [column, k] if transposed else [k, column]
-        right = _broadcast(b.shape[:-2], axes) + last
+        right = _broadcast(b.shape[:-2], axes) + ([k] if vector_b else [k, column])
         factors = [
             kernel.load(value, Index(value.shape, kernel.sizes, axes=tuple(at)))
             for value, at in ((a, left), (b, right))
         ]
         return convert(factors[0], computed_in(dtype)) * convert(factors[1], computed_in(dtype))
 
-    return reduce_generic(lowering, f"matmul_{node.name}", shape, dtype, (depth,), (a, b), element, "sum")
+    return reduce_generic(lowering, f"matmul_{node.name}", shape, dtype, (a.shape[-1],), (a, b), element, "sum")
 
 
 def _outer(lowering: Lowering, node: Node) -> Lazy:
@@ -153,6 +176,12 @@ def _einsum(lowering: Lowering, node: Node) -> Any:
     if "->" not in equation:
         result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
     views = [lowering.view(tensor) for tensor in tensors]
+    matrices = _matrices(terms.split(","), views, result)
+    if matrices and node.meta["val"].dtype == torch.float32:
+        a, b = matrices
+        return lowering.anchored(
+            node, lambda bare, end: batched_gemm(a, b, bare, end, f"einsum_{node.name}", lowering.target)
+        )
     sizes = {
         c: size
         for term, view in zip(terms.split(","), views, strict=True)
@@ -172,6 +201,27 @@ def _einsum(lowering: Lowering, node: Node) -> Any:
 
     depth = tuple(sizes[letter] for letter in summed)
     return reduce_generic(lowering, f"einsum_{node.name}", shape, dtype, depth, views, element, "sum")
+
+
+def _matrices(terms: list[str], views: list[View], result: str) -> tuple[View, View] | None:
+    """The operands as [batch, M, K] and [batch, K, N] where the einsum is their product, else none."""
+    if len(terms) != 2 or len(result) < 2 or any(len(set(term)) < len(term) for term in terms):
+        return None
+    batch, m, n = result[:-2], result[-2], result[-1]
+    if m in terms[1]:
+        terms, views = terms[::-1], views[::-1]
+    summed = set(terms[0]) - set(result)
+    if len(summed) != 1:
+        return None
+    (k,) = summed
+    wanted = batch + m + k, batch + k + n
+    if any(set(term) != set(letters) for term, letters in zip(terms, wanted, strict=True)):
+        return None
+    a, b = (
+        permuted(view, [term.index(letter) for letter in letters])
+        for view, term, letters in zip(views, terms, wanted, strict=True)
+    )
+    return (a, b) if a.shape[-1] == b.shape[-2] else None  # an axis of size 1 is repeated
 
 
 def _broadcast(shape: tuple[Size, ...], axes: list[Any]) -> list[Any]:

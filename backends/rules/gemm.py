@@ -30,6 +30,7 @@ from graphopt.backends.values import Product, View, fused_name
 
 RULE = "packed-gemm"
 _ROWS_KEPT_FROM = 64  # rows from which each thread keeps its own
+_ROWS_AWAY = 1.04  # how much longer a product takes whose rows lie in the L2 cache of another core
 _WEIGHT_STREAMED_FROM = 16 << 20  # bytes from which a weight comes from memory, so that one thread may read each part
 _PANEL_BYTES = 320 << 10  # of a panel that shares a common L2 cache with the next one
 _BLOCK_BYTES = 512 << 10  # of the rows that all panels pass over before the next ones
@@ -92,8 +93,9 @@ def _cost(target: Target, choice: Configuration, rows: Size, n: int, k: int) -> 
     if not isinstance(rows, int):
         return tile_cost(target, tile, _MANY_ROWS, n, k)
     tiles_, panels = -(-rows // tile.rows), -(-n // columns)
+    away = 1 if choice.panel_shares == 1 else _ROWS_AWAY
     own_rows, own_panels = -(-tiles_ // choice.row_shares), -(-panels // choice.panel_shares)
-    return tile_cost(target, tile, own_rows * tile.rows, own_panels * columns, k)
+    return away * tile_cost(target, tile, own_rows * tile.rows, own_panels * columns, k)
 
 
 def _is_streamed(n: int, k: int) -> bool:
@@ -222,8 +224,8 @@ class _Step:
         self, gemm_: _Gemm, tile: Tile, sums: Any, panel: Any, part: Any, tile_number: Any, number: Any
     ) -> None:
         self.gemm, self.kernel, self.tile, self.sums = gemm_, gemm_.kernel, tile, sums
-        self.panel, self.part, self.number = panel, part, number
-        self.first_row = tile_number * tile.rows
+        self.panel, self.part, self.number = T.bind(panel), part, number
+        self.first_row = T.bind(tile_number * tile.rows)
         self.depth = gemm_.choice.block_depth
         self.parts = -(-gemm_.k // self.depth)
 
@@ -277,8 +279,8 @@ class _Step:
             gemm_.result,
             gemm_.end,
             gemm_.output,
-            rows=gemm_.rows - self.first_row,
+            rows=T.bind(gemm_.rows - self.first_row),
             position=lambda r: self.first_row + r,
-            first=self.panel * gemm_.columns,
+            first=T.bind(self.panel * gemm_.columns),
             width=gemm_.n,
         )

@@ -23,6 +23,8 @@ from graphopt.backends.values import Product
 
 _MANY_ROWS = 840  # stands for a number of rows known at run time: a multiple of most tiles' rows
 _MOST_VECTORS = 6
+Store = Callable[[int, Any, Any], None]  # (row of the tile, column of the tile, value)
+_LATENCY = 8  # multiply-adds that two units start before the first is done
 _TILE_STEPS = 12  # what starting and ending a tile costs, as steps of one multiply-add for each of its vectors
 
 
@@ -36,11 +38,12 @@ class Tile:
 
 
 def tiles(target: Target) -> Iterator[Tile]:
-    """Every tile that fits: its sums, a step's vectors of the right side and a broadcast.
+    """Every tile whose sums, a step's vectors of the right side and its next broadcasts fit the registers.
 
-    With AVX-512 the multiply-add itself broadcasts from memory, so that only sums and vectors need registers.
+    With fewer registers left each multiply-add broadcasts for itself, which costs a load each: 7 x 64 is slower than
+    6 x 64 with AVX-512.
     """
-    spare = 0 if target.lanes == 16 else 1
+    spare = 4 if target.registers == 32 else 1
     for vectors in range(1, _MOST_VECTORS + 1):
         for rows in range(1, (target.registers - vectors - spare) // vectors + 1):
             yield Tile(rows, vectors)
@@ -56,11 +59,12 @@ def choose_tile(target: Target, rows: Size, columns: int, depth: int = 256) -> T
 def tile_cost(target: Target, tile: Tile, rows: int, columns: int, depth: int) -> float:
     """Time of rows x columns x depth in multiply-adds of one vector.
 
-    A step takes as long as its multiply-adds or its loads, of which vectors from the L2 cache count most.
+    A step takes as long as its multiply-adds, its loads or the wait for the sums of the step before. The right side
+    comes from the L2 cache, so that its loads cost more than broadcasts.
     """
     count = -(-rows // tile.rows) * -(-columns // (tile.vectors * target.lanes))
-    loads = 1.5 * tile.vectors + 0.5 * tile.rows
-    step = max(tile.rows * tile.vectors, loads, 6) + 0.05 * loads
+    loads = 2.5 * tile.vectors + tile.rows
+    step = max(tile.rows * tile.vectors, loads, _LATENCY) + 0.13 * loads
     return count * (depth * step + _TILE_STEPS * tile.rows * tile.vectors)
 
 
@@ -135,7 +139,7 @@ class RegisterTile:
         rows: Any,
         position: Callable[[int], Any],
         first: Any,
-        width: int,
+        width: Size,
         before: Any = 0,
     ) -> None:
         """Store the element-wise tree `end` over `result`, whose elements the tile holds.
@@ -144,12 +148,11 @@ class RegisterTile:
         last. Its columns begin at `before + first`; those from `before + width` on do not exist.
         """
 
-        def store(r: int, c: int, start: int, count: int) -> None:
-            with self.kernel.vectorized(count) as lane:
-                column = before + first + (c * self.lanes + start) + lane
-                self.kernel.define(result, lambda _: self.values[r, c, start + lane])
-                index = self.kernel.index(end.shape, row=position(r), column=column)
-                output.store(position(r) * self.kernel.size(end.shape[-1]) + column, self.kernel.load(end, index))
+        def store(r: int, at: Any, value: Any) -> None:
+            column = before + first + at
+            self.kernel.define(result, lambda _: value)
+            index = self.kernel.index(end.shape, row=position(r), column=column)
+            output.store(position(r) * self.kernel.size(end.shape[-1]) + column, self.kernel.load(end, index))
 
         for r in range(self.tile.rows):
             if isinstance(rows, int):
@@ -159,27 +162,42 @@ class RegisterTile:
             with T.If(r < rows), T.Then():
                 self._write_row(r, first, width, store)
 
-    def _write_row(self, r: int, first: Any, width: int, store: Callable[[int, int, int, int], None]) -> None:
-        """All vectors, or those of the last columns: what is left of a vector goes in parts of 8, 4, 2 and 1 lanes."""
+    def _write_row(self, r: int, first: Any, width: Size, store: Store) -> None:
+        """All vectors, or those of the last columns."""
         columns = self.tile.vectors * self.lanes
-        left = width % columns
-        if not left:
+        if isinstance(width, int) and width % columns == 0:
             self._write_columns(r, columns, store)
-        elif width < columns:
-            self._write_columns(r, left, store)
+        elif isinstance(width, int) and width < columns:
+            self._write_columns(r, width, store)
         else:
-            with T.If(first + columns <= width):
+            with T.If(first + columns <= self.kernel.size(width)):
                 with T.Then():
                     self._write_columns(r, columns, store)
                 with T.Else():
-                    self._write_columns(r, left, store)
+                    if isinstance(width, int):
+                        self._write_columns(r, width % columns, store)
+                    else:
+                        self._write_some(r, self.kernel.size(width) - first, store)
 
-    def _write_columns(self, r: int, columns: int, store: Callable[[int, int, int, int], None]) -> None:
-        for c in range(columns // self.lanes):
-            store(r, c, 0, self.lanes)
+    def _write_some(self, r: int, columns: Any, store: Store) -> None:
+        """Columns whose number is known at run time, one by one out of memory: sums in registers have no numbers."""
+        row = self.kernel.registers(self.tile.vectors * self.lanes)
+        for c in range(self.tile.vectors):
+            with self.kernel.vectorized(self.lanes) as lane:
+                T.buffer_store(row, self.values[r, c, lane], [c * self.lanes + lane])
+        with self.kernel.serial(columns) as at:
+            store(r, at, row[at])
+        self.kernel.forget()
+
+    def _write_columns(self, r: int, columns: int, store: Store) -> None:
+        """Whole vectors; what is left of one goes in parts of 8, 4, 2 and 1 lanes."""
+        parts = [(c, 0, self.lanes) for c in range(columns // self.lanes)]
         start, part = 0, self.lanes // 2
         while part:
             if columns % self.lanes & part:
-                store(r, columns // self.lanes, start, part)
+                parts.append((columns // self.lanes, start, part))
                 start += part
             part //= 2
+        for c, begin, count in parts:
+            with self.kernel.vectorized(count) as lane:
+                store(r, c * self.lanes + begin + lane, self.values[r, c, begin + lane])

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.backends.rules.gemm import pack_weight
+from graphopt.backends.rules.gemm import configure, pack_weight
+from graphopt.backends.target import resolve_target
+from graphopt.capture import capture
+from graphopt.compile import compile as compile_program
 
 ROWS = (1, 2, 7, 8, 9, 63, 64, 65, 131)
 SHAPES = [(1, 1), (3, 15), (4, 16), (5, 17), (33, 47), (384, 48), (8, 49), (13, 96), (130, 97)]
@@ -59,3 +62,40 @@ def test_packing_is_a_transpose_in_panels(n: int, k: int, columns: int) -> None:
     assert packed.shape == (-(-n // columns), k, columns)
     flat = packed.transpose(0, 2, 1).reshape(-1, k)
     assert np.array_equal(flat[:n], weight) and not flat[n:].any()
+
+
+class Shapes(nn.Module):
+    """Depths that are taken in parts, also uneven ones; rows read out of a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.uneven = nn.Linear(3072, 64), nn.Linear(2909, 50)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.relu(self.deep(x)), self.uneven(x[:, 7:2916])
+
+
+def test_deep_products(agree: Callable[..., None]) -> None:
+    more = [(torch.randn(rows, 3072),) for rows in (1, 4, 50)]
+    agree(Shapes(), (torch.randn(11, 3072),), [{0: "rows"}], more, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["cpu", "cpu:x86-64-v3"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_any_number_of_threads_gives_the_same_bits(level: str, dynamic: bool) -> None:
+    x = torch.randn(67, 2100)
+    x[5, 7], x[8, 9], x[66, 1] = torch.nan, torch.inf, -torch.inf
+    shapes = {"input": {0: "rows"}} if dynamic else None
+    program = capture(nn.Linear(2100, 101), (x,), dynamic_shapes=shapes)
+    feed = {program.inputs[0].name: x.numpy()}
+    runs = [compile_program(program, target=level, threads=n).session().run(None, feed)[0] for n in (1, 2, 3)]
+    assert all(run.tobytes() == runs[0].tobytes() for run in runs[1:])
+    assert np.array_equal(np.isnan(runs[0]), np.isnan(program(x)[0].detach().numpy()))
+
+
+def test_shares_are_even() -> None:
+    target = resolve_target("cpu:x86-64-v4", 2)
+    for rows, n, k in [(49, 512, 2048), (197, 384, 1536), (196, 1024, 256), (3136, 64, 64), (128, 50257, 768)]:
+        choice = configure(target, rows, n, k)
+        unit, columns = choice.tile.rows * choice.row_shares, choice.tile.vectors * target.lanes * choice.panel_shares
+        assert -(-rows // unit) * unit * -(-n // columns) * columns < 1.07 * rows * n

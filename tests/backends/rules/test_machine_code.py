@@ -46,6 +46,7 @@ class Expected:
 
 EXPECTED = {
     "packed-gemm": Expected(accumulates=True),
+    "batched-gemm": Expected(accumulates=True, workspace=True),
     "fused-attention": Expected(accumulates=True, workspace=True),
     "direct-convolution": Expected(accumulates=True, workspace=True),
     "depthwise": Expected(accumulates=True),
