@@ -3,9 +3,9 @@
 Before: y = clone(x); z = view(y, same shape)        After: x in the place of both
 
 Copies and aliases, casts to the same type, reshapes and expands to the same shape, slices of the full range, identity
-permutations and pairs that undo each other, padding by nothing, dropout in evaluation, x * 1, x / 1, x - 0, and x + 0 on integers.
-Declines x + 0.0 on floats (it turns -0.0 into 0.0) and copies without which an output would share memory with an
-input, a weight or another output. Symbolic sizes count as equal when their expressions are.
+permutations and pairs that undo each other, padding by nothing, dropout in evaluation, x * 1, x / 1, x - 0, and x + 0
+on integers. Declines x + 0.0 on floats (it turns -0.0 into 0.0) and copies without which an output would share memory
+with an input, a weight or another output. Symbolic sizes count as equal when their expressions are.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 configuration, and which kernels are slow.
 
 The machine's roofs are measured in the same run: multiply-adds, bytes read from each cache and from memory, and the
-time of a kernel that does nothing. A kernel is slow when its rule is the generic one, or when it reaches under 20 % of the nearer of its own roofs and takes
-over 2 % of the time.
+time of a kernel that does nothing. A kernel is slow when its rule is the generic one, or when it reaches under 20 % of
+the nearer of its own roofs and takes over 2 % of the time.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from graphopt.backends.rules.convolution import configure
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.target import resolve_target
 
-Check = Callable[..., None]
+Check = Callable[..., Any]
 
 
 class Layers(nn.Module):
