@@ -37,7 +37,6 @@ f32 = approximations.f32
 _TILE_VECTORS = 2  # vectors of keys, and of values, beside each other in a tile
 _BLOCK = 256  # keys of one block
 _LEAST_ROWS = 64  # of a task, where heads are too few: below, copying the keys again costs more than it brings
-_TOGETHER = 4  # rows whose exponentials are computed beside each other
 _STEPS = 4  # keys of the second product written out
 _LOG2_E = 1 / math.log(2)
 
@@ -353,11 +352,13 @@ class _Attention:
                 T.buffer_store(state, top, [rows.state, 0, lane])
 
     def write_weights(self, rows: _Rows, numbers: _Numbers, sums: Any, limit: Any) -> None:
+        """Some rows at a time, so that their shifts and sums have registers."""
         scores, whole = rows.memory.scores, span(0, self.lanes)
-        with self.kernel.serial(_ceiling(limit, self.lanes)) as vector:
-            place = span(vector * self.lanes, self.lanes)
-            for begin in range(0, self.tile_rows, _TOGETHER):
-                some = range(begin, min(begin + _TOGETHER, self.tile_rows))
+        together = 4 if self.lanes == 16 else 2  # the polynomial's constants take ten registers
+        for begin in range(0, self.tile_rows, together):
+            some = range(begin, min(begin + together, self.tile_rows))
+            with self.kernel.serial(_ceiling(limit, self.lanes)) as vector:
+                place = span(vector * self.lanes, self.lanes)
                 exponents = [self.exponent(T.bind(scores[r, place]), numbers.shift[r], self.lanes) for r in some]
                 for r, weight in zip(some, approximations.exp2_nonpositive(*exponents), strict=True):
                     weight = T.bind(weight)

@@ -69,6 +69,10 @@ def fold_rows(vectors: Sequence[Any], lanes: int, combine: str) -> Any:
     rows = list(vectors)
     while len(rows) & (len(rows) - 1):
         rows.append(vectors[0])
+    if len(rows) > lanes:  # a vector has no lane for each
+        half = len(rows) // 2
+        parts = [fold_rows(rows[:half], lanes, combine), fold_rows(rows[half:], lanes, combine)]
+        return shuffled(parts, range(len(rows)))
     apply = tirx.max if combine == "max" else lambda a, b: a + b
     width = lanes  # of the part of a vector that belongs to one row
     while len(rows) > 1:
