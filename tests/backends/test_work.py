@@ -64,7 +64,7 @@ def test_a_product_with_a_weight() -> None:
     kernel = only(kernels(F.linear, torch.randn(5, 32), w=weight))
     assert kernel.rule == "packed-gemm" and kernel.flops == 2 * 5 * 96 * 32
     assert kernel.bytes == 4 * (5 * 32 + 5 * 96 + 96 * 32) and kernel.weight_bytes == 4 * 96 * 32
-    assert kernel.configuration["rows"] == 5 and kernel.configuration["split"] == "panels"
+    assert kernel.configuration["rows"] == 5 and kernel.configuration["row_shares"] == 1
     with_bias = only(kernels(lambda x, w, b: F.linear(x, w, b).abs(), torch.randn(5, 32), w=weight, b=bias))
     assert with_bias.flops == 2 * 5 * 96 * 32 + 2 * 5 * 96  # the bias and the absolute value
     assert with_bias.weight_bytes == 4 * (96 * 32 + 96)
