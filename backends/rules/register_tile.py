@@ -41,11 +41,11 @@ def tiles(target: Target) -> Iterator[Tile]:
     """Every tile whose sums, a step's vectors of the right side and its next broadcasts fit the registers.
 
     With fewer registers left each multiply-add broadcasts for itself, which costs a load each: 7 x 64 is slower than
-    6 x 64 with AVX-512.
+    6 x 64 with AVX-512. With NEON the steps of a row are one vector, whose lanes are multiplied by number.
     """
-    spare = 4 if target.registers == 32 else 1
+    spare, each_row = (3, 1) if target.lanes == 4 else (4, 0) if target.registers == 32 else (1, 0)
     for vectors in range(1, _MOST_VECTORS + 1):
-        for rows in range(1, (target.registers - vectors - spare) // vectors + 1):
+        for rows in range(1, (target.registers - vectors - spare) // (vectors + each_row) + 1):
             yield Tile(rows, vectors)
 
 
