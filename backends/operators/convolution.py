@@ -131,7 +131,8 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
     padded = any(call.before) or any(call.after)
     if window.taps == (1, 1) == window.strides and call.groups == 1 and not padded and x.contiguous:
         return packed_product(lowering, node, x, weight.flatten(1), begin, order)
-    outputs = _image_shape(tuple(shape[axis] for axis in inverse(order)))
+    outputs = tuple(shape[axis] for axis in inverse(order))
+    outputs = (*(outputs[:1] if batched else (1,)), *((1,) if spatial == 1 else ()), *outputs[-1 - spatial :])
     if winograd.suits(outputs, tuple(filters.shape), call.groups, window, lowering.target) and x.strides[3] == 1:
         return _minimal(lowering, node, x, filters, outputs, window, name, begin, order)
     choice = configure(outputs, tuple(filters.shape), call.groups, window, lowering.target)
@@ -183,11 +184,6 @@ def _with_height(view: View) -> View:
     """[N, W, C] as [N, 1, W, C]."""
     (batch, *shape), (first, *strides) = view.shape, view.strides
     return View(view.storage, (batch, 1, *shape), (first, 0, *strides), view.offset)
-
-
-def _image_shape(shape: Shape) -> Shape:
-    """[N, W, C] and [H, W, C] as four axes."""
-    return shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
 
 
 def _both(numbers: tuple[int, ...], first: int) -> tuple[int, ...]:
