@@ -45,7 +45,7 @@ def a_profile(count: int = 4, roofs: Roofs | None = ROOFS) -> Profile:
 def test_profile_of_an_artifact(cli: Cli, artifact: str, measured: None) -> None:
     report = cli("profile", artifact, "--rounds", 3, "--size", "rows=7", "--json").json
     (kernel,) = report["kernels"]
-    assert kernel["rule"] == "packed-gemm" and kernel["configuration"]["rows"] in (4, 8)
+    assert kernel["rule"] == "packed-gemm" and kernel["configuration"]["rows"] > 1
     assert kernel["flops"] == 2 * 7 * 8 * 16 + 7 * 16 and kernel["bytes"] > kernel["weight_bytes"] > 4 * 8 * 16
     assert kernel["nodes"] == ["linear", "relu"] and report["sizes"] == {"rows": 7}
     assert kernel["flops_per_second"] == kernel["flops"] / kernel["seconds_per_call"]
