@@ -1,9 +1,5 @@
 """TVM's lowering of kernels, less what costs most and changes nothing, and with passes of our own in its place.
 
-Kernels are plain loops over compact buffers. Two of TVM's passes take time that grows with the square of a kernel's
-bound values, 19 of 24 seconds for ResNet-50: `CompactBufferAllocation` finds regions of block buffers, which no kernel
-has, and `FlattenBuffer` proves facts about each index that the simplifier finds again after it.
-
 `LowerTVMBuiltin` turns every buffer of 1024 bytes and more into a call for workspace, scope "local" included. An 8 x 48
 accumulator tile would then be stored in every iteration that holds a prefetch or a branch. Its own opt-out is an
 annotation that earlier passes drop, so it is set right before.
