@@ -17,6 +17,7 @@ from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, constant, convert, dtype_of, is_float, like
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules import reduction as rule
+from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.scan import running_sum
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of
 from graphopt.backends.values import (
@@ -56,6 +57,8 @@ def reduce(
     lowering: Lowering, value: Any, axes: list[int], dtype: str, combine: str, finish: Finish = _unchanged
 ) -> View:
     """Reduce `axes` of `value`, computing in `dtype`; the result keeps them with size 1."""
+    if 0 in value.shape:
+        return _of_nothing(lowering, value.shape, axes, dtype, combine, finish)
     source, kept, parts = _innermost_last(lowering, value, axes)
     if pieces := rule.pieces_for(source, parts, lowering.target):
         partial = rule.reduced(source, parts, dtype, combine, finish, lowering.target, pieces=pieces)
@@ -66,6 +69,15 @@ def reduce(
     found = dict(zip(kept, contiguous_strides(tuple(value.shape[axis] for axis in kept)), strict=True))
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(value.shape))
     return View(stored.storage, shape, tuple(found.get(axis, 1) for axis in range(len(shape))))
+
+
+def _of_nothing(lowering: Lowering, shape: Shape, axes: list[int], dtype: str, combine: str, finish: Finish) -> View:
+    """What a reduction starts from, finished: 0 for a sum, NaN for a mean."""
+    result = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+    zero = constant(0, dtype)
+    return reduce_generic(
+        lowering, combine, result, dtype, (0,), (), lambda *_: zero, combine, finish, rule.COLUMNS_RULE
+    )
 
 
 def _innermost_last(lowering: Lowering, value: Any, axes: list[int]) -> tuple[Any, list[int], list[int]]:

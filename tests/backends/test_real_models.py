@@ -32,7 +32,7 @@ def test_resnet50() -> None:
     folded = next(item for item in result.report.passes if item.name == "batch-norm-folding")
     assert len(folded.rewrites) == 53
     assert artifact.report["errors"]["main"] < 1e-5
-    assert any(name.startswith("conv2d") for name in artifact.report["slow"])
+    assert not artifact.report["slow"]
 
 
 def test_gpt2_with_its_head_at_any_length() -> None:
