@@ -10,7 +10,6 @@ cache's share are taken a row of taps at a time, with partial sums in scratch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,13 +289,15 @@ class _Convolution:
             registers = RegisterTile(kernel, choice.tile)
             registers.zero()
             self.multiply(registers, source, block, number, 0, 1)
-            self.keep(registers, partial, number)
+            registers.keep(partial, self.kept(number))
         with kernel.serial(last - 1) as tap_row, kernel.serial(tiles) as number:
-            registers = self.restored(partial, number)
+            registers = RegisterTile(kernel, choice.tile)
+            registers.read(partial, self.kept(number))
             self.multiply(registers, source, block, number, tap_row + 1, 1)
-            self.keep(registers, partial, number)
+            registers.keep(partial, self.kept(number))
         with kernel.serial(tiles) as number:
-            registers = self.restored(partial, number)
+            registers = RegisterTile(kernel, choice.tile)
+            registers.read(partial, self.kept(number))
             self.multiply(registers, source, block, number, last, 1)
             self.write_tile(registers, block, number)
 
@@ -341,26 +342,9 @@ class _Convolution:
         return found
 
     # Results ----------------------------------------------------------------------------------------------------------
-    def place(self, number: Any, r: int, c: int) -> Any:
-        tile = self.choice.tile
-        return ((number * tile.rows + r) * tile.vectors + c) * self.lanes
-
-    def keep(self, registers: RegisterTile, partial: Any, number: Any) -> None:
-        """The tile's sums so far, to go on with later."""
-        for r, c in self.vectors():
-            with self.kernel.vectorized(self.lanes) as lane:
-                T.buffer_store(partial, registers.values[r, c, lane], [self.place(number, r, c) + lane])
-
-    def restored(self, partial: Any, number: Any) -> RegisterTile:
-        registers = RegisterTile(self.kernel, self.choice.tile)
-        for r, c in self.vectors():
-            with self.kernel.vectorized(self.lanes) as lane:
-                T.buffer_store(registers.values, partial[self.place(number, r, c) + lane], [r, c, lane])
-        return registers
-
-    def vectors(self) -> Iterator[tuple[int, int]]:
-        tile = self.choice.tile
-        return ((r, c) for r in range(tile.rows) for c in range(tile.vectors))
+    def kept(self, number: Any) -> Any:
+        """Where a tile's sums lie between rows of taps."""
+        return number * (self.choice.tile.rows * self.columns)
 
     def write_tile(self, registers: RegisterTile, block: _Block, number: Any) -> None:
         """The element-wise tree over each pixel and channel of the tile that exists."""

@@ -240,6 +240,7 @@ class _Step:
                     registers.zero()
                 with T.Else():
                     registers.read(self.sums, self.number * (self.tile.rows * gemm_.columns))
+        registers.prefetch(gemm_.end, gemm_.output, lambda r: self.first_row + r, self.panel * gemm_.columns)
         self.multiply(registers)
         if self.sums is None:
             self.write_end(registers)

@@ -300,11 +300,7 @@ class _Writer:
                 lambda r, k: inputs[starts[r] + k],
                 lambda k, c, lane: self.weights[weights + k * self.columns + c * self.lanes + lane],
             )
-            for r in range(tile.rows):
-                for c in range(tile.vectors):
-                    place = (point * rows + number * tile.rows + r) * self.columns + c * self.lanes
-                    with kernel.vectorized(self.lanes) as lane:
-                        T.buffer_store(sums, registers.values[r, c, lane], [place + lane])
+            registers.keep(sums, (point * rows + number * tile.rows) * self.columns)
 
 
 def spread_inputs(d: Sequence[Any]) -> list[Any]:
