@@ -136,7 +136,9 @@ class RegisterTile:
         Where few steps make a tile of a large result, waiting for them takes up to a tenth of the time.
         """
         width = self.kernel.size(end.shape[-1])
-        buffers = [output.flat, *(self.kernel.flat(view.storage) for view in _read_in_place(end))]
+        buffers = [self.kernel.flat(view.storage) for view in _read_in_place(end) if view.dtype != "bool"]
+        if output.dtype != "bool":  # bytes, whose addresses are not those of truth values
+            buffers.insert(0, output.flat)
         for r in range(self.tile.rows):
             for c in range(self.tile.vectors):
                 place = position(r) * width + first + c * self.lanes
