@@ -95,13 +95,6 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     return whole.astype("int32"), _polynomial(_EXP, fraction)
 
 
-def exp_nonpositive(x: Any) -> Any:
-    """e^x for x <= 0, exactly 0 where it is no normal number, NaN at NaN: what a softmax needs."""
-    x = T.bind(x)
-    whole, rest = _exp_parts(x)
-    return tirx.Select(x < f32(_LOWEST), f32(0), rest * _power_of_two(whole))
-
-
 def exp2_nonpositive(*exponents: Any) -> list[Any]:
     """2^x of each x <= 0, exactly 0 below -126.5, NaN at NaN: twelve instructions a vector, of which eight multiply.
 
