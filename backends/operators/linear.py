@@ -65,9 +65,11 @@ def _bare(result: Any) -> Any:
 
 
 def _packable(lowering: Lowering, node: Node, weight: Any) -> bool:
+    """An empty weight has no panels to pack."""
     return (
         isinstance(weight, torch.Tensor)
         and weight.dim() == 2
+        and weight.numel() > 0
         and weight.dtype == torch.float32
         and node.meta["val"].dtype == torch.float32
         and node.meta["val"].dim() > 1

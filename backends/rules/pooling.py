@@ -115,6 +115,6 @@ def _largest(total: Any, values: list[Any]) -> Any:
     """The largest of all, NaN where any is; a comparison with NaN is false, so `total` stays where it is NaN."""
     numbers = []
     for value in values:
-        total = tirx.Select(value > total, value, total)
+        total = tirx.max(value, total)
         numbers.append(value <= tirx.const(math.inf, value.ty.dtype))
     return tirx.Select(tirx.all(*numbers), total, tirx.const(math.nan, total.ty.dtype))

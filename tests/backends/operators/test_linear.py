@@ -69,6 +69,22 @@ def test_constant_weights(agree: Check) -> None:
     agree(Weights(width).eval(), [torch.randn(2, 5, width)], [{0: "batch", 1: "seq"}], more, atol=1e-5)
 
 
+class Empty(nn.Module):
+    """A constant weight without rows: a sum of nothing is the bias alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(0, 3))
+        self.register_buffer("bias", torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x[:, 2:2], self.weight)
+
+
+def test_empty_weight(agree: Check) -> None:
+    agree({"empty": Empty()}, [torch.randn(3, 5)])
+
+
 def test_vector_by_constant_matrix(agree: Check) -> None:
     weight = nn.Linear(6, 9)
     agree({"linear": weight, "matmul": lambda x: weight.weight @ x}, [torch.randn(6)])

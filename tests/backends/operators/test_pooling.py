@@ -47,6 +47,11 @@ def test_pooling(agree: Check) -> None:
     agree(POOLS, [torch.randn(2, 3, 9, 8)], [{0: "batch"}], [(torch.randn(1, 3, 9, 8),)])
 
 
+def test_windows_of_many_taps(agree: Check) -> None:
+    """Of sixty taps in a row: what is written for one must not double with each."""
+    agree({"max": lambda x: F.max_pool2d(x, (2, 60), 1)}, [torch.randn(1, 5, 3, 64)])
+
+
 def test_pooling_of_symbolic_images(agree: Check) -> None:
     names = (
         "max",
