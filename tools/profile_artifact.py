@@ -3,14 +3,14 @@ configuration, and which kernels are slow.
 
 The machine's roofs are measured in the same run: multiply-adds, bytes read from each cache and from memory, and the
 time of a kernel that does nothing. A kernel is slow when its rule is the generic one, or when it reaches under 20 % of
-the nearer of its own roofs and takes over 2 % of the time.
+the nearer of its own roofs and takes over 2 % of the time. Times are lower quartiles over the rounds, and where one
+looks slow there are more rounds (see `graphopt.tools.profiling.measuring`).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,7 @@ from graphopt.tools.subject import add_entry_option, add_size_options, choose_en
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
 
 if TYPE_CHECKING:
-    from graphopt.runtime.session import InferenceSession
-    from graphopt.tools.profiling.roofs import Roofs
+    from graphopt.tools.profiling.roofs import RoofMeter, Roofs
     from graphopt.tools.profiling.shares import Profile, Row
 
 SUMMARY = "show each kernel's time, its share of the machine's roofs, and which are slow"
@@ -35,7 +34,9 @@ BUSY = 0.1  # share of the CPUs that others may take
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT", help="a .gopt file or folder")
     parser.add_argument("--threads", type=int, help="(default: one for each CPU)")
-    parser.add_argument("--rounds", type=int, default=20, help="runs to take the median of (default 20)")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="runs at a time, of which there are several (default 20)"
+    )
     parser.add_argument("--chart", metavar=f"FILE{CHART}", help="draw the kernels' times and shares of their roofs")
     parser.add_argument("--fail-on-slow", action="store_true", help="exit 1 when a kernel is slow")
     add_entry_option(parser)
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from graphopt.errors import UsageError
     from graphopt.runtime.session import InferenceSession
+    from graphopt.tools.profiling.measuring import measure
 
     if arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds} measures nothing; give at least 1")
@@ -58,12 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     feed = subject.draw(chosen_sizes(arguments, subject.inputs), arguments.seed)
     session = InferenceSession(arguments.artifact, threads=arguments.threads)
     entry = choose_entry(session, arguments.entry)
-    with progress("measuring the machine"):
-        roofs, missing = find_roofs(session.threads)
+    meter, missing = find_meter(session.threads)
     cores = sorted(os.sched_getaffinity(0))
     before = read_usage(cores, ())
     with progress("measuring the kernels"):
-        profile, sizes = measure(session, feed, entry, arguments.rounds, roofs)
+        profile, sizes = measure(session, feed, entry, arguments.rounds, meter)
     others = interference(before, read_usage(cores, ()), cores)
     notes = [note for note in (missing, *doubts(profile, others)) if note]
     about = {"artifact": session.manifest.name, "entry": entry, "sizes": sizes, "threads": session.threads}
@@ -83,13 +84,13 @@ def check_chart(path: str) -> None:
     import matplotlib  # noqa: F401 - where it is missing, the command line names the extra
 
 
-def find_roofs(threads: int) -> tuple[Roofs | None, str]:
-    """The roofs, or why there are none: where the compiler is not installed, times and rules are shown without."""
+def find_meter(threads: int) -> tuple[RoofMeter | None, str]:
+    """What measures the roofs, or why nothing can: where the compiler is not installed, times and rules are shown."""
     from graphopt.errors import CompileError, MissingExtraError
-    from graphopt.tools.profiling.roofs import measure_roofs
+    from graphopt.tools.profiling.roofs import RoofMeter
 
     try:
-        return measure_roofs(threads), ""
+        return RoofMeter(threads), ""
     except (CompileError, MissingExtraError) as e:
         return None, f"no shares of the machine's roofs: {e}"
 
@@ -101,24 +102,6 @@ def doubts(profile: Profile, others: Interference) -> Iterator[str]:
         yield f"others took {taken:.0%} of the CPUs, so times are too long; run again on a quiet machine"
     if any((row.share_of_roof or 0) > 1 for row in profile.rows):
         yield "a share over 100 % was faster than its roof was when measured: the clock changed, or others ran"
-
-
-def measure(
-    session: InferenceSession, feed: Mapping[str, Any], entry: str, rounds: int, roofs: Roofs | None
-) -> tuple[Profile, Mapping[str, int]]:
-    """The profile and the sizes that the feed has."""
-    from graphopt.tools.profiling.shares import make_profile
-
-    runs = []
-    for _ in range(rounds + 1):  # the first warms up
-        session.run(None, feed, entry)
-        assert session.last_run is not None
-        runs.append(session.last_run)
-    sizes = dict(runs[0].sizes)
-    session.reset()
-    times = session.profile(feed, entry, rounds)
-    kernels, whole = session.variant.kernels, statistics.median(run.seconds for run in runs[1:])
-    return make_profile(times, kernels, entry, sizes, whole, roofs), sizes
 
 
 def describe(about: Mapping[str, Any]) -> str:

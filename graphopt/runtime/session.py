@@ -18,7 +18,7 @@ from graphopt.runtime.feed import FeedCheck
 from graphopt.runtime.library import ffi
 from graphopt.runtime.loading import Model, Verify, load
 from graphopt.runtime.manifest import Entry, Manifest, TensorInfo, Variant
-from graphopt.runtime.profiling import profile_calls
+from graphopt.runtime.profiling import Round, medians, time_calls
 from graphopt.runtime.tensors import copy_tensor, from_device
 from graphopt.runtime.threads import Runner, resolve
 from graphopt.runtime.weights import state_name
@@ -166,6 +166,10 @@ class InferenceSession:
         self, feed: Mapping[str, np.ndarray], entry: str = "main", rounds: int = 20
     ) -> dict[str, tuple[float, float]]:
         """Run `rounds` times, leaving the state alone: kernel name -> (calls a run, median seconds a call)."""
+        return medians(self.profile_rounds(feed, entry, rounds))
+
+    def profile_rounds(self, feed: Mapping[str, np.ndarray], entry: str = "main", rounds: int = 20) -> list[Round]:
+        """As `profile`, and each round by itself: kernel name -> seconds of each of its calls."""
         bound = self._entry(entry)
         if rounds < 1:
             raise UsageError(f"rounds is {rounds}; give 1 or more")
@@ -175,7 +179,7 @@ class InferenceSession:
             machine = new_machine(self._model)
             function = bind_weights(entry, self._model, machine)
             return self._runner.run(
-                lambda: profile_calls(machine, lambda: self._guarded(entry, function, (*inputs, *state)), rounds)
+                lambda: time_calls(machine, lambda: self._guarded(entry, function, (*inputs, *state)), rounds)
             )
 
     def _entry(self, name: str) -> _Bound:

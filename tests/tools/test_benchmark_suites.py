@@ -153,7 +153,7 @@ class TinyModel(SuiteModel):
 @pytest.fixture
 def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two models in place of the suite's, without roofs."""
-    monkeypatch.setattr(e2e, "find_roofs", lambda threads: None)
+    monkeypatch.setattr(e2e, "find_meter", lambda threads: None)
     tiny = {"broken": TinyModel("Broken", "Dense", ""), "tiny": TinyModel("Tiny", "Dense", "", {"seed": 1})}
     for module in (models, e2e):
         monkeypatch.setattr(module, "MODELS", tiny)

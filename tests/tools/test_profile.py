@@ -28,10 +28,18 @@ ROOFS = Roofs(2, 1000.0, LEVELS, 1e-6)
 NO_WEIGHTS = 0.0
 
 
+class FakeMeter:
+    def __init__(self, *measured: Roofs) -> None:
+        self.measured = list(measured)
+
+    def measure(self) -> Roofs:
+        return self.measured.pop(0) if len(self.measured) > 1 else self.measured[0]
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Roofs without measuring any."""
-    monkeypatch.setattr(profile_artifact, "find_roofs", lambda threads: (ROOFS, ""))
+    monkeypatch.setattr(profile_artifact, "find_meter", lambda threads: (FakeMeter(ROOFS), ""))
 
 
 def a_profile(count: int = 4, roofs: Roofs | None = ROOFS) -> Profile:
@@ -126,7 +134,7 @@ def test_times_inside_that_are_longer_than_the_run_are_the_run() -> None:
 def test_fail_on_slow(cli: Cli, artifact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for speed, code in ((1e30, 1), (1.0, 0)):  # of a machine beside which the kernel is slow, and of one it beats
         roofs = Roofs(1, speed, tuple(replace(level, bytes_per_second=speed) for level in LEVELS), 1 / speed)
-        monkeypatch.setattr(profile_artifact, "find_roofs", lambda threads, roofs=roofs: (roofs, ""))
+        monkeypatch.setattr(profile_artifact, "find_meter", lambda threads, roofs=roofs: (FakeMeter(roofs), ""))
         outcome = cli("profile", artifact, "--rounds", 2, "--fail-on-slow", "--json")
         assert outcome.code == code and bool(outcome.json["slow"]) == bool(code)
         assert cli("profile", artifact, "--rounds", 2).code == 0

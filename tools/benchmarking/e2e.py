@@ -19,7 +19,7 @@ from graphopt.tools.benchmarking.turns import TURN, Entrant
 from graphopt.tools.progress import progress
 
 if TYPE_CHECKING:
-    from graphopt.tools.profiling.roofs import Roofs
+    from graphopt.tools.profiling.roofs import RoofMeter
 
 PROFILE_ROUNDS = 10
 
@@ -39,28 +39,27 @@ def run_models(names: Sequence[str], peers: list[str], settings: Settings, publi
         "models": [],
         "summary": summarize([]),
     }
-    with progress("measuring the machine"):
-        roofs = find_roofs(len(settings.cores))
+    meter = find_meter(len(settings.cores))
     for name in names:
-        report["models"].append(measure_model(name, MODELS[name], peers, settings, roofs))
+        report["models"].append(measure_model(name, MODELS[name], peers, settings, meter))
         report["summary"] = summarize(report["models"])
         publish(report)
 
 
 def measure_model(
-    name: str, model: SuiteModel, peers: list[str], settings: Settings, roofs: Roofs | None
+    name: str, model: SuiteModel, peers: list[str], settings: Settings, meter: RoofMeter | None
 ) -> dict[str, Any]:
     """One model's part of the report; with `failed` in place of figures where it cannot be captured or compiled."""
     about = {"name": name, "title": model.title, "configuration": model.describe(), "counts": model.counts}
     try:
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            return {**about, **measure_built(name, model, peers, settings, roofs, Path(folder))}
+            return {**about, **measure_built(name, model, peers, settings, meter, Path(folder))}
     except GraphoptError as e:
         return {**about, "failed": " ".join(str(e).split())}
 
 
 def measure_built(
-    name: str, model: SuiteModel, peers: list[str], settings: Settings, roofs: Roofs | None, folder: Path
+    name: str, model: SuiteModel, peers: list[str], settings: Settings, meter: RoofMeter | None, folder: Path
 ) -> dict[str, Any]:
     import graphopt
 
@@ -78,22 +77,21 @@ def measure_built(
     with progress(f"{model.title}: measuring"):
         report = compare([Entrant("graphopt", artifact), *entrants], failures, feed, expected, settings)
     with progress(f"{model.title}: measuring the kernels"):
-        slow = slow_kernels(artifact, feed, len(settings.cores), roofs)
+        slow = slow_kernels(artifact, feed, len(settings.cores), meter)
     return {**report, **judge(report), "compile_seconds": compile_seconds, **slow}
 
 
-def find_roofs(threads: int) -> Roofs | None:
-    from graphopt.tools.profile_artifact import find_roofs
+def find_meter(threads: int) -> RoofMeter | None:
+    from graphopt.tools.profile_artifact import find_meter
 
-    return find_roofs(threads)[0]
+    return find_meter(threads)[0]
 
 
-def slow_kernels(artifact: str, feed: dict[str, Any], threads: int, roofs: Roofs | None) -> dict[str, Any]:
+def slow_kernels(artifact: str, feed: dict[str, Any], threads: int, meter: RoofMeter | None) -> dict[str, Any]:
     """As `graphopt profile` counts them."""
     from graphopt.runtime.session import InferenceSession
-    from graphopt.tools.profile_artifact import measure
+    from graphopt.tools.profiling.measuring import measure
 
-    session = InferenceSession(artifact, threads=threads)
-    profile, _ = measure(session, feed, "main", PROFILE_ROUNDS, roofs)
+    profile, _ = measure(InferenceSession(artifact, threads=threads), feed, "main", PROFILE_ROUNDS, meter)
     slow = [{"kernel": row.kernel, "share": row.share, "reason": row.slow} for row in profile.slow]
     return {"kernels": len(profile.rows), "slow_kernels": slow}
