@@ -19,11 +19,14 @@ _LONGEST = 48  # nodes of one epilogue
 
 @dataclass(frozen=True)
 class Kinds:
-    """What fusion asks of a node: element-wise at the same rows and columns, branching, a permutation of axes."""
+    """What fusion asks of a node: element-wise at the same rows and columns, branching, a permutation of axes, a
+    reshape, a repetition along axes of size 1."""
 
     element_wise: Callable[[Node], bool]
     branching: Callable[[Node], bool]
     permutation: Callable[[Node], tuple[int, ...]]
+    reshape: Callable[[Node], bool]
+    expansion: Callable[[Node], bool]
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,73 @@ def epilogue(anchor: Node, start: Place, order: Mapping[Node, int], kinds: Kinds
     is branching: nested comparisons take TVM's simplifier too long. `start` is where the anchor's own result lies;
     returned with the run is where its last node lies.
     """
-    region, places, best = [anchor], {anchor: start}, 1
+    places = {anchor: start}
+
+    def fits(node: Node) -> bool:
+        place = _place(node, places, kinds)
+        if place is None or sum(map(kinds.branching, (*places, node))) > 1:
+            return False
+        places[node] = place
+        return True
+
+    run = _longest(anchor, order, fits, lambda node: True)
+    return run, places[run[-1] if run else anchor]
+
+
+def row_epilogue(anchor: Node, wide: Shape, order: Mapping[Node, int], kinds: Kinds) -> list[Node]:
+    """The longest run after a reduction of the last axis of `wide` that ends in one result of shape `wide`.
+
+    A node inside has one float a row, with the last axis kept at size 1 or dropped, or a whole row. It reads, besides
+    `anchor`, only earlier nodes. One of those that have a whole row may be branching.
+    """
+    kept, dropped = (*wide[:-1], 1), wide[:-1]
+    if kept == wide:
+        return []
+    below = {dropped: {dropped}, kept: {kept}, wide: {kept, wide}}
+    shapes = {anchor: shape_of(anchor.meta["val"])}
+
+    def fits(node: Node) -> bool:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return False
+        shape = shape_of(value)
+        read = {shapes[source] for source in node.all_input_nodes if source in shapes}
+        if kinds.expansion(node):
+            possible = shape == wide and node.args[0] in shapes and read == {kept}
+        elif kinds.element_wise(node):
+            possible = read <= below.get(shape, set())
+        else:
+            possible = kinds.reshape(node) and shape == kept and read == {dropped}
+        if shape == wide:
+            whole = [other for other in shapes if shapes[other] == wide]
+            possible = possible and sum(map(kinds.branching, (*whole, node))) <= 1
+        else:
+            possible = possible and value.is_floating_point()
+        if possible:
+            shapes[node] = shape
+        return possible
+
+    return _longest(anchor, order, fits, lambda node: shapes[node] == wide and not kinds.expansion(node))
+
+
+def _longest(
+    anchor: Node, order: Mapping[Node, int], fits: Callable[[Node], bool], ends: Callable[[Node], bool]
+) -> list[Node]:
+    """The longest run after `anchor` of nodes that fit, read only it and what is before it, and leave one result."""
+    region, best = [anchor], 1
     while len(region) < _LONGEST:
-        candidates = {user for node in region for user in node.users if user not in places}
+        candidates = {user for node in region for user in node.users if user not in region}
         following = min(candidates, key=lambda node: order.get(node, len(order)), default=None)
         if following is None or following not in order:
             break
-        if not all(source in places or order[source] < order[anchor] for source in following.all_input_nodes):
+        if not all(source in region or order[source] < order[anchor] for source in following.all_input_nodes):
             break
-        place = _place(following, places, kinds)
-        if place is None or sum(map(kinds.branching, (*region, following))) > 1:
+        if not fits(following):
             break
         region.append(following)
-        places[following] = place
-        if _exits(region, places) == [following]:
+        if _exits(region) == [following] and ends(following):
             best = len(region)
-    return region[1:best], places[region[best - 1]]
+    return region[1:best]
 
 
 def _place(node: Node, places: Mapping[Node, Place], kinds: Kinds) -> Place | None:
@@ -88,5 +142,5 @@ def _rows(shape: Shape) -> tuple[Size, Size]:
     return product(shape[:-1]), shape[-1] if shape else 1
 
 
-def _exits(region: list[Node], inside: Mapping[Node, Place]) -> list[Node]:
-    return [node for node in region if any(user not in inside for user in node.users) or not node.users]
+def _exits(region: list[Node]) -> list[Node]:
+    return [node for node in region if any(user not in region for user in node.users) or not node.users]

@@ -18,11 +18,13 @@ from graphopt.backends.operators.element_wise import computed_in, constant, conv
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules import reduction as rule
 from graphopt.backends.rules.generic import reduce_generic
+from graphopt.backends.rules.rows import reduced_rows
 from graphopt.backends.rules.scan import running_sum
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of
 from graphopt.backends.values import (
     Index,
     Lazy,
+    Product,
     View,
     inverse,
     memory_order,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 Finish = Callable[["Kernel", Any], Any]
+EXPANSIONS = frozenset({aten.expand.default, aten.expand_as.default})
 
 
 def axes_of(argument: Any, rank: int) -> list[int]:
@@ -127,6 +130,43 @@ def _as_node(node: Node, result: View, axes: list[int]) -> View:
     return _without(result, axes, shape_of(node.meta["val"]))
 
 
+def _reduced(
+    lowering: Lowering,
+    node: Node,
+    value: Any,
+    axes: list[int],
+    dtype: str,
+    combine: str,
+    finish: Finish = _unchanged,
+) -> View:
+    """The node's reduction; where all that reads it leads to whole rows again, one kernel reduces and writes these."""
+    together = lowering.row_epilogue(node, value.shape) if _by_rows(lowering, value, axes, dtype) else []
+    if not together:
+        return _as_node(node, reduce(lowering, value, axes, dtype, combine, finish), axes)
+    result = Product(shape_of(node.meta["val"]), dtype)
+    lowering.env[node] = end = result
+    steps: list[tuple[Product, Lazy]] = []
+    for follower in together:
+        if follower.target in EXPANSIONS:  # readers broadcast
+            lowering.env[follower] = lowering.env[follower.all_input_nodes[0]]
+            continue
+        end = lowering.follow(follower, together)
+        if end.shape != value.shape and isinstance(end, Lazy):
+            lowering.env[follower] = number = Product(end.shape, end.dtype)
+            steps.append((number, end))
+    code = reduced_rows(value, combine, finish, result, steps, end, lowering.target)
+    return lowering.conclude(node, together, code)
+
+
+def _by_rows(lowering: Lowering, value: Any, axes: list[int], dtype: str) -> bool:
+    """Whether it reduces rows as they lie in memory, enough of them to share out, in float32."""
+    last = len(value.shape) - 1
+    if axes != [last] or last < 0 or 0 in value.shape or rule.accumulated_in(dtype) != "float32":
+        return False
+    order = memory_order(value) if isinstance(value, View) else preferred_order(value)
+    return order == tuple(range(last + 1)) and not rule.pieces_for(value, axes, lowering.target)
+
+
 def _prepared(lowering: Lowering, node: Node) -> tuple[Any, list[int], str]:
     """Operand, axes and dtype of a reduction whose arguments are called self and dim."""
     given = arguments(node)
@@ -152,15 +192,14 @@ def _over(kernel: Kernel, total: Any, count: Size, correction: float) -> Any:
 
 def _simple(combine: str) -> Callable[[Lowering, Node], View]:
     def lower(lowering: Lowering, node: Node) -> View:
-        value, axes, dtype = _prepared(lowering, node)
-        return _as_node(node, reduce(lowering, value, axes, dtype, combine), axes)
+        return _reduced(lowering, node, *_prepared(lowering, node), combine)
 
     return lower
 
 
 def _mean(lowering: Lowering, node: Node) -> View:
     value, axes, dtype = _prepared(lowering, node)
-    return _as_node(node, reduce(lowering, value, axes, dtype, "sum", _mean_of(value, axes)), axes)
+    return _reduced(lowering, node, value, axes, dtype, "sum", _mean_of(value, axes))
 
 
 def mean(lowering: Lowering, value: Any, axes: list[int], shape: Shape) -> View:
@@ -232,7 +271,7 @@ def _norm(lowering: Lowering, node: Node) -> View:
         return term(convert(kernel.load(value, index), computed_in(dtype)))
 
     terms = Lazy(value.shape, computed_in(dtype), (value,), element, flat=True)
-    return _as_node(node, reduce(lowering, terms, axes, dtype, combine, lambda _, total: last(total)), axes)
+    return _reduced(lowering, node, terms, axes, dtype, combine, lambda _, total: last(total))
 
 
 def _spread(lowering: Lowering, node: Node, root: bool) -> tuple[View, View]:

@@ -1,4 +1,4 @@
-"""Row rule: softmax, layer norm and RMS norm along the last axis, four rows together.
+"""Row rule: softmax, layer norm, RMS norm and any reduction spread over its row again, four rows together.
 
 A row is read two or three times and stays in the L1 cache. Four rows together hide the latency of each other's sums,
 divisions and roots, share the loads of weights, and are folded to one vector of four numbers by six shuffles and three
@@ -8,7 +8,7 @@ additions. Rows that are left are computed one by one, in the same order of addi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -17,11 +17,13 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import count_operations, operations
-from graphopt.backends.rules.lanes import fill_tile, fold_rows, span
+from graphopt.backends.rules.generic import combined, start_value
+from graphopt.backends.rules.lanes import fill_tile, fold_lanes, fold_rows, span
 from graphopt.backends.rules.pointwise import shared_out, split_rows
+from graphopt.backends.rules.reduction import accumulated_in
 from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
-from graphopt.backends.values import View
+from graphopt.backends.values import Lazy, Product, View, fused_name
 
 RULE = "row-reduction"
 _TOGETHER = 4  # rows
@@ -35,13 +37,17 @@ class Rows:
     def __init__(self, kernel: Kernel, value: Any, output: Output, first: Any, count: int) -> None:
         self.kernel, self.value, self.output = kernel, value, output
         self.numbers = [first + number for number in range(count)]
+        self.here: Any = 0  # the row whose numbers are read
         self.columns: Size = split_rows(value.shape)[1]
         self.width = kernel.size(self.columns)
         self.lanes = kernel.target.lanes
 
     def at(self, number: int, column: Any) -> Any:
-        index = self.kernel.index(self.value.shape, row=self.numbers[number], column=column)
-        return self.kernel.load(self.value, index)
+        return self.load(self.value, number, column).astype("float32")
+
+    def load(self, value: Any, number: int, column: Any) -> Any:
+        self.here = number
+        return self.kernel.load(value, self.kernel.index(value.shape, row=self.numbers[number], column=column))
 
     def each_column(self, write: Callable[[Any, Any, int], None]) -> None:
         """write(column, lane, way) in whole vectors, `_WAYS` of them beside each other, then in what is left.
@@ -94,6 +100,38 @@ class Rows:
         whole = span(0, lanes)
         vectors = [T.bind(apply(partial[r, 0, whole], partial[r, 1, whole])) for r in range(count)]
         return self.numbers_of(fold_rows(vectors, lanes, combine))
+
+    def fold_exactly(self, combine: str) -> Any:
+        """Combine every row; max and min keep NaN."""
+        kernel, lanes, count = self.kernel, self.lanes, len(self.numbers)
+        partial = [kernel.registers(_WAYS, lanes) for _ in range(count)]
+        for each in partial:
+            for way in range(_WAYS):
+                with kernel.vectorized(lanes) as lane:
+                    T.buffer_store(each, start_value(combine, "float32"), [way, lane])
+
+        def step(column: Any, lane: Any, way: int) -> None:
+            for each, (_, value) in zip(partial, self.loaded(column), strict=True):
+                T.buffer_store(each, combined(combine, each[way, lane], value), [way, lane])
+
+        self.each_column(step)
+        result = kernel.registers(count)
+        for number, each in enumerate(partial):
+            fold_lanes(kernel, each, _WAYS, combine)
+            T.buffer_store(result, each[0, 0], [number])
+        return result
+
+    def define(self, product_value: Product, element: Callable[[Any], Any]) -> None:
+        """From here on `product_value` is element(number of the row), computed once a row.
+
+        Narrow floats are rounded and kept in float32, since TVM cannot bind all of them.
+        """
+        kept = accumulated_in(product_value.dtype)
+        result = self.kernel.registers(len(self.numbers), dtype=kept)
+        with self.kernel.vectorized(len(self.numbers)) as number:
+            self.here = number
+            T.buffer_store(result, element(number).astype(product_value.dtype).astype(kept), [number])
+        self.kernel.define(product_value, lambda _: result[self.here].astype(product_value.dtype))
 
     def numbers_of(self, vector: Any) -> Any:
         """A vector with one number a row as a buffer."""
@@ -198,15 +236,61 @@ def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
     return _row_kernel("log_softmax" if log else "softmax", x, [], target, write, each)
 
 
+def reduced_rows(
+    x: Any,
+    combine: str,
+    finish: Callable[[Kernel, Any], Any],
+    result: Product,
+    steps: Sequence[tuple[Product, Lazy]],
+    end: Any,
+    target: Target,
+) -> Code:
+    """`end`, of the rows and columns of `x`, reading `result`, which is finish(combine over the last axis of `x`).
+
+    `steps` have one element a row. Each is computed from earlier ones, once a row, and read as its Product.
+    """
+
+    def write(rows: Rows) -> None:
+        kernel, first = rows.kernel, rows.numbers[0]
+        total = rows.fold("sum", lambda e, *_: e) if combine == "sum" else rows.fold_exactly(combine)
+        rows.define(result, lambda number: finish(kernel, total[number]))
+
+        def step_of(value: Lazy) -> Callable[[Any], Any]:
+            return lambda number: kernel.load(value, kernel.index(value.shape, linear=first + number))
+
+        for number, value in steps:
+            rows.define(number, step_of(value))
+
+        def store(column: Any, _lane: Any, _way: int) -> None:
+            for number in range(len(rows.numbers)):
+                rows.output.store(rows.position(number, column), rows.load(end, number, column))
+
+        rows.each_column(store)
+
+    values = [*(value for _, value in steps), end]
+    name = combine
+    for value in values:
+        name = fused_name(name, value)
+    each = 1 if combine == "sum" else 2
+    return _row_kernel(name, x, values, target, write, each, end.dtype)
+
+
 def _exponentials(distances: list[Any]) -> list[Any]:
     return approximations.exp2_nonpositive(*(distance * f32(1 / math.log(2)) for distance in distances))
 
 
 def _row_kernel(
-    name: str, x: Any, others: list[View], target: Target, write: Callable[[Rows], None], operations_each: int
+    name: str,
+    x: Any,
+    others: Sequence[View | Lazy],
+    target: Target,
+    write: Callable[[Rows], None],
+    operations_each: int,
+    dtype: str = "float32",
 ) -> Code:
     """`operations_each`: on one element of `x`, besides computing it."""
     count, _ = split_rows(x.shape)
+    flops = operations_each * product(x.shape) + operations([x, *others], target)
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         rows = kernel.size(count)
@@ -215,7 +299,7 @@ def _row_kernel(
             write(Rows(kernel, x, outputs[0], first, number))
 
         groups = tirx.truncdiv(rows + (_TOGETHER - 1), int64(_TOGETHER))
-        with shared_out(kernel, groups, product(x.shape) * operations_each) as group:
+        with shared_out(kernel, groups, flops) as group:
             first = group * _TOGETHER
             if isinstance(count, int) and count % _TOGETHER == 0:
                 some(first, _TOGETHER)
@@ -231,8 +315,8 @@ def _row_kernel(
         name,
         target,
         [x, *others],
-        [(x.shape, "float32")],
+        [(x.shape, dtype)],
         body,
         configuration={"lanes": target.lanes, "rows": _TOGETHER, "ways": _WAYS},
-        flops=operations_each * product(x.shape) + operations([x], target),
+        flops=flops,
     )

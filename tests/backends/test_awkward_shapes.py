@@ -178,6 +178,12 @@ def reduction(draw: Draw) -> Drawn:
     return Case(lambda x: function(x, axes, keepdim=draw.empty is None)), (draw.tensor(*shape),)
 
 
+def spread(draw: Draw) -> Drawn:
+    """A reduction of rows, and the rows with it."""
+    shape, function = draw.sizes(3), draw.pick(torch.sum, torch.mean, torch.amax, torch.amin)
+    return Case(lambda x: x - 0.5 * function(x, -1, keepdim=True).square()), (draw.tensor(*shape),)
+
+
 def positions(draw: Draw) -> Drawn:
     shape, axis = draw.sizes(3), draw.pick(0, 1, 2)
     function = draw.pick(torch.argmax, torch.argmin)
@@ -241,6 +247,7 @@ FAMILIES = {
     "layer_norm": Family(layer_norm),
     "other_norms": Family(other_norms),
     "reduction": Family(reduction),
+    "spread": Family(spread),
     "positions": Family(positions),
     "running_sums": Family(running_sums),
     "functions": Family(functions, error=1e-6),
