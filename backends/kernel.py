@@ -107,9 +107,16 @@ class Kernel:
         self._products[id(product_value)] = element
         self._known.clear()
 
+    def know(self, value: View, index: Index, element: Any) -> None:
+        """What reading `value` at exactly this index gives, until it is forgotten."""
+        self._known[id(value), id(index)] = element, index
+
     def load(self, value: Any, index: Index) -> Any:
         """One element of `value`; `index` ranges over a shape that `value` broadcasts to."""
         index = index.broadcast(value.shape)
+        key = (id(value), id(index))
+        if key in self._known:  # the index is kept alive, so its id stays its own
+            return self._known[key][0]
         if isinstance(value, View):
             return self._flat[id(value.storage)][self._position(value, index)]
         if isinstance(value, Product):
@@ -117,9 +124,7 @@ class Kernel:
         # TVM's interval analysis fails on bound integer vectors, and its code generation on bound bfloat16.
         if not value.shared or value.dtype not in BOUND:
             return value.element(self, index)
-        key = (id(value), id(index))
-        if key not in self._known:  # the index is kept alive, so its id stays its own
-            self._known[key] = (T.bind(value.element(self, index)), index)
+        self._known[key] = (T.bind(value.element(self, index)), index)
         return self._known[key][0]
 
     def forget(self) -> None:

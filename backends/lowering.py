@@ -17,15 +17,14 @@ from torch.fx import Graph, GraphModule, Node
 from tvm import relax
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.fusion import Kinds, Place, epilogue, row_epilogue
+from graphopt.backends.fusion import Kinds, Place, epilogue
 from graphopt.backends.kernel import BOUND, Code
 from graphopt.backends.kernel_report import Kernels
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
 from graphopt.backends.operators.element_wise import constant
-from graphopt.backends.operators.reduction import EXPANSIONS
-from graphopt.backends.operators.views import RESHAPES, permutation_of
-from graphopt.backends.rules.pointwise import pointwise
-from graphopt.backends.sizes import Shape, Sizes, product, shape_of, size_of
+from graphopt.backends.operators.views import permutation_of
+from graphopt.backends.rules.transpose import stored as element_wise_kernel
+from graphopt.backends.sizes import Sizes, product, shape_of, size_of
 from graphopt.backends.target import Target
 from graphopt.backends.values import (
     Lazy,
@@ -47,13 +46,7 @@ from graphopt.runtime.manifest import KernelInfo
 
 _DEEPEST = 16  # element-wise nodes that one kernel computes in a chain
 _DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
-_KINDS = Kinds(
-    fits_epilogue,
-    is_branching,
-    permutation_of,
-    lambda node: node.target in RESHAPES,
-    lambda node: node.target in EXPANSIONS,
-)
+_KINDS = Kinds(fits_epilogue, is_branching, permutation_of)
 
 
 @dataclass(frozen=True)
@@ -222,7 +215,7 @@ class Lowering:
         key = (id(value), order)
         if key not in self._stored:
             arranged = value if order == plain else _arranged(value, order)
-            code = pointwise(arranged, fused_name("", value), self.target)
+            code = element_wise_kernel(arranged, fused_name("", value), self.target)
             alone = () if code.nodes else self._current  # made for the node being lowered, such as padding
             (stored,) = self.call(code, self.owners(value) or alone)
             self._stored[key] = (value, permuted(stored, inverse(order)))
@@ -248,27 +241,14 @@ class Lowering:
         end: Any
         self.env[node] = end = begin(permutation(result, order) if order else result)
         for follower in together:
-            end = self.follow(follower, together)
+            end = OPERATORS[follower.target](self, follower)
+            if isinstance(end, Lazy):
+                shared = count_reads(follower) > 1 and follower is not together[-1]
+                end = replace(named(follower, end), shared=shared)
+            self.env[follower] = end
         arranged = permutation(end, inverse(place.order)) if place.order else end
-        return self.conclude(node, together, build(result, arranged), place.order)
-
-    def row_epilogue(self, node: Node, wide: Shape) -> list[Node]:
-        """What one kernel over the rows of `wide` can compute after `node`, which reduces them."""
-        return row_epilogue(node, wide, self.order, _KINDS)
-
-    def follow(self, follower: Node, together: list[Node]) -> Any:
-        """Lower one node of an epilogue."""
-        value = OPERATORS[follower.target](self, follower)
-        if isinstance(value, Lazy):
-            shared = count_reads(follower) > 1 and follower is not together[-1]
-            value = replace(named(follower, value), shared=shared)
-        self.env[follower] = value
-        return value
-
-    def conclude(self, node: Node, together: list[Node], code: Code, order: tuple[int, ...] = ()) -> View:
-        """Call the kernel of `node` and its epilogue; axis n of the result is axis order[n] of what it writes."""
-        (stored,) = self.call(code, tuple(self._path + each.name for each in (node, *together)))
-        stored = permuted(stored, order) if order else stored
+        (stored,) = self.call(build(result, arranged), tuple(self._path + each.name for each in (node, *together)))
+        stored = permuted(stored, place.order) if place.order else stored
         if together:
             self.env[together[-1]] = stored
             self._covered.update(together)
@@ -322,7 +302,7 @@ class Lowering:
         if view.shape == view.storage.shape:
             return view.storage.variable
         if product(view.shape) != product(view.storage.shape):  # the first part of a larger tensor
-            view = self.call(pointwise(view, "copy", self.target), self.owners(view))[0]
+            view = self.call(element_wise_kernel(view, "copy", self.target), self.owners(view))[0]
             return view.storage.variable
         shape = self.sizes.shape(view.shape)
         kind = relax.TensorType(shape, view.dtype)
@@ -410,7 +390,7 @@ def _fresh(lowering: Lowering, results: list[View], parameters: list[relax.Var])
     fresh = []
     for view in results:
         if id(view.storage.variable) in taken:
-            view = lowering.call(pointwise(view, "copy", lowering.target), lowering.owners(view))[0]
+            view = lowering.call(element_wise_kernel(view, "copy", lowering.target), lowering.owners(view))[0]
         taken.add(id(view.storage.variable))
         fresh.append(view)
     return fresh

@@ -58,6 +58,8 @@ STRAIGHT = frozenset(
         _aten.pow,
         _aten.sqrt,
         _aten.rsqrt,
+        _aten.clone,
+        _aten.contiguous,
     )
     for overload in (getattr(packet, name) for name in packet.overloads())
 )

@@ -240,7 +240,14 @@ def test_choice_of_kernels_by_kind_and_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gemm 128x384x1536", "attention Llama-style", "conv 3x3 512-512 at 7", "rms_norm 64x768"]
+    "name",
+    [
+        "gemm 128x384x1536",
+        "attention Llama-style",
+        "conv 3x3 512-512 at 7",
+        "rms_norm 64x768",
+        *(case.name for case in CASES if case.kind == "movement"),
+    ],
 )
 def test_the_nodes_that_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import graphopt

@@ -134,6 +134,43 @@ def normalization(kind: str, rows: int, columns: int) -> Case:
     return Case("norm", f"{kind} {rows}x{columns}", kind, seeded(build))
 
 
+def movement(name: str, operator: str, function: Callable[..., Any], *shapes: tuple[int, ...]) -> Case:
+    """`function` of tensors of these shapes; what counts is the node that its kernel stores."""
+
+    def build() -> Built:
+        import torch
+        from torch import nn
+
+        class Movement(nn.Module):
+            def forward(self, a: Any, b: Any = None) -> Any:
+                return function(a) if b is None else function(a, b)
+
+        return Movement().eval(), tuple(torch.randn(*shape) for shape in shapes)
+
+    return Case("movement", f"movement {name}", operator, seeded(build))
+
+
+def embedding(count: int, width: int, tokens: int) -> Case:
+    def build() -> Built:
+        import torch
+        from torch import nn
+
+        return nn.Embedding(count, width).eval(), (torch.randint(0, count, (1, tokens)),)
+
+    return Case("movement", f"movement embedding {tokens} of {count}x{width}", "embedding", seeded(build))
+
+
+def _pixel_shuffle(x: Any) -> Any:
+    from torch.nn.functional import pixel_shuffle
+
+    return pixel_shuffle(x, 2)
+
+
+def windows(x: Any) -> Any:
+    """[1, 8 7, 8 7, 96] as 64 windows of 7 x 7, as Swin has them."""
+    return x.view(1, 8, 7, 8, 7, 96).permute(0, 1, 3, 2, 4, 5).contiguous()
+
+
 CASES = (
     gemm(128, 384, 1152, calls=6),
     gemm(128, 384, 384, calls=6),
@@ -165,6 +202,18 @@ CASES = (
     normalization("layer_norm", 3136, 96),
     normalization("rms_norm", 64, 768),
     normalization("softmax", 1536, 128),
+    movement("transpose 1024x1024", "clone", lambda x: x.t().contiguous(), (1024, 1024)),
+    movement("transpose 197x384", "clone", lambda x: x.t().contiguous(), (197, 384)),
+    movement("transpose 12x128x64", "clone", lambda x: x.transpose(1, 2).contiguous(), (12, 128, 64)),
+    movement("NCHW to NHWC 64 at 112", "clone", lambda x: x.permute(0, 2, 3, 1).contiguous(), (1, 64, 112, 112)),
+    movement("NHWC to NCHW 64 at 112", "clone", lambda x: x.permute(0, 3, 1, 2).contiguous(), (1, 112, 112, 64)),
+    movement("pixel_shuffle 64 at 56", "pixel_shuffle", lambda x: _pixel_shuffle(x), (1, 64, 56, 56)),
+    movement("windows 7x7 of 56x56x96", "clone", windows, (1, 56, 56, 96)),
+    movement("add transposed 1024x1024", "add", lambda x, y: x + y.t(), (1024, 1024), (1024, 1024)),
+    movement("roll 56x56x96", "roll", lambda x: x.roll((-3, -3), (1, 2)), (1, 56, 56, 96)),
+    movement("flip 1024x1024", "flip", lambda x: x.flip(1), (1024, 1024)),
+    embedding(30522, 384, 128),
+    embedding(32000, 768, 64),
 )
 
 

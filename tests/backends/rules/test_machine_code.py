@@ -56,6 +56,7 @@ EXPECTED = {
     "scan": Expected(),
     "row-reduction": Expected(),
     "column-reduction": Expected(),
+    "transpose": Expected(),
     "pointwise": Expected(),
     "generic": Expected(wide=False),
 }
@@ -97,7 +98,6 @@ def programs() -> dict[str, Program]:
         "softmax": (Case(lambda x: torch.softmax(x, -1)), (r(16, 6144),)),
         "layer_norm": (nn.LayerNorm(6144), (r(16, 6144),)),
         "sums": (Case(lambda x: (x.sum(0), x.amax(0), x.mean(-1), x.amax(-1))), (r(96, 6144),)),
-        "spread": (Case(lambda x: (x * x.square().mean(-1, True).rsqrt(), x - x.amax(-1, True))), (r(16, 6144),)),
         "functions": (Case(functions_of), (r(16, 6144),)),
         "convolution": (nn.Sequential(nn.Conv2d(96, 96, 3, padding=1, stride=2), nn.ReLU()), (images,)),
         "minimal": (nn.Conv2d(96, 96, 3, padding=1), (images,)),
@@ -105,6 +105,7 @@ def programs() -> dict[str, Program]:
         "depthwise": (nn.Conv2d(96, 96, 3, padding=1, groups=96), (images,)),
         "pooling": (Case(lambda x: (F.max_pool2d(x, 2), F.avg_pool2d(x, 2), x.mean((2, 3)))), (images,)),
         "resampling": (Case(lambda x: F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2)), (r(1, 8, 8, 96),)),
+        "transposed": (Case(lambda x: (x.t().contiguous(), torch.relu(x).t() * 2)), (r(256, 384),)),
         "double": (Case(torch.matmul), (r(8, 16).double(), r(16, 8).double())),
         "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
     }
