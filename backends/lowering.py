@@ -17,14 +17,15 @@ from torch.fx import Graph, GraphModule, Node
 from tvm import relax
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.fusion import Kinds, Place, epilogue
+from graphopt.backends.fusion import Kinds, Place, epilogue, row_epilogue
 from graphopt.backends.kernel import BOUND, Code
 from graphopt.backends.kernel_report import Kernels
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
 from graphopt.backends.operators.element_wise import constant
-from graphopt.backends.operators.views import permutation_of
+from graphopt.backends.operators.reduction import EXPANSIONS
+from graphopt.backends.operators.views import RESHAPES, permutation_of
 from graphopt.backends.rules.transpose import stored as element_wise_kernel
-from graphopt.backends.sizes import Sizes, product, shape_of, size_of
+from graphopt.backends.sizes import Shape, Sizes, product, shape_of, size_of
 from graphopt.backends.target import Target
 from graphopt.backends.values import (
     Lazy,
@@ -46,7 +47,13 @@ from graphopt.runtime.manifest import KernelInfo
 
 _DEEPEST = 16  # element-wise nodes that one kernel computes in a chain
 _DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
-_KINDS = Kinds(fits_epilogue, is_branching, permutation_of)
+_KINDS = Kinds(
+    fits_epilogue,
+    is_branching,
+    permutation_of,
+    lambda node: node.target in RESHAPES,
+    lambda node: node.target in EXPANSIONS,
+)
 
 
 @dataclass(frozen=True)
@@ -241,14 +248,27 @@ class Lowering:
         end: Any
         self.env[node] = end = begin(permutation(result, order) if order else result)
         for follower in together:
-            end = OPERATORS[follower.target](self, follower)
-            if isinstance(end, Lazy):
-                shared = count_reads(follower) > 1 and follower is not together[-1]
-                end = replace(named(follower, end), shared=shared)
-            self.env[follower] = end
+            end = self.follow(follower, together)
         arranged = permutation(end, inverse(place.order)) if place.order else end
-        (stored,) = self.call(build(result, arranged), tuple(self._path + each.name for each in (node, *together)))
-        stored = permuted(stored, place.order) if place.order else stored
+        return self.conclude(node, together, build(result, arranged), place.order)
+
+    def row_epilogue(self, node: Node, wide: Shape) -> list[Node]:
+        """What one kernel over the rows of `wide` can compute after `node`, which reduces them."""
+        return row_epilogue(node, wide, self.order, _KINDS)
+
+    def follow(self, follower: Node, together: list[Node]) -> Any:
+        """Lower one node of an epilogue."""
+        value = OPERATORS[follower.target](self, follower)
+        if isinstance(value, Lazy):
+            shared = count_reads(follower) > 1 and follower is not together[-1]
+            value = replace(named(follower, value), shared=shared)
+        self.env[follower] = value
+        return value
+
+    def conclude(self, node: Node, together: list[Node], code: Code, order: tuple[int, ...] = ()) -> View:
+        """Call the kernel of `node` and its epilogue; axis n of the result is axis order[n] of what it writes."""
+        (stored,) = self.call(code, tuple(self._path + each.name for each in (node, *together)))
+        stored = permuted(stored, order) if order else stored
         if together:
             self.env[together[-1]] = stored
             self._covered.update(together)

@@ -98,6 +98,7 @@ def programs() -> dict[str, Program]:
         "softmax": (Case(lambda x: torch.softmax(x, -1)), (r(16, 6144),)),
         "layer_norm": (nn.LayerNorm(6144), (r(16, 6144),)),
         "sums": (Case(lambda x: (x.sum(0), x.amax(0), x.mean(-1), x.amax(-1))), (r(96, 6144),)),
+        "spread": (Case(lambda x: (x * x.square().mean(-1, True).rsqrt(), x - x.amax(-1, True))), (r(16, 6144),)),
         "functions": (Case(functions_of), (r(16, 6144),)),
         "convolution": (nn.Sequential(nn.Conv2d(96, 96, 3, padding=1, stride=2), nn.ReLU()), (images,)),
         "minimal": (nn.Conv2d(96, 96, 3, padding=1), (images,)),
