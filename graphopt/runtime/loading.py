@@ -150,7 +150,10 @@ def _check_state(entry: Entry, stored: dict[str, Stored]) -> None:
 
 
 def _constant_shapes(library: Any) -> frozenset[tuple[int, ...]]:
-    """Shapes of the tensors in the VM's constant pool; its text form is the only way to ask."""
+    """Shapes of the tensors in the VM's constant pool; its text form is the only way to ask.
+
+    A tensor stands there as its shape alone, [7, 5]; a shape as shapetuple[7, 5], and texts may hold param[0].
+    """
     pool = next((line for line in str(library["stats"]()).splitlines() if "Constant pool" in line), "")
-    shapes = re.findall(r"\[((?:\d+(?:, ?\d+)*)?)\]", pool)
+    shapes = re.findall(r"(?:(?<=, )|(?<=: \[))\[((?:\d+(?:, ?\d+)*)?)\]", pool)
     return frozenset(tuple(int(size) for size in shape.split(",") if size.strip()) for shape in shapes)

@@ -191,6 +191,19 @@ def test_an_output_never_is_a_constant_of_the_library(session: InferenceSession)
         table[...] = -1
 
 
+def test_only_outputs_that_lie_elsewhere_are_copied(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    copy = session_module.copy_tensor
+
+    def record(tensor: Any, dtype: str) -> Any:
+        copied.append(tuple(tensor.shape))
+        return copy(tensor, dtype)
+
+    monkeypatch.setattr(session_module, "copy_tensor", record)
+    session.run(None, {"x": np.ones(8, np.float32)}, entry="fixed")
+    assert copied == [(4,)]  # the constant; y is what a kernel has just made
+
+
 def test_state_is_kept_reset_and_out_of_reach(artifact: Path) -> None:
     session, one = InferenceSession(artifact), np.ones(8, np.float32)
     other = session.clone()
