@@ -62,6 +62,8 @@ class Lazy:
     name: str = ""  # of the operator, for the names of kernels
     shared: bool = False  # read several times in one kernel: bound to a variable there
     branching: bool = False  # its formula compares or selects
+    borders: tuple[int, ...] = ()  # where along the last axis another part of it begins
+    unrepeated: View | None = None  # [B, G, ...], where this has the same shape but R G in place of G: i reads i // R
     depth: int = field(init=False, default=1)  # longest chain of lazy values below, itself included
     branches: int = field(init=False, default=0)  # most branching values on such a chain
 

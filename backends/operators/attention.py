@@ -29,6 +29,9 @@ def _attention(lowering: Lowering, node: Node) -> View | Lazy:
         raise CompileError(f"{node.name} drops attention weights out; capture the model in eval mode")
     shape = shape_of(node.meta["val"])
     flat = len(shape) == 3
+    k, v = (lowering.tensor(x) for x in (k, v))
+    if (unrepeated := _unrepeated(k, v)) and not grouped:
+        grouped, (k, v) = True, unrepeated
     query, key, value = (_rows_of_vectors(lowering, x, grouped) for x in (q, k, v))
     batch, heads = shape[:2] if not flat else (1, shape[0]) if grouped else (shape[0], 1)
     if not all(isinstance(size, int) for size in (heads, query.shape[-1], value.shape[-1])):
@@ -48,6 +51,13 @@ def _attention(lowering: Lowering, node: Node) -> View | Lazy:
     _, rows, _, depth = stored.shape
     result = View(stored.storage, (batch, heads, rows, depth), (rows * heads * depth, depth, heads * depth, 1))
     return reshape(lowering, result, shape)
+
+
+def _unrepeated(*values: Any) -> list[View]:
+    """Keys and values [B, G, T, D] of which the heads were repeated equally often; nothing where one was not."""
+    found = [value.unrepeated for value in values if isinstance(value, Lazy) and value.unrepeated]
+    same = len(found) == len(values) and len({view.shape[1] for view in found}) == 1
+    return found if same and all(len(view.shape) == 4 for view in found) else []
 
 
 def _rows_of_vectors(lowering: Lowering, argument: Any, grouped: bool) -> View:

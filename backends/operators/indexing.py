@@ -6,7 +6,8 @@ id reads a wrong row but never foreign memory. PyTorch raises there; a session c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import constant, not_equal
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.sizes import Size, product, shape_of
+from graphopt.backends.traffic import lazy_values
 from graphopt.backends.values import Index, Lazy, View
 from graphopt.errors import CompileError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
+_DEEPEST_PART = 4  # lazy values in a chain below a concatenation
 
 
 def _inside(kernel: Kernel, position: Any, size: Size) -> Any:
@@ -125,14 +128,29 @@ def _index_select(lowering: Lowering, node: Node) -> Lazy:
 
 def _cat(lowering: Lowering, node: Node) -> Lazy:
     tensors, axis = arguments(node).values()
-    parts = [lowering.view(part) for part in tensors]
     shape = shape_of(node.meta["val"])
     axis = int(axis) % len(shape)
+    parts = [lowering.tensor(part) for part in tensors]
     parts = [part for part in parts if len(part.shape) == len(shape) and part.shape[axis] != 0]
+    split = bool(_borders(parts, axis))
+    parts = [part if split and _is_straight(part) else lowering.view(part) for part in parts]
     return joined(parts, axis, shape, DTYPES[node.meta["val"].dtype])
 
 
-def joined(parts: list[View], axis: int, shape: tuple[Size, ...], dtype: str) -> Lazy:
+def _is_straight(part: View | Lazy) -> bool:
+    """Cheap enough to be computed, at a position kept inside it, where another part's element is wanted."""
+    if isinstance(part, View) or part.branches or part.depth > _DEEPEST_PART:
+        return False
+    return all(value.flat for value in lazy_values([part]))
+
+
+def _borders(parts: Sequence[View | Lazy], axis: int) -> tuple[int, ...]:
+    """Where parts joined along the last axis begin, but the first; nothing where sizes are known at run time only."""
+    sizes = [size for part in parts if axis == len(part.shape) - 1 and isinstance(size := part.shape[axis], int)]
+    return tuple(accumulate(sizes))[:-1] if len(sizes) == len(parts) else ()
+
+
+def joined(parts: Sequence[View | Lazy], axis: int, shape: tuple[Size, ...], dtype: str) -> Lazy:
     """Each element is read from its own part; positions are kept inside the others, whose values are not chosen."""
 
     def element(kernel: Kernel, index: Index) -> Any:
@@ -146,7 +164,7 @@ def joined(parts: list[View], axis: int, shape: tuple[Size, ...], dtype: str) ->
             position = position - extent
         return result
 
-    return Lazy(shape, dtype, tuple(parts), element)
+    return Lazy(shape, dtype, tuple(parts), element, borders=_borders(parts, axis))
 
 
 def _diff(lowering: Lowering, node: Node) -> Any:
@@ -259,7 +277,8 @@ def _repeat_each(lowering: Lowering, node: Node) -> Lazy:
         axes[repeated] = tirx.truncdiv(axes[repeated], kernel.size(count))
         return _at(kernel, x, axes)
 
-    return Lazy(shape_of(node.meta["val"]), x.dtype, (x,), element, sizes=(count,))
+    shape, heads = shape_of(node.meta["val"]), x if repeated == 1 else None
+    return Lazy(shape, x.dtype, (x,), element, sizes=(count,), unrepeated=heads)
 
 
 def _flip(lowering: Lowering, node: Node) -> Lazy:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
+_ATTENTION = aten.scaled_dot_product_attention.default
 
 
 def reshape(lowering: Lowering, value: Any, shape: Shape) -> View | Lazy:
@@ -59,7 +60,29 @@ def reshaped_strides(value: View, shape: Shape) -> Shape | None:
 
 
 def _reshape(lowering: Lowering, node: Node) -> View | Lazy:
-    return reshape(lowering, lowering.tensor(node.args[0]), shape_of(node.meta["val"]))
+    value, shape = lowering.tensor(node.args[0]), shape_of(node.meta["val"])
+    if isinstance(value, View) and {user.target for user in node.users} == {_ATTENTION}:
+        heads = _unrepeated(value, shape)
+        if heads is not None:
+            return _repeated(value, heads, shape)
+    return reshape(lowering, value, shape)
+
+
+def _unrepeated(value: View, shape: Shape) -> View | None:
+    """[B, G, T, D] where `value` is [B, G, R, T, D] with equal elements along R and `shape` is [B, G R, T, D]."""
+    if len(value.shape) != 5 or value.strides[2] != 0:
+        return None
+    batch, groups, repeats, *rest = value.shape
+    return _taken(value, 2, 0) if shape == (batch, groups * repeats, *rest) else None
+
+
+def _repeated(value: View, heads: View, shape: Shape) -> Lazy:
+    """Attention reads `heads`; the repeated ones are stored only where it has no use for those."""
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        return kernel.load(value, index.reshaped(value.shape))
+
+    return Lazy(shape, value.dtype, (value,), element, unrepeated=heads)
 
 
 def _permuted(lowering: Lowering, node: Node) -> View | Lazy:
@@ -158,6 +181,11 @@ def _select(lowering: Lowering, node: Node) -> View:
     position = lowering.value(node.args[2])
     if isinstance(position, int) and position < 0:
         position = view.shape[axis] + position
+    return _taken(view, axis, position)
+
+
+def _taken(view: View, axis: int, position: Any) -> View:
+    """The part at one place along an axis, which is left out."""
     keep = [number for number in range(len(view.shape)) if number != axis]
     offset = view.offset + position * view.strides[axis]
     return View(view.storage, tuple(view.shape[a] for a in keep), tuple(view.strides[a] for a in keep), offset)
@@ -180,10 +208,8 @@ def _unbind(lowering: Lowering, node: Node) -> tuple[View, ...]:
     given = arguments(node)
     view = lowering.view(given["self"])
     axis = int(given["dim"]) % len(view.shape)
-    keep = [number for number in range(len(view.shape)) if number != axis]
-    shape, strides = tuple(view.shape[a] for a in keep), tuple(view.strides[a] for a in keep)
     count = int(size_of(view.shape[axis]))
-    return tuple(View(view.storage, shape, strides, view.offset + i * view.strides[axis]) for i in range(count))
+    return tuple(_taken(view, axis, place) for place in range(count))
 
 
 def _windows(lowering: Lowering, node: Node) -> View:

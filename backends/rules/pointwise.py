@@ -1,12 +1,14 @@
 """Element-wise rule: any tree of lazy values over one index, stored once.
 
 Rows (all axes but the last) are shared out between threads, columns run in vectors with a scalar tail. Where every
-operand is read at its own linear position the tensor is one long row, cut into blocks.
+operand is read at its own linear position the tensor is one long row, cut into blocks. Columns that are joined from
+several parts have a loop for each part, in which TVM's simplifier finds that nothing of the others is chosen.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 from tvm import tirx
@@ -15,10 +17,12 @@ from graphopt.backends.kernel import Code, Configuration, Kernel, Output, int64,
 from graphopt.backends.operations import operations
 from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
+from graphopt.backends.traffic import lazy_values
 from graphopt.backends.values import Lazy, View, reads_flat
 
 RULE = "pointwise"
 _BLOCK = 4096  # elements of one task of a flat kernel
+_MOST_BORDERS = 7  # more loops than one more than these are more code than is worth it
 _SERIAL_UP_TO = 1 << 17  # operations on vectors of 16 in 2 to 4 us: less is not worth the 1.3 us of a parallel launch
 
 
@@ -76,13 +80,21 @@ def write_rows(kernel: Kernel, value: Any, output: Output) -> None:
     rows, columns = split_rows(value.shape)
     width = kernel.size(columns)
     with shared_out(kernel, kernel.size(rows), work(value, kernel.target)) as row:
-        for_columns(
-            kernel,
-            width,
-            lambda column: output.store(
-                row * width + column, kernel.load(value, kernel.index(value.shape, row=row, column=column))
-            ),
-        )
+        for start, end in pairwise((0, *borders(value), columns)):
+
+            def write(at: Any, start: int = start) -> None:
+                column = start + at
+                output.store(
+                    row * width + column, kernel.load(value, kernel.index(value.shape, row=row, column=column))
+                )
+
+            for_columns(kernel, kernel.size(end - start), write)
+
+
+def borders(value: Lazy | View) -> list[int]:
+    """Columns at which another part of a tensor joined along its last axis begins; none where they are many."""
+    found = {border for each in lazy_values([value]) if each.shape[-1:] == value.shape[-1:] for border in each.borders}
+    return sorted(found) if len(found) <= _MOST_BORDERS else []
 
 
 def for_columns(kernel: Kernel, width: Any, write: Any) -> None:

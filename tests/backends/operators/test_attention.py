@@ -75,3 +75,73 @@ def test_float64_is_refused(compiled: Callable[..., Any]) -> None:
     x = torch.randn(1, 1, 2, 4, dtype=torch.float64)
     with pytest.raises(CompileError, match="attends over float64"):
         compiled({"attention": lambda q: attend(q, q, q)}, [x])
+
+
+class Rotary(torch.nn.Module):
+    """Grouped queries as Llama writes them: halves of queries and keys turned, keys and values repeated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, heads: int = 4, groups: int = 2, width: int = 8, read_again: bool = False) -> None:
+        super().__init__()
+        self.heads, self.groups, self.width, self.read_again = heads, groups, width, read_again
+        self.qkv = torch.nn.Linear(16, (heads + 2 * groups) * width)
+        angles = torch.arange(64)[:, None] / 10 ** torch.arange(width // 2)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1))
+        self.register_buffer("sin", torch.cat([angles.sin(), angles.sin()], -1))
+
+    def forward(self, x: Tensor) -> Any:
+        sizes = [self.heads * self.width, self.groups * self.width, self.groups * self.width]
+        q, k, v = (part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1))
+        q, k = self.turn(q), self.turn(k)
+        k, v = self.repeat(k), self.repeat(v)
+        found = attend(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return (found, k) if self.read_again else found
+
+    def turn(self, x: Tensor) -> Tensor:
+        length, half = x.shape[2], self.width // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return x * self.cos[:length] + turned * self.sin[:length]
+
+    def repeat(self, x: Tensor) -> Tensor:
+        batch, groups, length, width = x.shape
+        repeats = self.heads // groups
+        return x[:, :, None].expand(batch, groups, repeats, length, width).reshape(batch, -1, length, width)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 8), (6, 2, 32), (6, 3, 10), (4, 1, 16)])
+def test_rotary_grouped_queries_take_a_kernel_each(
+    compiled: Callable[..., Any], heads: int, groups: int, width: int
+) -> None:
+    x = torch.randn(2, 7, 16)
+    module = Rotary(heads, groups, width).eval()
+    run = compiled(module, [x])
+    torch.testing.assert_close(run(x)[0], module(x))
+    rules = [info.rule for info in run.artifact.manifest.variants[0].kernels.values()]
+    assert sorted(rules) == ["fused-attention", "packed-gemm", "pointwise", "pointwise"]
+
+
+def test_rotary_of_any_length(compiled: Callable[..., Any]) -> None:
+    module = Rotary(4, 2, 32).eval()
+    run = compiled(module, [torch.randn(2, 7, 16)], [{0: "batch", 1: "length"}])
+    for shape in ((1, 1), (3, 33), (2, 64)):
+        x = torch.randn(*shape, 16)
+        torch.testing.assert_close(run(x)[0], module(x))
+
+
+def test_repeated_keys_that_are_read_again_are_there(compiled: Callable[..., Any]) -> None:
+    x, module = torch.randn(2, 7, 16), Rotary(read_again=True).eval()
+    for found, expected in zip(compiled(module, [x])(x), module(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_keys_and_values_repeated_differently(compiled: Callable[..., Any]) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k[:, :, None].expand(2, 2, 2, 5, 8).reshape(2, 4, 5, 8)
+        values = v[:, :1, None].expand(2, 1, 4, 5, 8).reshape(2, 4, 5, 8)
+        return attend(q, keys, values)
+
+    inputs = [torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)]
+    run = compiled({"attention": attention}, inputs)
+    torch.testing.assert_close(run(*inputs)[0], attention(*inputs))
