@@ -6,6 +6,10 @@ a panel while it lies in the L2 cache, and each step prefetches its share of the
 latency where weights are cold. A panel deeper than the cache's share is taken in parts, its sums kept in between. Row
 tails re-read the last row and store nothing, so a row count known at run time costs nothing.
 
+Where one tile holds all rows, as in decoding, weights are read once and memory bounds the product: panels lie one after
+the other, so each step prefetches lines a fixed distance ahead, and neither the first panel of a share waits nor is one
+behind the last fetched for nothing.
+
 Threads share out rows, so that activations stay in their own L2 cache, or panels, so that weights are read once:
 whatever gives the more even shares. Sums always run over k from first to last, so results depend on neither.
 """
@@ -38,7 +42,8 @@ _MOST_BLOCK_ROWS = 256
 _MANY_ROWS = 840  # what choosing a tile takes such a row count for: a multiple of most tiles' rows
 _TYPICAL_ROWS = 128  # what prefetching expects of a row count known at run time
 _SERIAL_BELOW = 1 << 18  # multiply-adds that are not worth the launch of threads
-_FEW_ROWS = 4  # up to which a row count known at run time is done row by row
+_FEW_ROWS = (1, 4)  # up to which a row count known at run time is one tile of so many rows
+_AHEAD = 4 << 10  # bytes ahead of a weight that is read once: faster than 16 KB, and than a whole panel
 _LINE = 16  # float32 values of a cache line
 
 
@@ -163,16 +168,23 @@ class _Gemm:
 
     # Shares -----------------------------------------------------------------------------------------------------------
     def write(self) -> None:
-        """Tasks are shares of rows x shares of panels. Few rows known at run time are one share, taken row by row."""
+        """Tasks are shares of rows x shares of panels. Few rows known at run time are one share of one tile."""
         if isinstance(self.row_count, int):
             self.write_shares(self.tile, int64(self.choice.row_shares))
+        else:
+            self.write_rows([rows for rows in _FEW_ROWS if rows < self.tile.rows])
+
+    def write_rows(self, few: list[int]) -> None:
+        """A row count known at run time: the first of the tiles of `few` rows that holds all, else the whole tile."""
+        if not few:
+            kept = tirx.Select(self.rows >= _ROWS_KEPT_FROM, int64(self.choice.row_shares), int64(1))
+            self.write_shares(self.tile, kept)
             return
-        with T.If(self.rows > _FEW_ROWS):
+        with T.If(self.rows > few[0]):
             with T.Then():
-                kept = tirx.Select(self.rows >= _ROWS_KEPT_FROM, int64(self.choice.row_shares), int64(1))
-                self.write_shares(self.tile, kept)
+                self.write_rows(few[1:])
             with T.Else():
-                self.write_shares(replace(self.tile, rows=1), int64(1))
+                self.write_shares(replace(self.tile, rows=few[0]), int64(1))
 
     def write_shares(self, tile: Tile, row_shares: Any) -> None:
         kernel, panel_shares = self.kernel, self.choice.panel_shares
@@ -198,7 +210,7 @@ class _Gemm:
 
     def expected_tiles(self, tile: Tile) -> int:
         """Tiles that pass over a part of a panel, as far as is known."""
-        if tile.rows == 1 and not isinstance(self.row_count, int):
+        if tile != self.tile:
             return 1
         rows = self.row_count if isinstance(self.row_count, int) else _TYPICAL_ROWS
         return max(1, -(-min(-(-rows // self.choice.row_shares), self.choice.block_rows) // tile.rows))
@@ -264,15 +276,23 @@ class _Step:
         )
 
     def prefetch(self, weights: Any, outer: Any) -> None:
-        """Touch this step's share of the lines of the next part of a panel."""
+        """Touch this step's share of the lines of the next part of a panel, or of those a little ahead."""
         gemm_ = self.gemm
+        tiles_ = gemm_.expected_tiles(self.tile)
+        if tiles_ == 1:
+            step = self.tile.steps * gemm_.columns
+            self.touch(weights + _AHEAD // 4 + outer * step, -(-step // _LINE))
+            return
         depth = min(self.depth, gemm_.k)
         steps = max(1, depth // self.tile.steps)
         lines = -(-depth * gemm_.columns // _LINE)
-        share = -(-lines // (gemm_.expected_tiles(self.tile) * steps))
-        for line in range(share):
-            position = weights + (lines + (self.number * steps + outer) * share + line) * _LINE
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(gemm_.b[position]), 0, 2, 1))
+        share = -(-lines // (tiles_ * steps))
+        self.touch(weights + (lines + (self.number * steps + outer) * share) * _LINE, share)
+
+    def touch(self, position: Any, lines: int) -> None:
+        for line in range(lines):
+            address = tirx.address_of(self.gemm.b[position + line * _LINE])
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
     def write_end(self, registers: RegisterTile) -> None:
         gemm_ = self.gemm
