@@ -44,13 +44,16 @@ class Instance:
     new_outputs: tuple[Any, ...]
 
     def reads(self) -> set[str]:
-        """The names of the values that come from outside."""
-        made = {step.name for step in (*self.old, *self.new)}
-        found: set[str] = set()
-        for step in (*self.old, *self.new):
-            _collect((step.args, dict(step.kwargs)), found)
-        _collect(self.new_outputs, found)
-        return found - made
+        """The names of the values that come from outside; the new program may read what the old one makes."""
+        return _read(self.old, ()) | _read(self.new, self.new_outputs)
+
+
+def _read(steps: Sequence[Step], outputs: Sequence[Any]) -> set[str]:
+    found: set[str] = set()
+    for step in steps:
+        _collect((step.args, dict(step.kwargs)), found)
+    _collect(outputs, found)
+    return found - {step.name for step in steps}
 
 
 def record(
