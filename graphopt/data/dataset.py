@@ -61,6 +61,17 @@ class Dataset:
     labelled: bool
     notes: tuple[str, ...] = ()
 
+    def for_fitting(self) -> Dataset:
+        """`fit` alone in two parts, for a pass that learns: what is held out here was never learned from.
+
+        Raises UsageError where there is nothing to hold out.
+        """
+        if len(self.fit) < 2:
+            raise UsageError(f"fitting needs two samples besides those held out, got {len(self.fit)}; give more data")
+        first = self.fit.stop - held_out_count(len(self.fit))
+        source = self.fit.source
+        return Dataset(View(source, self.fit.start, first), View(source, first, self.fit.stop), self.labelled)
+
 
 def held_out_count(samples: int) -> int:
     """How many of the last samples are held out: a fifth rounded down, at least one where there are two or more."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphopt.contract import PassContext
-from graphopt.data.dataset import Dataset, View, held_out_count
 from graphopt.errors import UsageError
 from graphopt.fit import fit
 from graphopt.fitting.options import FitOptions
@@ -23,9 +22,7 @@ def fit_gates(program: Program, names: Sequence[str], context: PassContext, step
     data = context.data
     if data is None or not data.labelled:
         raise UsageError(f"fit-steps={steps} trains gates on labels, but the data has none; give labels or fit-steps=0")
-    first = data.fit.stop - held_out_count(len(data.fit))
-    parts = Dataset(View(data.fit.source, data.fit.start, first), View(data.fit.source, first, data.fit.stop), True)
     options = FitOptions(steps=steps, learning_rate=LEARNING_RATE, schedule="cosine", seed=context.seed)
-    found = fit(program, parts, train=names, loss="cross-entropy", options=options)
+    found = fit(program, data.for_fitting(), train=names, loss="cross-entropy", options=options)
     losses = found.history[0].held_out, min(item.held_out for item in found.history)
     return found.program, f"fitting took the loss on held-out data from {losses[0]:.4g} to {losses[1]:.4g}"

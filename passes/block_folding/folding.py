@@ -1,0 +1,187 @@
+"""Remove the repeated blocks that a network needs least, or let groups of them share one set of weights.
+
+Before: x1 = block1(x0); x2 = block2(x1); x3 = block3(x2)
+remove: x1 = block1(x0); x3 = block3(x1)
+share:  x1 = block1(x0); x2 = block2(x1), whose products read the weights of block 1 and whose norms its own; ...
+
+Removal takes operators, weights and time away in the same measure; sharing takes weights away and nothing else. Both
+change results: `heal-steps` lets what is left learn from the whole network's outputs (Jing et al. 2024, "FoldGPT",
+arXiv 2407.00928, for removal, then sharing, then distillation). Declines a block from which more than its output is
+read, and one whose input and output differ in type or sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from graphopt.contract import Pass, PassContext, PassResult, Timing
+from graphopt.data.metric import measure
+from graphopt.edit import Edit, GraphEditor
+from graphopt.errors import PassError, UsageError
+from graphopt.passes.block_folding.blocks import Blocks, find_blocks, remove_blocks, share_weights
+from graphopt.passes.block_folding.gating import learned_gates
+from graphopt.passes.block_folding.healing import heal
+from graphopt.passes.block_folding.ranking import (
+    Scores,
+    angular_distances,
+    block_influence,
+    boundary_values,
+    in_order_of_loss,
+)
+from graphopt.program import Program, full_name
+
+_LATENCY = re.compile(r"(\d+(?:\.\d*)?)(us|ms|s)")
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class BlockFolding(Pass):
+    """Remove the repeated blocks that are needed least, or let groups of blocks share their weights."""
+
+    name = "block-folding"
+    preserves = "approximate"
+    measured = False
+    mode: Literal["remove", "share", "both"] = "remove"
+    remove: int | float | str = 1
+    group: int = 2
+    ranking: Literal["block-influence", "angular", "gate", "loss-drop"] = "block-influence"
+    blocks: Literal["auto"] | tuple[int, ...] | str = "auto"
+    heal_steps: int = 0
+
+    def __post_init__(self) -> None:
+        latency = isinstance(self.remove, str) and _LATENCY.fullmatch(self.remove) is not None
+        rate = isinstance(self.remove, float) and 0 < self.remove < 1
+        if not (latency or rate or (isinstance(self.remove, int) and self.remove > 0)):
+            raise UsageError(
+                f"remove={self.remove!r} is no number of blocks (1), share of them (0.25) or latency to reach (8ms)"
+            )
+        if self.group < 2:
+            raise UsageError(f"group={self.group} shares nothing; give 2 or more")
+        if self.heal_steps < 0:
+            raise UsageError(f"heal-steps={self.heal_steps} must be 0 or more")
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edit = Edit(program, context, self.name)
+        (editor,) = [item for item in edit.graphs() if not item.path]
+        found = find_blocks(edit.program, self.blocks)
+        if isinstance(found, str):
+            edit.notes.append(found)
+            return edit.finish()
+        for position, reason in found.refused:
+            editor.decline(self.name, found.blocks[position].output, reason)
+        gone: list[int] = []
+        if self.mode != "share":
+            gone = self._remove(editor, found, context)
+        if self.mode != "remove":
+            self._share(editor, found, [number for number in range(len(found.blocks)) if number not in gone])
+        result = edit.finish()
+        if not (self.heal_steps and result.rewrites):
+            return result
+        trained = tail_weights(result.program, editor, found, gone)
+        healed, note = heal(result.program, program, trained, context, self.heal_steps)
+        return replace(result, program=healed, notes=(*result.notes, note))
+
+    def _remove(self, editor: GraphEditor, found: Blocks, context: PassContext) -> list[int]:
+        notes, total = editor.edit.notes, len(found.blocks)
+        most = min(len(found.foldable), total - 1)
+        if not most:
+            notes.append("no block may be removed")
+            return []
+        order, scores = self._order(editor.edit.original, found, context, self._count(total, most))
+        notes.append(f"{self.ranking} of blocks {describe(scores)}")
+        if isinstance(self.remove, str):
+            order = self._until_fast(editor.edit.original, order[:most], context, notes)
+        gone = remove_blocks(editor, self.name, found.blocks, order[: self._count(total, most)])
+        notes.append(f"removed {len(gone)} of {total} blocks: {', '.join(map(str, gone)) or 'none'}")
+        return gone
+
+    def _count(self, total: int, most: int) -> int:
+        """How many blocks are to go; as many as may where a latency decides."""
+        if isinstance(self.remove, str):
+            return most
+        return min(most, round(self.remove * total) if isinstance(self.remove, float) else self.remove)
+
+    def _order(self, program: Program, found: Blocks, context: PassContext, count: int) -> tuple[list[int], Scores]:
+        """Positions of blocks, the first to go first, and the score of each that was looked at."""
+        data = context.data
+        assert data is not None and context.metric is not None
+        metric = context.metric
+        if self.ranking == "loss-drop":
+
+            def score(positions: tuple[int, ...]) -> float:
+                context.progress(f"{self.name}: without {', '.join(map(str, positions))}", 0, 1)
+                return measure(without(program, self.blocks, positions), data.fit, metric, reference=program)
+
+            return in_order_of_loss(found.foldable, count, score)
+        if self.ranking == "gate":
+            left = 1 - count / len(found.foldable)
+            gates = learned_gates(program, self.blocks, found.foldable, left, data.for_fitting(), context)
+            return sorted(gates, key=lambda position: gates[position]), gates
+        names = [node.name for node in found.boundaries()]
+        values = boundary_values(program, names, data.fit)
+        if self.ranking == "angular":
+            distances = angular_distances(values, count)
+            runs = {first: list(range(first, first + count)) for first in distances}
+            allowed = [first for first, run in runs.items() if set(run) <= set(found.foldable)]
+            if not allowed:
+                raise PassError(f"{self.name}: no run of {count} blocks may be removed; remove fewer")
+            return runs[min(allowed, key=lambda first: distances[first])], distances
+        influence = block_influence(values)
+        return sorted(found.foldable, key=lambda position: influence[position]), influence
+
+    def _until_fast(self, program: Program, order: Sequence[int], context: PassContext, notes: list[str]) -> list[int]:
+        """As few of the blocks in `order` as bring the latency to what is asked for."""
+        parts = _LATENCY.fullmatch(str(self.remove))
+        assert parts is not None
+        wanted = float(parts[1]) * _UNITS[parts[2]]
+        for count in range(len(order) + 1):
+            context.progress(f"{self.name}: measuring without {count} blocks", count, len(order) + 1)
+            timing: Timing | None = context.measure(without(program, self.blocks, order[:count]))
+            if timing is None:
+                raise PassError(f"{self.name}: remove={self.remove} needs {context.target} at hand; give a number")
+            notes.append(f"{timing.seconds * 1e3:.3f} ms without {count} blocks")
+            if timing.seconds <= wanted:
+                return list(order[:count])
+        notes.append(f"{self.remove} cannot be reached by removing blocks")
+        return list(order)
+
+    def _share(self, editor: GraphEditor, found: Blocks, kept: Sequence[int]) -> None:
+        """Groups of consecutive blocks that are left read the weights of their first."""
+        sharing = [number for number in kept if number in found.foldable]
+        saved = 0
+        for start in range(0, len(sharing), self.group):
+            parent, *children = sharing[start : start + self.group]
+            for child in children:
+                saved += share_weights(editor, self.name, found.blocks[parent], found.blocks[child])
+        editor.edit.notes.append(f"blocks share {saved} bytes of weights in groups of {self.group}")
+
+
+def without(program: Program, chosen: str | tuple[int, ...], positions: Iterable[int]) -> Program:
+    """The program without these of its blocks."""
+    edit = Edit(program, PassContext(), BlockFolding.name)
+    (editor,) = [item for item in edit.graphs() if not item.path]
+    found = find_blocks(edit.program, chosen)
+    assert isinstance(found, Blocks)
+    remove_blocks(editor, BlockFolding.name, found.blocks, positions)
+    return edit.finish().program
+
+
+def tail_weights(program: Program, editor: GraphEditor, found: Blocks, gone: Sequence[int]) -> list[str]:
+    """Parameters that are left of the block before the first one that went and of all after it."""
+    first = max(0, min(gone, default=1) - 1)
+    names = {full_name(editor.path, name) for name, _ in program.graph_module.named_parameters()}
+    read = {
+        full_name(editor.path, str(weight.target))
+        for number, block in enumerate(found.blocks)
+        if number >= first and number not in gone
+        for weight in block.weights
+        if weight.op == "get_attr"
+    }
+    return sorted(names & read)
+
+
+def describe(scores: Scores) -> str:
+    return ", ".join(f"{position}: {score:.4g}" for position, score in sorted(scores.items()))
