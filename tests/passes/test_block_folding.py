@@ -239,6 +239,7 @@ def test_a_block_that_is_read_from_inside_stays() -> None:
             x = self.first(x)
             inner = []
             for block in self.blocks:
+                assert isinstance(block, Block)
                 hidden = torch.relu(block.up(block.norm(x)))
                 inner.append(hidden)
                 x = x + block.down(hidden)
