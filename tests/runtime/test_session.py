@@ -12,7 +12,7 @@ from graphopt.errors import FeedError, RunError, UnknownNameError, UsageError
 from graphopt.runtime import InferenceSession, ValueInfo
 from graphopt.runtime import session as session_module
 from graphopt.runtime.dtypes import DTYPES
-from graphopt.runtime.tensors import aligned_copy
+from graphopt.runtime.tensors import aligned_copy, copy_tensor
 
 W, B = np.arange(8, dtype=np.float32), np.ones(8, np.float32)
 
@@ -193,13 +193,12 @@ def test_an_output_never_is_a_constant_of_the_library(session: InferenceSession)
 
 def test_only_outputs_that_lie_elsewhere_are_copied(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = []
-    copy = session_module.copy_tensor
 
     def record(tensor: Any, dtype: str) -> Any:
         copied.append(tuple(tensor.shape))
-        return copy(tensor, dtype)
+        return copy_tensor(tensor, dtype)
 
-    monkeypatch.setattr(session_module, "copy_tensor", record)
+    monkeypatch.setattr("graphopt.runtime.session.copy_tensor", record)
     session.run(None, {"x": np.ones(8, np.float32)}, entry="fixed")
     assert copied == [(4,)]  # the constant; y is what a kernel has just made
 

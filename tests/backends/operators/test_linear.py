@@ -72,6 +72,9 @@ def test_constant_weights(agree: Check) -> None:
 class Empty(nn.Module):
     """A constant weight without rows: a sum of nothing is the bias alone."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.randn(0, 3))

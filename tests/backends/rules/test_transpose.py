@@ -102,5 +102,5 @@ def test_one_kernel_computes_and_transposes(compiled: Callable[..., Any]) -> Non
 
 
 def test_neighbouring_axes_are_one() -> None:
-    view = View(Storage(None, (2, 3, 4, 5), "float32"), (2, 4, 1, 5, 3), (60, 5, 7, 1, 20), 0)  # type: ignore[arg-type]
+    view = View(Storage(None, (2, 3, 4, 5), "float32"), (2, 4, 1, 5, 3), (60, 5, 7, 1, 20), 0)
     assert (merged(view).shape, merged(view).strides) == ((2, 20, 3), (60, 1, 20))
