@@ -144,6 +144,9 @@ def print_passes(report: dict[str, Any]) -> None:
     ]
     if rows:
         print(format_table(rows))
+    for item in report["passes"]:
+        for note in item["notes"]:
+            print(f"{item['name']}: {note}")
     print(f"nodes  {report['nodes_before']} -> {report['nodes_after']}")
     if metric := report["metric"]:
         print(f"{metric['name']}  {metric['before']:.6g} -> {metric['after']:.6g} on held-out data")

@@ -31,7 +31,7 @@ from graphopt.passes.block_folding.ranking import (
     boundary_values,
     in_order_of_loss,
 )
-from graphopt.program import Program, full_name
+from graphopt.program import Program
 
 _LATENCY = re.compile(r"(\d+(?:\.\d*)?)(us|ms|s)")
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -80,7 +80,7 @@ class BlockFolding(Pass):
         result = edit.finish()
         if not (self.heal_steps and result.rewrites):
             return result
-        trained = tail_weights(result.program, editor, found, gone)
+        trained = tail_weights(result.program, found, gone)
         healed, note = heal(result.program, program, trained, context, self.heal_steps)
         return replace(result, program=healed, notes=(*result.notes, note))
 
@@ -169,12 +169,12 @@ def without(program: Program, chosen: str | tuple[int, ...], positions: Iterable
     return edit.finish().program
 
 
-def tail_weights(program: Program, editor: GraphEditor, found: Blocks, gone: Sequence[int]) -> list[str]:
+def tail_weights(program: Program, found: Blocks, gone: Sequence[int]) -> list[str]:
     """Parameters that are left of the block before the first one that went and of all after it."""
     first = max(0, min(gone, default=1) - 1)
-    names = {full_name(editor.path, name) for name, _ in program.graph_module.named_parameters()}
+    names = {name for name, _ in program.graph_module.named_parameters()}
     read = {
-        full_name(editor.path, str(weight.target))
+        str(weight.target)
         for number, block in enumerate(found.blocks)
         if number >= first and number not in gone
         for weight in block.weights

@@ -27,14 +27,13 @@ Scores = dict[int, float]
 
 def boundary_values(program: Program, names: Sequence[str], samples: Iterable[Sample]) -> Iterator[list[torch.Tensor]]:
     """The values of these nodes of the main graph for every sample, each run from the initial state."""
+    values: dict[str, Any] = dict.fromkeys(names)
+
+    def see(name: str, value: Any) -> None:
+        if name in values:
+            values[name] = value
+
     for index, sample in enumerate(samples):
-        values: dict[str, Any] = {}
-        wanted = set(names)
-
-        def see(name: str, value: Any, values: dict[str, Any] = values, wanted: set[str] = wanted) -> None:
-            if name in wanted:
-                values[name] = value
-
         try:
             with torch.no_grad():
                 inputs = (*sample.inputs, *(item.initial for item in program.state))
@@ -46,13 +45,7 @@ def boundary_values(program: Program, names: Sequence[str], samples: Iterable[Sa
 
 def block_influence(values: Iterable[Sequence[torch.Tensor]]) -> Scores:
     """For every block 1 - the mean cosine of its input and output along the last axis, in float64."""
-    totals: list[float] = []
-    count = 0
-    for boundaries in values:
-        found = [1 - float(_cosine(a, b).mean()) for a, b in pairwise(boundaries)]
-        totals = found if not totals else [a + b for a, b in zip(totals, found, strict=True)]
-        count += 1
-    return {block: total / count for block, total in enumerate(totals)}
+    return _mean([1 - float(_cosine(a, b).mean()) for a, b in pairwise(boundaries)] for boundaries in values)
 
 
 def angular_distances(values: Iterable[Sequence[torch.Tensor]], length: int) -> Scores:
@@ -60,15 +53,19 @@ def angular_distances(values: Iterable[Sequence[torch.Tensor]], length: int) -> 
 
     At the last token where there is an axis of tokens: the last axis but one.
     """
-    totals: list[float] = []
-    count = 0
-    for boundaries in values:
+
+    def angles(boundaries: Sequence[torch.Tensor]) -> list[float]:
         last = [value[..., -1, :] if value.dim() > 2 else value for value in boundaries]
         pairs = zip(last, last[length:], strict=False)
-        found = [float(_cosine(a, b).clamp(-1, 1).acos().mean()) / math.pi for a, b in pairs]
-        totals = found if not totals else [a + b for a, b in zip(totals, found, strict=True)]
-        count += 1
-    return {first: total / count for first, total in enumerate(totals)}
+        return [float(_cosine(a, b).clamp(-1, 1).acos().mean()) / math.pi for a, b in pairs]
+
+    return _mean(map(angles, values))
+
+
+def _mean(samples: Iterable[list[float]]) -> Scores:
+    """The mean over samples at each position."""
+    rows = list(samples)
+    return {position: math.fsum(column) / len(rows) for position, column in enumerate(zip(*rows, strict=True))}
 
 
 def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

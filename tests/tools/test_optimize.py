@@ -33,6 +33,11 @@ def test_run_pass_with_option(cli: Cli) -> None:
     assert report["passes"][0]["options"] == {"max-bytes": 64}
 
 
+def test_what_a_pass_remarks_is_said(cli: Cli) -> None:
+    outcome = cli("run-pass", "gated-attention", "tests.passes.test_gated_attention:encoder", "-o", "out.pt2")
+    assert "gated-attention: gates added 68 parameters and 960 multiply-adds, at example sizes" in outcome.out
+
+
 def test_unknown_pass(cli: Cli, tmp_path: Path) -> None:
     cli("run-pass", "dead-cod", TINY, "-o", "out.pt2").refused("unknown pass 'dead-cod'", "'dead-code'")
     assert not (tmp_path / "out.pt2").exists()
