@@ -39,6 +39,17 @@ def contiguous_strides(shape: Sequence[Size]) -> Shape:
     return tuple(product(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
+def least(size: Size) -> int:
+    """What a size is at least, where no symbol and no size is below one: 2 for 2*s - 2, 4 for 2*s + 2."""
+    if isinstance(size, int):
+        return size
+    content, rest = size.as_content_primitive()
+    terms = sympy.Add.make_args(sympy.expand(rest))
+    growing = all(term.is_polynomial() and term.as_coeff_Mul()[0] > 0 for term in terms)
+    value = content * (rest.subs(dict.fromkeys(rest.free_symbols, 1)) if growing else 1)
+    return max(1, int(value))
+
+
 def symbols_in(shapes: Iterable[Iterable[Size]]) -> set[str]:
     """Names of all symbols used in any of the sizes."""
     return {

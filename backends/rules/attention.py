@@ -28,7 +28,7 @@ from graphopt.backends.operations import count_operations
 from graphopt.backends.rules.attention_operands import MASKED, Masks, strides_of
 from graphopt.backends.rules.attention_row import write_single_rows
 from graphopt.backends.rules.lanes import fill_tile, fold_rows, settled, span, transposed, zero_tile
-from graphopt.backends.sizes import Size
+from graphopt.backends.sizes import Size, least
 from graphopt.backends.target import Target
 from graphopt.backends.values import View
 
@@ -51,7 +51,7 @@ def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal
         single = int(q.shape[3]) % target.lanes == 0 and int(v.shape[3]) % target.lanes == 0
         if single and rows == 1:
             write_single_rows(kernel, q, k, v, masks, scale, outputs[0])
-        elif single and not isinstance(rows, int):
+        elif single and not isinstance(rows, int) and least(rows) == 1:
             with T.If(kernel.size(rows) == 1):
                 with T.Then():
                     write_single_rows(kernel, q, k, v, masks, scale, outputs[0])

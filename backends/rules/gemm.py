@@ -28,7 +28,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.register_tile import RegisterTile, Tile, tile_cost, tiles
-from graphopt.backends.sizes import Size, product
+from graphopt.backends.sizes import Size, least, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
 
@@ -172,7 +172,9 @@ class _Gemm:
         if isinstance(self.row_count, int):
             self.write_shares(self.tile, int64(self.choice.row_shares))
         else:
-            self.write_rows([rows for rows in _FEW_ROWS if rows < self.tile.rows])
+            # A branch that no row count takes would hold sizes below one, and TVM finds divisions by zero there.
+            fewest = least(self.row_count)
+            self.write_rows([rows for rows in _FEW_ROWS if fewest <= rows < self.tile.rows])
 
     def write_rows(self, few: list[int]) -> None:
         """A row count known at run time: the first of the tiles of `few` rows that holds all, else the whole tile."""

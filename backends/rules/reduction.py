@@ -19,7 +19,7 @@ from graphopt.backends.operations import axes_of, count_operations, operations
 from graphopt.backends.rules.generic import combined, start_value
 from graphopt.backends.rules.lanes import fold_lanes
 from graphopt.backends.rules.windows import vector_width
-from graphopt.backends.sizes import Shape, Size, product
+from graphopt.backends.sizes import Shape, Size, least, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Index, Lazy, View
 
@@ -181,6 +181,10 @@ class _Columns(_Reduction):
         lanes = kernel.target.lanes
         with kernel.parallel(self.tasks(outer)) as task:
             self.place(task, outer)
+            if least(self.columns) >= lanes:
+                with kernel.serial(tirx.truncdiv(width + (lanes - 1), int64(lanes))) as block:
+                    self.write_block(block, lanes, 1)
+                return
             with T.If(width >= lanes):
                 with T.Then(), kernel.serial(tirx.truncdiv(width + (lanes - 1), int64(lanes))) as block:
                     self.write_block(block, lanes, 1)

@@ -55,6 +55,24 @@ def test_static_rows(agree: Callable[..., None]) -> None:
     agree(Linears(), (torch.randn(67, 384),))
 
 
+class Repeated(nn.Module):
+    """Rows that are a multiple of the size, each read from a row that is a remainder by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Linear(17, 1), nn.Linear(17, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        repeated = x.expand(2, -1, -1)
+        tail = torch.cat([x, x])[2:].view(2, -1, 17).expand(3, -1, -1, -1)
+        return self.one(repeated), repeated.transpose(1, 2).repeat(1, 1, 8).sum(1), self.norm(tail)
+
+
+def test_rows_that_are_a_multiple_of_a_size(agree: Callable[..., None]) -> None:
+    """A branch for one row would hold a size of zero: TVM's analysis found a division by it."""
+    agree(Repeated(), (torch.randn(5, 17),), [{0: "rows"}], [(torch.randn(rows, 17),) for rows in (2, 3, 40)])
+
+
 @pytest.mark.parametrize(("n", "k", "columns"), [(5, 3, 4), (8, 2, 4), (1, 1, 48)])
 def test_packing_is_a_transpose_in_panels(n: int, k: int, columns: int) -> None:
     weight = np.arange(n * k, dtype=np.float32).reshape(n, k)
