@@ -50,6 +50,22 @@ class NearMiss:
 
 
 @dataclass(frozen=True)
+class TradeOff:
+    """What one setting of a pass keeps and costs, both measured.
+
+    `setting` is what a chart has along its axis, such as "blocks kept", `value` how much of it, and `variant` tells
+    points of the same value apart. `metric` is of held-out data; `seconds` is the median of one run at example sizes,
+    None where no device is at hand.
+    """
+
+    setting: str
+    value: float
+    variant: str
+    metric: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
 class Timing:
     """Median seconds of one run on the target, over `rounds` runs."""
 
@@ -91,6 +107,7 @@ class PassContext:
 class PassResult:
     """The new program, where it differs from the old one, where it could have differed, and remarks.
 
+    `trade_offs` are other settings that were tried and measured beside the one that was taken, for a chart.
     `instances` are the rewrites as small programs, old and new, in the order in which they were made: what has one is
     checked on its own, anything else by leaving out rewrites until the whole program is right.
     """
@@ -101,6 +118,7 @@ class PassResult:
     notes: tuple[str, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     instances: tuple[Instance, ...] = ()
+    trade_offs: tuple[TradeOff, ...] = ()
 
 
 @dataclass(frozen=True)

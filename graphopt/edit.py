@@ -7,7 +7,7 @@ an edit that the users of a value cannot take is undone and recorded as declined
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from graphopt.contract import Declined, NearMiss, PassContext, PassResult, Rewrite
+from graphopt.effects import has_effect
 from graphopt.errors import PropagationError
 from graphopt.instance import Instance, record
 from graphopt.program import PROVENANCE, Program, full_name, get_attribute, provenance
@@ -79,6 +80,12 @@ class Builder(GraphAppendingTracer):
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A new call of an ATen overload."""
         return self.create_proxy("call_function", target, args, kwargs).node
+
+    def repeat(self, node: Node, values: Mapping[Node, Node]) -> Node:
+        """The same call as `node`, with other values in the place of those that it reads."""
+        assert callable(node.target)
+        args, kwargs = map_arg((node.args, node.kwargs), lambda item: values.get(item, item))
+        return self.call(node.target, *args, **kwargs)
 
     def proxy_of(self, value: Any) -> Any:
         """`value` with its nodes as proxies, so that a rewrite may call ATen overloads on them."""
@@ -243,7 +250,7 @@ class GraphEditor:
         pending, gone = list(seeds), []
         while pending:
             node = pending.pop()
-            if node.users or node in self._erased or node.is_impure():
+            if node.users or node in self._erased or has_effect(node):
                 continue
             pending.extend(node.all_input_nodes)
             self.graph.erase_node(node)

@@ -102,6 +102,7 @@ class Pipeline:
             seconds=seconds,
             error=checked.error,
             errors=dict(checked.errors),
+            trade_offs=result.trade_offs,
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphopt.analysis.storage import stored_weights
-from graphopt.contract import Declined, NearMiss, Rewrite
+from graphopt.contract import Declined, NearMiss, Rewrite, TradeOff
 from graphopt.matcher import operator_name
 from graphopt.program import Program, full_name
 
@@ -72,7 +72,8 @@ class PassReport:
     `error` is the largest error against float64 after it, relative to the largest value, and `errors` the same for each
     rewrite on its own by id; None and no entry where nothing was measured. `created` gives the operator of every node
     that the pass made, `removed` the names of those that it took away, `starts_at` the operators at which its rules
-    look for a match (empty: at any), `unrecorded` what it means that nothing is said of a node.
+    look for a match (empty: at any), `unrecorded` what it means that nothing is said of a node, `trade_offs` the
+    settings that the pass measured.
     """
 
     name: str
@@ -93,6 +94,7 @@ class PassReport:
     metric: float | None = None
     removed: tuple[str, ...] = ()
     unrecorded: str = ""
+    trade_offs: tuple[TradeOff, ...] = ()
 
     @property
     def nodes_before(self) -> int:
@@ -116,7 +118,9 @@ class PassReport:
     def record(self) -> dict[str, Any]:
         """What stays with the program and its artifact: all but the clock, so that equal runs say the same."""
         kept = {key: value for key, value in self.to_json().items() if key != "seconds"}
-        return {**kept, "slower": [{"ids": list(item.ids), "rule": item.rule} for item in self.slower]}
+        points = [{**item, "seconds": None} for item in kept["trade_offs"]]
+        slower = [{"ids": list(item.ids), "rule": item.rule} for item in self.slower]
+        return {**kept, "slower": slower, "trade_offs": points}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
 from graphopt.aliasing import memory_root, output_reached
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Edit, GraphEditor
+from graphopt.effects import has_effect
 from graphopt.matcher import arguments, commutes
 from graphopt.program import Program
 
@@ -59,9 +59,7 @@ def expression_key(node: Node) -> Hashable | None:
     """Equal for two nodes that compute the same value; None for nodes that must not be merged."""
     if node.op == "get_attr":
         return ("get_attr", str(node.target)) if "val" in node.meta else None
-    if node.op != "call_function" or isinstance(node.target, HigherOrderOperator) or node.is_impure():
-        return None
-    if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if node.op != "call_function" or isinstance(node.target, HigherOrderOperator) or has_effect(node):
         return None
     keys = [_literal_key(argument) for argument in arguments(node)]
     if commutes(node):

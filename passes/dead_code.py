@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Edit
+from graphopt.effects import has_effect
 from graphopt.program import Program
 
 
@@ -28,7 +29,7 @@ class DeadCode(Pass):
             for node in reversed(list(editor.graph.nodes)):
                 if node.users or node.op in ("output", "placeholder"):
                     continue
-                if node.is_impure():
+                if has_effect(node):
                     editor.decline(self.name, node, f"{node.target} draws random numbers or has another effect")
                 else:
                     editor.remove(self.name, node)

@@ -147,11 +147,27 @@ def print_passes(report: dict[str, Any]) -> None:
     for item in report["passes"]:
         for note in item["notes"]:
             print(f"{item['name']}: {note}")
+        if points := item["trade_offs"]:
+            print(f"\n{format_table(trade_off_rows(points, report['metric']))}\n")
     print(f"nodes  {report['nodes_before']} -> {report['nodes_after']}")
     if metric := report["metric"]:
         print(f"{metric['name']}  {metric['before']:.6g} -> {metric['after']:.6g} on held-out data")
     if reasons := top_reasons(report):
         print(f"\n{format_table(reasons)}\n(`graphopt explain` tells the rest, from what --json FILE writes)\n")
+
+
+def trade_off_rows(points: list[dict[str, Any]], metric: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A row a setting that a pass measured."""
+    name = "metric" if metric is None else metric["name"]
+    return [
+        {
+            item["setting"]: f"{item['value']:g}",
+            "": item["variant"],
+            name: f"{item['metric']:.6g}",
+            "ms": "" if item["seconds"] is None else f"{item['seconds'] * 1e3:.3f}",
+        }
+        for item in points
+    ]
 
 
 def top_reasons(report: dict[str, Any]) -> list[dict[str, Any]]:

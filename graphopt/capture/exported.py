@@ -26,6 +26,7 @@ from graphopt.capture.normal_form import Flat, fake_mode, flatten, same_storage_
 from graphopt.capture.quiet import quiet
 from graphopt.capture.source_line import is_user_file, location
 from graphopt.capture.table_bounds import limit_by_tables
+from graphopt.effects import draws_random
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
 from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
 from graphopt.untrusted.limits import Limits
@@ -133,27 +134,6 @@ def _refuse_nodes(module: GraphModule, limits: Limits) -> None:
                     f"the model draws random numbers ({node.target}{_where(node)}); export it in eval mode, or pass "
                     "the random tensor as an input"
                 )
-
-
-def draws_random(node: Node) -> bool:
-    """Whether running the node twice gives different values."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    name = node.target._schema.name
-    if "scaled_dot_product" in name:
-        return float(_argument(node, "dropout_p", 0.0)) > 0
-    if name in ("aten::dropout", "aten::native_dropout", "aten::dropout_", "aten::alpha_dropout"):
-        return bool(_argument(node, "train", True)) and float(_argument(node, "p", 0.5)) > 0
-    if name in ("aten::rrelu", "aten::rrelu_with_noise"):
-        return bool(_argument(node, "training", False))
-    return "rnn" not in name and "lstm" not in name and "gru" not in name
-
-
-def _argument(node: Node, name: str, default: Any) -> Any:
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
-    return default
 
 
 def _where(node: Node) -> str:

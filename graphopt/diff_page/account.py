@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graphopt.errors import UsageError
@@ -36,7 +36,7 @@ class Note:
 
 @dataclass(frozen=True)
 class PassSummary:
-    """A pass as a row of a table."""
+    """A pass as a row of a table; `trade_offs` are the settings that it measured, for a chart."""
 
     name: str
     rewrites: int
@@ -47,11 +47,15 @@ class PassSummary:
     nodes_after: int
     error: float | None
     seconds: float
+    trade_offs: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Account:
-    """Numbers in `of_old` (nodes of A) and `of_new` (nodes made by a pass) are places in `changes`."""
+    """Numbers in `of_old` (nodes of A) and `of_new` (nodes made by a pass) are places in `changes`.
+
+    `metric` is the name of what trade-offs give.
+    """
 
     passes: tuple[PassSummary, ...] = ()
     changes: tuple[Change, ...] = ()
@@ -59,6 +63,7 @@ class Account:
     of_new: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes_of_old: Mapping[str, tuple[Note, ...]] = field(default_factory=dict)
     notes_of_new: Mapping[str, tuple[Note, ...]] = field(default_factory=dict)
+    metric: str = "metric"
 
 
 def read_account(report: Report, names: Collection[str]) -> Account:
@@ -73,7 +78,8 @@ def read_account(report: Report, names: Collection[str]) -> Account:
         raise UsageError(
             f"the report has no {e}; give what `graphopt optimize --json FILE` wrote, not the report of an artifact"
         ) from e
-    return trail.account(summaries)
+    metric = report.get("metric") or {}
+    return replace(trail.account(summaries), metric=metric.get("name", "metric"))
 
 
 class _Trail:
@@ -139,4 +145,5 @@ def _summary(item: Report) -> PassSummary:
         item["nodes_after"],
         item["error"],
         item["seconds"],
+        tuple(item["trade_offs"]),
     )

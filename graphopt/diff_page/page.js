@@ -25,6 +25,7 @@ function drawSummary() {
   byId("tables").replaceChildren(...[
     details("operators", operatorTable()),
     data.passes.length && details("passes", passTable()),
+    ...data.passes.filter((item) => item.trade_offs.length).map((item) => details(`chart of ${item.name}`, charts(item))),
     data.outputs.length && details("outputs", outputTable()),
   ].filter(Boolean));
   byId("head-a").textContent = `A  ${a.title}`;

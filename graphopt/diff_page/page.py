@@ -16,7 +16,7 @@ from graphopt.diff_page.layout import Layout, lay_out
 from graphopt.program import Program
 from graphopt.report import Counts
 
-SCRIPTS = ("data.js", "colours.js", "rows.js", "edges.js", "panel.js", "search.js", "page.js")
+SCRIPTS = ("data.js", "colours.js", "rows.js", "edges.js", "panel.js", "search.js", "charts.js", "page.js")
 MARK = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -78,6 +78,7 @@ def page_data(diff: Diff, layout: Layout) -> dict[str, Any]:
         "sections": [asdict(section) for section in layout.sections],
         "changes": [asdict(change) for change in diff.account.changes],
         "passes": [asdict(item) for item in diff.account.passes],
+        "metric": diff.account.metric,
         "kernels": [asdict(kernel) for kernel in diff.kernels],
     }
 

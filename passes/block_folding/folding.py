@@ -6,7 +6,8 @@ share:  x1 = block1(x0); x2 = block2(x1), whose products read the weights of blo
 
 Removal takes operators, weights and time away in the same measure; sharing takes weights away and nothing else. Both
 change results: `heal-steps` lets what is left learn from the whole network's outputs (Jing et al. 2024, "FoldGPT",
-arXiv 2407.00928, for removal, then sharing, then distillation). Declines a block from which more than its output is
+arXiv 2407.00928, for removal, then sharing, then distillation). `chart` measures every step on the way, each one healed
+as well where the last one is. Declines a block from which more than its output is
 read, and one whose input and output differ in type or sizes.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from graphopt.contract import Pass, PassContext, PassResult, Timing
+from graphopt.contract import Pass, PassContext, PassResult, Timing, TradeOff
 from graphopt.data.metric import measure
 from graphopt.edit import Edit, GraphEditor
 from graphopt.errors import PassError, UsageError
@@ -50,6 +51,7 @@ class BlockFolding(Pass):
     ranking: Literal["block-influence", "angular", "gate", "loss-drop"] = "block-influence"
     blocks: Literal["auto"] | tuple[int, ...] | str = "auto"
     heal_steps: int = 0
+    chart: bool = False
 
     def __post_init__(self) -> None:
         latency = isinstance(self.remove, str) and _LATENCY.fullmatch(self.remove) is not None
@@ -60,43 +62,84 @@ class BlockFolding(Pass):
             )
         if self.group < 2:
             raise UsageError(f"group={self.group} shares nothing; give 2 or more")
+        if self.chart and self.mode == "share":
+            raise UsageError("chart=true measures what removing blocks brings, but mode=share keeps all; leave it out")
         if self.heal_steps < 0:
             raise UsageError(f"heal-steps={self.heal_steps} must be 0 or more")
 
     def run(self, program: Program, context: PassContext) -> PassResult:
+        found = find_blocks(program, self.blocks)
+        if isinstance(found, str):
+            return PassResult(program, notes=(found,))
+        notes: list[str] = []
+        order = [] if self.mode == "share" else self._choose(program, found, context, notes)
+        result, healed = self._fold(program, context, order)
+        points = self._trade_offs(program, context, found, order, (result, healed)) if self.chart else ()
+        final = healed or result
+        return replace(final, notes=(*notes, *final.notes), trade_offs=points)
+
+    def _fold(
+        self, program: Program, context: PassContext, order: Sequence[int]
+    ) -> tuple[PassResult, PassResult | None]:
+        """Without the blocks in `order`, those that are left sharing if they are to: as it is, and healed."""
         edit = Edit(program, context, self.name)
         (editor,) = [item for item in edit.graphs() if not item.path]
         found = find_blocks(edit.program, self.blocks)
-        if isinstance(found, str):
-            edit.notes.append(found)
-            return edit.finish()
+        assert isinstance(found, Blocks)
         for position, reason in found.refused:
             editor.decline(self.name, found.blocks[position].output, reason)
         gone: list[int] = []
         if self.mode != "share":
-            gone = self._remove(editor, found, context)
+            gone = remove_blocks(editor, self.name, found.blocks, order)
+            removed = ", ".join(map(str, gone)) or "none"
+            edit.notes.append(f"removed {len(gone)} of {len(found.blocks)} blocks: {removed}")
         if self.mode != "remove":
             self._share(editor, found, [number for number in range(len(found.blocks)) if number not in gone])
         result = edit.finish()
         if not (self.heal_steps and result.rewrites):
-            return result
+            return result, None
         trained = tail_weights(result.program, found, gone)
         healed, note = heal(result.program, program, trained, context, self.heal_steps)
-        return replace(result, program=healed, notes=(*result.notes, note))
+        return result, replace(result, program=healed, notes=(*result.notes, note))
 
-    def _remove(self, editor: GraphEditor, found: Blocks, context: PassContext) -> list[int]:
-        notes, total = editor.edit.notes, len(found.blocks)
+    def _trade_offs(
+        self,
+        program: Program,
+        context: PassContext,
+        found: Blocks,
+        order: Sequence[int],
+        last: tuple[PassResult, PassResult | None],
+    ) -> tuple[TradeOff, ...]:
+        """The network whole, then without more and more of the blocks in `order`: how good and how fast it is."""
+        data, metric = context.data, context.metric
+        assert data is not None and metric is not None
+        points: list[TradeOff] = []
+        for count in range(len(order) + 1):
+            context.progress(f"{self.name}: measuring without {count} blocks", count, len(order) + 1)
+            if count < len(order):
+                folded, healed = self._fold(program, context, order[:count])
+            else:
+                folded, healed = last
+            timing = context.measure(folded.program)
+            for variant, result in (("as folded", folded), ("healed", healed)):
+                if result is not None:
+                    value = measure(result.program, data.held_out, metric, reference=program)
+                    seconds = None if timing is None else timing.seconds
+                    points.append(TradeOff("blocks kept", len(found.blocks) - count, variant, value, seconds))
+        return tuple(points)
+
+    def _choose(self, program: Program, found: Blocks, context: PassContext, notes: list[str]) -> list[int]:
+        """The blocks that are to go, the one that is needed least first."""
+        total = len(found.blocks)
         most = min(len(found.foldable), total - 1)
         if not most:
             notes.append("no block may be removed")
             return []
-        order, scores = self._order(editor.edit.original, found, context, self._count(total, most))
+        order, scores = self._order(program, found, context, self._count(total, most))
         notes.append(f"{self.ranking} of blocks {describe(scores)}")
         if isinstance(self.remove, str):
-            order = self._until_fast(editor.edit.original, order[:most], context, notes)
-        gone = remove_blocks(editor, self.name, found.blocks, order[: self._count(total, most)])
-        notes.append(f"removed {len(gone)} of {total} blocks: {', '.join(map(str, gone)) or 'none'}")
-        return gone
+            order = self._until_fast(program, order[:most], context, notes)
+        return order[: self._count(total, most)]
 
     def _count(self, total: int, most: int) -> int:
         """How many blocks are to go; as many as may where a latency decides."""

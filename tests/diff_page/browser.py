@@ -127,6 +127,10 @@ class Browser:
         """The text one sees in the first element that a CSS selector finds."""
         return str(self.value(f"document.querySelector({json.dumps(selector)}).innerText"))
 
+    def count(self, selector: str) -> int:
+        """How many elements a CSS selector finds."""
+        return int(self.value(f"document.querySelectorAll({json.dumps(selector)}).length"))
+
     def click(self, selector: str) -> None:
         """A real click, with the mouse, in the middle of the element."""
         box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"

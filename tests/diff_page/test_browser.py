@@ -65,6 +65,25 @@ def test_the_summary_counts(show: Show) -> None:
     assert "batch-norm-folding" in browser.text("#tables")
 
 
+def test_what_a_pass_measured_is_drawn(show: Show) -> None:
+    better, report = optimized("conv_net")
+    measured = [(3.0, "as folded", 1.0), (2.0, "as folded", 0.8), (2.0, "healed", 0.95)]
+    points = [
+        {"setting": "blocks kept", "value": value, "variant": variant, "metric": metric, "seconds": value * 1e-3}
+        for value, variant, metric in measured
+    ]
+    first, *others = report["passes"]
+    told = {**report, "passes": [{**first, "trade_offs": points}, *others], "metric": {"name": "cosine"}}
+    browser = show(diff_page(program("conv_net"), better, report=told))
+    browser.click("#tables details:nth-child(3) summary")
+    text = browser.text("#tables details:nth-child(3)")
+    assert f"chart of {first['name']}" in text
+    assert browser.count(".chart") == 2
+    assert browser.count(".chart circle") == 3 + 2  # each point of the metric; time does not depend on healing
+    words = [browser.value(f"document.querySelectorAll('.chart')[{place}].textContent") for place in (0, 1)]
+    assert ["cosine" in words[0], "milliseconds" in words[1]] == [True, True]
+
+
 def test_a_click_tells_why(show: Show) -> None:
     browser = show(page("conv_net"))
     browser.click('.cell[data-side="b"].state-changed:not(.weight)')

@@ -15,7 +15,7 @@ import graphopt
 from graphopt.analysis.storage import stored_weights
 from graphopt.contract import PassContext, Timing
 from graphopt.data.dataset import open_data
-from graphopt.data.metric import open_metric
+from graphopt.data.metric import measure, open_metric
 from graphopt.errors import PassError, UsageError
 from graphopt.passes.block_folding import BlockFolding
 from graphopt.passes.block_folding.gating import gated_program, learned_gates
@@ -133,6 +133,18 @@ def test_gates_of_one_and_zero_are_the_network_and_the_one_without_to_the_bit(ne
     assert some(torch.from_numpy(feeds()[0]["x"]))[1].tolist() == [1.0, 0.0, 1.0]
 
 
+def test_nothing_is_left_of_a_block_with_fused_attention() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    program = captured(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval(), torch.zeros(2, 5, 16))
+    data = open_data([{"src": torch.randn(2, 5, 16)} for _ in range(5)], program)
+    folded = BlockFolding().run(program, PassContext(data=data, metric=open_metric("cosine"))).program
+    counts = [program.count_operators(), folded.count_operators()]
+    weights = [sum(item.bytes for item in stored_weights(one)) for one in (program, folded)]
+    assert counts[1] * 3 == counts[0] * 2
+    assert weights[1] * 3 == weights[0] * 2
+
+
 @pytest.mark.parametrize(("remove", "gone"), [(0.2, "2"), (0.4, "2, 4"), (99, "1, 2, 3, 4")])
 def test_a_share_of_the_blocks(network: Network, remove: float, gone: str) -> None:
     program = captured(network, torch.randn(2, 6, 8))
@@ -223,6 +235,37 @@ def test_healing_comes_nearer_to_the_whole_network(network: Network) -> None:
     for name, value in program.graph_module.named_parameters():
         if name in fixed:
             assert torch.equal(value, weights[name])
+
+
+def test_a_chart_has_every_step_measured_on_its_own(network: Network) -> None:
+    program = captured(network, torch.zeros(2, 6, 8))
+    sizes: list[int] = []
+
+    def timing(folded: Program) -> Timing:
+        sizes.append(sum(node.target is torch.ops.aten.relu.default for node in folded.nodes()))
+        return Timing(1e-3 * sizes[-1], 3)
+
+    pass_ = BlockFolding(remove=2, heal_steps=4, chart=True)
+    points = run(program, pass_, measure=timing).trade_offs
+    assert sizes == [5, 4, 3]
+    kept = [(5, "as folded"), (4, "as folded"), (4, "healed"), (3, "as folded"), (3, "healed")]
+    assert [(point.value, point.variant) for point in points] == kept
+    assert [point.seconds for point in points] == [5e-3, 4e-3, 4e-3, 3e-3, 3e-3]
+    alone = run(program, BlockFolding(remove=1)).program
+    data = open_data(feeds(), program)
+    assert points[1].metric == measure(alone, data.held_out, open_metric("cosine"), reference=program)
+    assert points[0].metric == 1.0 > points[1].metric > points[3].metric
+    assert points[4].metric > points[3].metric
+
+
+def test_the_chart_is_in_the_report_and_its_clock_stays_out_of_artifacts(network: Network, tmp_path: Any) -> None:
+    program = captured(network, torch.zeros(2, 6, 8))
+    result = graphopt.optimize(program, "block-folding{remove=1,chart=true}", data=feeds(), metric="cosine")
+    (step,) = result.report.to_json()["passes"]
+    assert [point["value"] for point in step["trade_offs"]] == [5, 4]
+    assert all(point["seconds"] > 0 for point in step["trade_offs"])
+    (kept,) = result.program.history
+    assert [point["seconds"] for point in kept["trade_offs"]] == [None, None]
 
 
 def test_chosen_blocks(network: Network) -> None:

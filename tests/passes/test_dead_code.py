@@ -39,6 +39,17 @@ def test_random_operators_stay() -> None:
     assert "random" in result.declined[0].reason
 
 
+def test_attention_without_dropout_goes() -> None:
+    """Its operator is marked as random for the dropout that it may have."""
+
+    class Unread(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.nn.functional.scaled_dot_product_attention(x, x, x)
+            return x.relu()
+
+    check_pass(captured(Unread(), torch.randn(1, 2, 3, 4)), DeadCode(), rewrites=1)
+
+
 def test_unread_inputs_stay() -> None:
     class First(torch.nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
