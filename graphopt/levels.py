@@ -9,7 +9,7 @@ from graphopt.errors import UsageError
 from graphopt.spec_string import parse_spec
 
 CLEANUP = ("dead-code", "constant-folding", "no-op-removal", "decided-conditions", "common-subexpressions")
-FUSIONS = ("batch-norm-folding", "merge-linears")
+FUSIONS = ("batch-norm-folding", "scale-folding", "merge-linears")
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "O0": (),

@@ -15,4 +15,5 @@ PASSES = {
     "gated-attention": "graphopt.passes.gated_attention:GatedAttention",
     "merge-linears": "graphopt.passes.merge_linears:MergeLinears",
     "no-op-removal": "graphopt.passes.no_op_removal:NoOpRemoval",
+    "scale-folding": "graphopt.passes.scale_folding:ScaleFolding",
 }
