@@ -31,7 +31,7 @@ _KEEPING = frozenset(  # what may stand between scores and softmax, or softmax a
         *(aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default),
     }
 )
-_WEIGHTS: Mapping[Any, str] = {  # products by a weight, and the name of the argument that is one
+WEIGHTS: Mapping[Any, str] = {  # products by a weight, and the name of the argument that is one
     aten.linear.default: "weight",
     aten.addmm.default: "mat2",
     aten.mm.default: "mat2",
@@ -53,7 +53,7 @@ class Attention:
     `output` is the node with what is attended to, head by head. `anchor` is the fused call or the softmax. `key` is
     [..., keys, width] in the fused form and [..., width, keys] where written out. `projection` is the product by a
     weight that the queries come from, alone or with keys and values, and `hidden` the tensor that it reads,
-    [..., features].
+    [..., features]. `keys` is the product that the keys come from, None where there are several.
     """
 
     anchor: Node
@@ -63,6 +63,7 @@ class Attention:
     value: Node
     projection: Node
     hidden: Node
+    keys: Node | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def _complete(
         found = ", ".join(node.name for node in projections) or "none"
         return NoAttention(anchor, f"its queries come from {found} and not from one product by a weight")
     (projection,) = projections
-    return Attention(anchor, output, query, key, value, projection, _unflattened(projection))
+    keys = _projections(kinds, key)
+    made_by = keys[0] if len(keys) == 1 else None
+    return Attention(anchor, output, query, key, value, projection, _unflattened(projection), made_by)
 
 
 def _unflattened(projection: Node) -> Node:
@@ -174,7 +177,7 @@ def _projections(kinds: Mapping[Node, Kind], query: Any) -> list[Node]:
 
 
 def _is_projection(kinds: Mapping[Node, Kind], node: Node) -> bool:
-    if node.target not in _WEIGHTS:
+    if node.target not in WEIGHTS:
         return False
-    weight = argument(node, _WEIGHTS[node.target])
+    weight = argument(node, WEIGHTS[node.target])
     return isinstance(weight, Node) and kinds[weight] in ("weight", "constant") and weight.meta["val"].dim() == 2
