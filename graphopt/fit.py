@@ -57,8 +57,8 @@ def fit(
         of `options.seed`.
     loss: "cross-entropy" of the first output (logits along its last axis) and integer labels; a function of (outputs,
         label), a tuple of tensors in the program's order and a tensor or None, that returns a tensor of one number;
-        or, with a `teacher` that takes the program's inputs, "mse" (the default then), "kl", "cosine" or a
-        `Distillation`. It is averaged over samples.
+        or, with a `teacher` that takes the program's inputs, "mse" (the default then), "relative", "kl", "cosine" or
+        a `Distillation`. It is averaged over samples.
     estimators: by the name of a node, what computes it during training, called with its arguments: a function of
         `graphopt.gradient_estimators` for a step or a rounding. Held-out data is run without them, as deployed. What
         such a function draws from PyTorch's global generator is the same in every fit with the same seed.
@@ -126,7 +126,8 @@ def _described(loss: Loss, teacher: Program | None, estimators: Estimators) -> s
     """What a checkpoint remembers of functions: their names."""
     if isinstance(loss, Distillation):
         task = "" if loss.task is None else f", {loss.task_weight} of {_name(loss.task)}"
-        text = f"{loss.kind} of {', '.join(loss.outputs) or 'all outputs'} at {loss.temperature}{task}"
+        inner = f" and of {', '.join(loss.features)}" if loss.features else ""
+        text = f"{loss.kind} of {', '.join(loss.outputs) or 'all outputs'}{inner} at {loss.temperature}{task}"
     else:
         text = loss if isinstance(loss, str) else "default" if loss is None else _name(loss)
     taught = f" from {teacher.name}" if teacher is not None else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ def race_on(target: str, threads: int | None) -> Race:
             runs = [_prepare(program, target, threads) for program in (first, second)]
         except CompileError as error:
             raise CompileError(f"keep_if_faster cannot measure {second.name}: {error}; leave it out") from error
-        times = _take_turns(*runs)
+        times = take_turns(runs)
         ratios = [after / before for before, after in zip(*times, strict=True)]
         before, after = (Timing(statistics.median(side), len(side)) for side in times)
         return Outcome(before, after, statistics.quantiles(ratios, n=4)[2] < 1)
@@ -76,20 +76,22 @@ def _prepare(program: Program, target: str, threads: int | None) -> Callable[[],
     return lambda: session.run(None, feed)
 
 
-def _take_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Seconds of one run in every turn of each; who begins changes, so that neither always finds the caches warm."""
-    sides = [(first, _count(first)), (second, _count(second))]
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(TURNS):
-        for side in (0, 1) if turn % 2 else (1, 0):
-            times[side].append(_seconds(*sides[side]))
+def take_turns(runs: Sequence[Callable[[], object]], turns: int = TURNS, seconds: float = SECONDS) -> list[list[float]]:
+    """Seconds of one run in every turn of each; who begins changes, so that none always finds the caches warm."""
+    counts = [_count(run, seconds) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    sides = list(range(len(runs)))
+    for turn in range(turns):
+        first = -turn % len(runs)
+        for side in (*sides[first:], *sides[:first]):
+            times[side].append(_seconds(runs[side], counts[side]))
     return times
 
 
-def _count(run: Callable[[], object]) -> int:
+def _count(run: Callable[[], object], seconds: float = SECONDS) -> int:
     """Runs that fill a turn; the first one warms up."""
     run()
-    return max(1, math.ceil(SECONDS / _seconds(run, 1)))
+    return max(1, math.ceil(seconds / _seconds(run, 1)))
 
 
 def _seconds(run: Callable[[], object], count: int) -> float:

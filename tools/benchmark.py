@@ -1,5 +1,5 @@
 """Time a model or artifact, alone or beside other runtimes: each in its own process, in turns, on the same cores; or
-the whole suite of models, or of kernels.
+a whole suite: of models, of kernels, or of models with fewer and fewer of their blocks.
 
 A row is valid when the side was as fast in turns as alone (within 5 %) and others took under 10 % of the CPUs; only
 valid rows are worth quoting.
@@ -23,12 +23,14 @@ from graphopt.tools.subject import add_size_options, chosen_sizes, open_artifact
 from graphopt.tools.table import add_json_option, wants_text, write_json
 
 SUMMARY = "time a model, an artifact or a suite, alone or against other runtimes"
-SUITES = ("e2e", "kernels")
+SUITES = ("e2e", "kernels", "folding")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|ARTIFACT", nargs="?", help=f"{HELP_ARTIFACT} (compiled at O2)")
-    parser.add_argument("--suite", choices=SUITES, help="in place of MODEL: whole models, or single kernels")
+    parser.add_argument(
+        "--suite", choices=SUITES, help="in place of MODEL: whole models, single kernels, or models with fewer blocks"
+    )
     against = f"runtimes to compare with: {', '.join(PEERS)}, or {ALL} for those installed (default for --suite e2e)"
     parser.add_argument("--against", metavar="NAME,...", help=against)
     parser.add_argument("--model", dest="source", metavar="MODEL", help="what the others run when timing an ARTIFACT")

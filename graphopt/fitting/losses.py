@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,29 +15,33 @@ from graphopt.program import Program
 
 Outputs = tuple[Tensor, ...]
 TaskLoss = Callable[[Outputs, Tensor | None], Tensor]
-DISTANCES = ("mse", "kl", "cosine")
+DISTANCES = ("mse", "relative", "kl", "cosine")
 
 
 @dataclass(frozen=True)
 class Distillation:
     """The distance of the program's outputs from the teacher's, averaged over `outputs` (none: all of a float type).
 
-    `kind`: "mse", the mean squared difference; "cosine", 1 - cosine along the last axis; "kl", the Kullback-Leibler
-    divergence of softmax(output / temperature) along the last axis from the teacher's, times temperature squared
-    (Hinton, Vinyals, Dean 2015, arXiv 1503.02531). A `task` loss of (outputs, label) is added `task_weight` times.
+    `kind`: "mse", the mean squared difference; "relative", that over the mean square of the teacher's; "cosine",
+    1 - cosine along the last axis; "kl", the Kullback-Leibler divergence of softmax(output / temperature) along the
+    last axis from the teacher's, times temperature squared (Hinton, Vinyals, Dean 2015, arXiv 1503.02531). The mean
+    "relative" distance of `features`, further outputs of both such as inner layers, is added to it, and a `task` loss
+    of (outputs, label) `task_weight` times.
     """
 
-    kind: Literal["mse", "kl", "cosine"] = "mse"
+    kind: Literal["mse", "relative", "kl", "cosine"] = "mse"
     outputs: tuple[str, ...] = ()
     temperature: float = 1.0
     task: TaskLoss | None = None
     task_weight: float = 1.0
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in DISTANCES:
             raise UsageError(f"kind={self.kind!r} is none of {', '.join(DISTANCES)}")
-        if isinstance(self.outputs, str):
-            raise UsageError(f"outputs={self.outputs!r} must be a tuple of names: outputs=({self.outputs!r},)")
+        for field, names in (("outputs", self.outputs), ("features", self.features)):
+            if isinstance(names, str):
+                raise UsageError(f"{field}={names!r} must be a tuple of names: {field}=({names!r},)")
         if not self.temperature > 0:
             raise UsageError(f"temperature={self.temperature} must be positive")
         if self.temperature != 1 and self.kind != "kl":
@@ -46,7 +50,8 @@ class Distillation:
             raise UsageError(f"task_weight={self.task_weight} has no effect without a task loss; leave it out")
 
 
-Loss = Literal["mse", "kl", "cosine", "cross-entropy"] | Distillation | TaskLoss | None
+Loss = Literal["mse", "relative", "kl", "cosine", "cross-entropy"] | Distillation | TaskLoss | None
+Pairs = Sequence[tuple[str, str, int, int]]  # the kind of distance, the output's name, its place here and there
 Objective = Callable[[tuple[Tensor, ...], Outputs, Tensor | None], Tensor]  # of inputs, outputs and label
 
 
@@ -86,31 +91,44 @@ def make_objective(program: Program, loss: Loss, teacher: Program | None) -> Obj
 def _distill(program: Program, loss: Distillation, teacher: Program | None) -> Objective:
     if teacher is None:
         raise UsageError(f"the loss {loss.kind!r} is a distance from a teacher's outputs; give teacher=...")
-    names = loss.outputs or tuple(spec.name for spec in program.outputs if spec.dtype.is_floating_point)
-    ours, theirs = _positions(program, names), _positions(teacher, names)
+    names = loss.outputs or tuple(
+        spec.name for spec in program.outputs if spec.dtype.is_floating_point and spec.name not in loss.features
+    )
     order = _input_order(program, teacher)
+    pairs = [(loss.kind, name, *_positions(program, teacher, name)) for name in _not_empty(program, names)]
+    features = [("relative", name, *_positions(program, teacher, name)) for name in loss.features]
 
     def objective(inputs: tuple[Tensor, ...], outputs: Outputs, label: Tensor | None) -> Tensor:
         targets = teacher(*(inputs[index] for index in order))
-        pairs = zip(names, ours, theirs, strict=True)
-        distances = [_distance(loss, name, outputs[index], targets[other]) for name, index, other in pairs]
-        total = torch.stack(distances).mean()
+
+        def mean(group: Pairs) -> Tensor:
+            found = [_distance(kind, loss, name, outputs[at], targets[other]) for kind, name, at, other in group]
+            return torch.stack(found).mean()
+
+        total = mean(pairs) + mean(features) if features else mean(pairs)
         return total if loss.task is None else total + loss.task_weight * loss.task(outputs, label)
 
     return objective
 
 
-def _positions(program: Program, names: tuple[str, ...]) -> list[int]:
-    known = [spec.name for spec in program.outputs]
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(f"output of {program.name}", name, known)
-        spec = program.outputs[known.index(name)]
-        if not spec.dtype.is_floating_point:
-            raise UsageError(f"output {name!r} of {program.name} is {spec.dtype}; distil outputs of a float type")
+def _not_empty(program: Program, names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise UsageError(f"{program.name} has no output of a float type to distil")
-    return [known.index(name) for name in names]
+    return names
+
+
+def _positions(program: Program, teacher: Program, name: str) -> tuple[int, int]:
+    """Where the output of this name is in the program and in the teacher."""
+    found = []
+    for one in (program, teacher):
+        known = [spec.name for spec in one.outputs]
+        if name not in known:
+            raise UnknownNameError(f"output of {one.name}", name, known)
+        spec = one.outputs[known.index(name)]
+        if not spec.dtype.is_floating_point:
+            raise UsageError(f"output {name!r} of {one.name} is {spec.dtype}; distil outputs of a float type")
+        found.append(known.index(name))
+    return found[0], found[1]
 
 
 def _input_order(program: Program, teacher: Program) -> list[int]:
@@ -123,13 +141,15 @@ def _input_order(program: Program, teacher: Program) -> list[int]:
     return [ours[spec.name][0] for spec in teacher.inputs]
 
 
-def _distance(loss: Distillation, name: str, output: Tensor, target: Tensor) -> Tensor:
+def _distance(kind: str, loss: Distillation, name: str, output: Tensor, target: Tensor) -> Tensor:
     if output.shape != target.shape:
         raise UsageError(f"output {name!r} is {list(output.shape)}, the teacher's is {list(target.shape)}")
     target = target.to(output.dtype)
-    if loss.kind == "mse":
+    if kind == "mse":
         return functional.mse_loss(output, target)
-    if loss.kind == "cosine":
+    if kind == "relative":
+        return functional.mse_loss(output, target) / target.square().mean().clamp(min=torch.finfo(target.dtype).tiny)
+    if kind == "cosine":
         return (1 - functional.cosine_similarity(output, target, dim=-1)).mean()
     ours, theirs = ((value / loss.temperature).log_softmax(-1) for value in (output, target))
     return (theirs.exp() * (theirs - ours)).sum(-1).mean() * loss.temperature**2

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import Distillation, FitOptions, Program, UnknownNameError, UsageError, fit
 from graphopt.fit import FitProgress
+from graphopt.fitting.losses import make_objective
 from graphopt.fitting.options import EPOCHS
 from graphopt.gradient_estimators import straight_through_round, straight_through_step
 from graphopt.program import set_attribute
@@ -20,7 +21,7 @@ from tests.fitting.cases import Feeds, Gated, feeds, perturbed, same, square, te
 from tests.models import program
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine", "kl"])
+@pytest.mark.parametrize("kind", ["mse", "relative", "cosine", "kl"])
 def test_distillation_recovers_a_layer(kind: Any) -> None:
     teacher = program("mlp")
     student = perturbed(teacher, "first.weight")
@@ -165,6 +166,23 @@ def test_a_task_loss_beside_a_teacher() -> None:
         weights.append(tensors(result.program)["layer.weight"])
     moved = [(weight - tensors(teacher)["layer.weight"]).norm() for weight in weights]
     assert float(moved[1]) > 2 * float(moved[0]) > 0
+
+
+def test_features_are_matched_by_their_relative_square() -> None:
+    teacher = program("dict_output")
+    first, *others = (spec.name for spec in teacher.outputs if spec.dtype.is_floating_point)
+    student = perturbed(teacher, "layer.weight")
+    inputs = (torch.randn(3, 6),)
+    objective = make_objective(student, Distillation("mse", (first,), features=tuple(others)), teacher)
+    names = [spec.name for spec in teacher.outputs]
+    ours, theirs = student(*inputs), teacher(*inputs)
+    distances = []
+    for name in (first, *others):
+        one, other = ours[names.index(name)], theirs[names.index(name)]
+        distances.append((one - other).square().mean() / (1 if name == first else other.square().mean()))
+    expected = distances[0] + torch.stack(distances[1:]).mean()
+    assert others and float(expected) > 0
+    torch.testing.assert_close(objective(inputs, ours, None), expected)
 
 
 def test_both_branches_of_a_condition_learn() -> None:

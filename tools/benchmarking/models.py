@@ -112,12 +112,13 @@ MODELS: Mapping[str, SuiteModel] = {
 }
 
 
-def choose_models(text: str | None) -> list[str]:
-    """The names in "a,b", all without; raises UnknownNameError."""
+def choose_models(text: str | None, known: Mapping[str, Any] | None = None) -> list[str]:
+    """The names in "a,b", all of `known` (the suite of models) without; raises UnknownNameError."""
     from graphopt.errors import UnknownNameError
 
-    names = list(MODELS) if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    known = MODELS if known is None else known
+    names = list(known) if text is None else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in MODELS:
-            raise UnknownNameError("model", name, MODELS)
+        if name not in known:
+            raise UnknownNameError("model", name, known)
     return list(dict.fromkeys(names))

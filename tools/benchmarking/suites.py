@@ -35,7 +35,7 @@ class Suite:
 
 def run_suite(arguments: argparse.Namespace, settings: Settings) -> int:
     check_needed(arguments)
-    suite = models_suite(arguments, settings) if arguments.suite == "e2e" else kernels_suite(arguments, settings)
+    suite = SUITES[arguments.suite](arguments, settings)
     latest: Report = {}
 
     def publish(report: Report) -> None:
@@ -112,3 +112,29 @@ def kernels_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
         draw_kernels,
         lambda report: all(map(kernel_summary.is_right, report["kernels"])),
     )
+
+
+def folding_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import folding
+    from graphopt.tools.benchmarking.folding_cases import CASES
+    from graphopt.tools.benchmarking.folding_chart import draw_folding
+    from graphopt.tools.benchmarking.models import choose_models
+
+    if arguments.against is not None:
+        raise UsageError("--suite folding stands beside the whole network; leave out --against")
+    cases = {name: CASES[name] for name in choose_models(arguments.models, CASES)}
+    return Suite(
+        lambda publish: folding.run_folding(cases, settings, publish),
+        lambda report: folding.format_model(report["models"][-1]),
+        folding.format_suite,
+        folding.format_markdown,
+        draw_folding,
+        lambda report: all(map(folding.is_right, report["models"])),
+    )
+
+
+SUITES: Mapping[str, Callable[[argparse.Namespace, Settings], Suite]] = {
+    "e2e": models_suite,
+    "kernels": kernels_suite,
+    "folding": folding_suite,
+}

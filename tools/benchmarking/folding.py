@@ -1,0 +1,189 @@
+"""`--suite folding`: how good and how fast networks are with fewer and fewer of their blocks, each point measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import GraphoptError
+from graphopt.tools.benchmarking.comparison import Settings
+from graphopt.tools.benchmarking.folding_cases import FoldingCase, Subject
+from graphopt.tools.benchmarking.report import cpu_name, format_machine
+from graphopt.tools.progress import progress
+from graphopt.tools.table import format_table
+
+if TYPE_CHECKING:
+    from graphopt.program import Program
+
+TURN = 0.1  # seconds; all sizes of a network take turns in one process
+STRAIGHT = 0.05  # how far a point may be from the line, over the line
+
+Report = Mapping[str, Any]
+Publish = Callable[[Report], None]
+
+
+def run_folding(cases: Mapping[str, FoldingCase], settings: Settings, publish: Publish) -> None:
+    """`publish` is given the report after each network."""
+    report: dict[str, Any] = {
+        "suite": "folding",
+        "cpu": cpu_name(),
+        "cores": list(settings.cores),
+        "rounds": settings.rounds,
+        "turn_seconds": TURN,
+        "models": [],
+    }
+    for name, case in cases.items():
+        try:
+            measured = measure_case(case, settings)
+        except GraphoptError as e:
+            measured = {"failed": " ".join(str(e).split())}
+        report["models"].append({"name": name, "title": case.title, **measured})
+        publish(report)
+
+
+def measure_case(case: FoldingCase, settings: Settings) -> dict[str, Any]:
+    from graphopt.data.dataset import open_data
+
+    with progress(f"{case.title}: building"):
+        subject = case.build()
+    held_out = open_data(subject.data, subject.program).held_out
+    points: list[dict[str, Any]] = []
+    programs: list[Program] = []
+    total = 0
+    for count in range(case.most + 1):
+        for steps in (0, case.heal_steps) if count else (0,):
+            with progress(f"{case.title}: without {count} blocks{' healed' if steps else ''}"):
+                began = time.perf_counter()
+                program = fold(subject, count, steps, case.options) if count else subject.program
+                seconds = time.perf_counter() - began
+            total = total or block_count(subject.program)
+            figures = {name: figure(program, held_out) for name, figure in subject.figures.items()}
+            variant = "healed" if steps else "as folded" if count else "whole"
+            points.append({"kept": total - count, "variant": variant, "figures": figures, "seconds": seconds})
+        programs.append(program)
+    with progress(f"{case.title}: compiling and timing"):
+        times = latencies(programs, subject.timed, settings)
+    kept = [total - count for count in range(len(programs))]
+    line, deviation = straight_line(kept, times)
+    timed = [
+        {"kept": number, "milliseconds": 1e3 * value, "from_line": value / (line[0] + line[1] * number) - 1}
+        for number, value in zip(kept, times, strict=True)
+    ]
+    return {
+        "about": subject.about,
+        "heal_steps": case.heal_steps,
+        "points": points,
+        "latency": timed,
+        "line": {"fixed_ms": 1e3 * line[0], "ms_a_block": 1e3 * line[1], "deviation": deviation},
+    }
+
+
+def fold(subject: Subject, count: int, steps: int, options: str) -> Program:
+    from graphopt.optimize import optimize
+
+    spec = f"block-folding{{remove={count},heal-steps={steps}{',' if options else ''}{options}}}"
+    return optimize(subject.program, spec, data=subject.data, metric=subject.metric, verify="structure").program
+
+
+def block_count(program: Program) -> int:
+    from graphopt.passes.block_folding.blocks import Blocks, find_blocks
+
+    found = find_blocks(program, "auto")
+    assert isinstance(found, Blocks)
+    return len(found.blocks)
+
+
+def latencies(programs: Sequence[Program], inputs: Sequence[Any], settings: Settings) -> list[float]:
+    """Median seconds of one run of each, compiled at O2, all of them taking turns."""
+    from graphopt.compile import compile
+    from graphopt.optimize import optimize
+    from graphopt.race import take_turns
+
+    threads = len(settings.cores)
+    runs = []
+    for program in programs:
+        session = compile(optimize(program, "O2", verify="structure").program, threads=threads).session(threads)
+        feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, inputs, strict=True)}
+        runs.append(lambda session=session, feed=feed: session.run(None, feed))
+    return [statistics.median(times) for times in take_turns(runs, settings.rounds, TURN)]
+
+
+def straight_line(kept: Sequence[int], times: Sequence[float]) -> tuple[tuple[float, float], float]:
+    """(constant, slope) of least squares, and the largest distance of a point from it, over the line there."""
+    slope, constant = statistics.linear_regression(kept, times)
+    return (constant, slope), max(
+        abs(time_ / (constant + slope * number) - 1) for number, time_ in zip(kept, times, strict=True)
+    )
+
+
+def recovered(model: Report) -> dict[int, float]:
+    """By blocks kept, the share of the first figure's loss that healing took back."""
+    figure = next(iter(model["points"][0]["figures"]))
+    by_place = {(point["kept"], point["variant"]): point["figures"][figure] for point in model["points"]}
+    whole = model["points"][0]["figures"][figure]
+    shares = {}
+    for (kept, variant), value in by_place.items():
+        if variant == "healed" and (lost := whole - by_place[kept, "as folded"]) > 0:
+            shares[kept] = (value - by_place[kept, "as folded"]) / lost
+    return shares
+
+
+def is_right(model: Report) -> bool:
+    """Whether it was measured, and latency falls on a straight line."""
+    return "failed" not in model and bool(model["line"]["deviation"] <= STRAIGHT)
+
+
+def format_model(model: Report) -> str:
+    if "failed" in model:
+        return f"{model['title']}: {model['failed']}"
+    line = model["line"]
+    return "\n".join(
+        (
+            f"{model['title']}: {model['about']}; healed for {model['heal_steps']} steps",
+            format_table(rows(model)),
+            f"latency {line['fixed_ms']:.3f} ms + {line['ms_a_block']:.3f} ms a block, "
+            f"all points within {line['deviation']:.1%} of it",
+        )
+    )
+
+
+def rows(model: Report) -> list[dict[str, Any]]:
+    """One row a point; a time belongs to a number of blocks, whatever the weights."""
+    latency = {item["kept"]: item for item in model["latency"]}
+    shares = recovered(model)
+    found = []
+    for point in model["points"]:
+        first = point["variant"] != "healed"
+        timed = latency[point["kept"]]
+        share = None if first else shares.get(point["kept"])
+        found.append(
+            {
+                "blocks": point["kept"],
+                "": point["variant"],
+                **{name: f"{value:.4f}" for name, value in point["figures"].items()},
+                "recovered": "" if share is None else f"{share:.0%}",
+                "ms": f"{timed['milliseconds']:.3f}" if first else "",
+                "from line": f"{timed['from_line']:+.1%}" if first else "",
+                "seconds": f"{point['seconds']:.0f}",
+            }
+        )
+    return found
+
+
+def format_suite(report: Report) -> str:
+    return f"{format_machine(report)}; medians of {report['rounds']} turns of {report['turn_seconds']:g} s"
+
+
+def format_markdown(report: Report) -> str:
+    parts = []
+    for model in report["models"]:
+        if "failed" in model:
+            continue
+        table = rows(model)
+        columns = list(table[0])
+        head = [f"| {' | '.join(['model', *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
+        body = [f"| {model['title']} | {' | '.join(str(row[name]) for name in columns)} |" for row in table]
+        parts.append("\n".join([*head, *body]))
+    return "\n\n".join([*parts, format_suite(report)]) + "\n"
