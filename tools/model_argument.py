@@ -1,4 +1,4 @@
-"""MODEL on the command line: a .pt2 file, or package.module:function returning (module, example inputs)."""
+"""MODEL on the command line: a .onnx or .pt2 file, or package.module:function returning (module, example inputs)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graphopt.errors import CaptureError, UsageError
 if TYPE_CHECKING:
     from graphopt.program import Program
 
-HELP = "a .pt2 file, or package.module:function returning (module, example_inputs)"
+HELP = "a .onnx or .pt2 file, or package.module:function returning (module, example_inputs)"
 HELP_ARTIFACT = f"a .gopt artifact, {HELP}"
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 FUNCTION_OF_FILE = re.compile(r"(?:\./)?(\w+(?:/\w+)*)\.py:(\w+)")

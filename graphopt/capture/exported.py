@@ -55,6 +55,12 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
     decomposed = _decompose(exported)
     _refuse_input_mutation(decomposed, inputs)
     flat = flatten(decomposed, inputs, outputs)
+    program = assemble(flat, known, name=name, limits=limits)
+    return replace(program, examples=_examples(program, exported, known, limits))
+
+
+def assemble(flat: Flat, known: Known, *, name: str, limits: Limits) -> Program:
+    """A Program without examples around a graph in normal form: specs, sizes with their bounds, domains."""
     _refuse_nodes(flat.graph_module, limits)
     refuse_large_constants(flat.graph_module, limits)
     symbols, sizes = _sizes(flat, known)
@@ -68,7 +74,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
     ]
     (output,) = flat.graph_module.graph.find_nodes(op="output")
     outs = [_spec(n, node.meta["val"], symbols) for n, node in zip(flat.outputs, output.args[0], strict=False)]
-    program = Program(
+    return Program(
         graph_module=flat.graph_module,
         inputs=tuple(ins),
         outputs=tuple(outs),
@@ -79,7 +85,6 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
         name=name,
         history=known.history,
     )
-    return replace(program, examples=_examples(program, exported, known, limits))
 
 
 def _decompose(exported: ExportedProgram) -> ExportedProgram:
@@ -220,7 +225,7 @@ def with_request(
     names = list(known.inputs) if known.inputs is not None else _input_names(exported)
     values = user_values(exported, names)
     if example_inputs is not None:
-        known = replace(known, examples=_match_examples(example_inputs, list(values)))
+        known = replace(known, examples=match_examples(example_inputs, list(values)))
     if dynamic_shapes:
         environment = next((value.fake_mode.shape_env for value in values.values()), None)
         symbols, sizes = name_axes(read_request(dynamic_shapes, values), values, environment)
@@ -238,7 +243,8 @@ def user_values(exported: ExportedProgram, names: Sequence[str]) -> dict[str, An
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def _match_examples(example_inputs: Any, names: list[str]) -> list[torch.Tensor]:
+def match_examples(example_inputs: Any, names: list[str]) -> list[torch.Tensor]:
+    """One tensor for each name, from a dict or a tuple in order. Raises CaptureError or UnknownNameError."""
     if isinstance(example_inputs, Mapping):
         for key in example_inputs:
             if key not in names:

@@ -232,11 +232,6 @@ def test_other_sources_are_refused(source: Any) -> None:
         capture(source)
 
 
-def test_onnx_is_refused_for_now() -> None:
-    with pytest.raises(CaptureError, match="importing ONNX is not available"):
-        capture("model.onnx")
-
-
 def test_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     capture(nn.Linear(2, 2), (torch.ones(1, 2),))
     with pytest.raises(CaptureError):

@@ -53,7 +53,7 @@ def test_names_in_any_alphabet(cli: Cli, tmp_path: Path) -> None:
 
 def test_help_offers_what_is_accepted(cli: Cli) -> None:
     for verb in ("inspect", "compare", "benchmark"):
-        assert ".gopt" in (text := cli(verb, "--help").out) and ".onnx" not in text
+        assert ".gopt" in (text := cli(verb, "--help").out) and ".onnx" in text
 
 
 @pytest.mark.parametrize("text", ["x", "x:", "x:a=b", "x:0=", "x:0=rows:1-64", "x:0=rows,"])
@@ -98,9 +98,15 @@ def test_truncated_file(cli: Cli, tmp_path: Path) -> None:
     cli("inspect", "half.pt2").refused("half.pt2")
 
 
-def test_onnx_is_refused_in_plain_words(cli: Cli, tmp_path: Path) -> None:
+def test_damaged_onnx_is_refused_in_plain_words(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08\x08")
     cli("inspect", "model.onnx").refused("ONNX")
+
+
+def test_onnx_is_a_model(cli: Cli) -> None:
+    assert cli("optimize", TINY, "-o", "tiny.onnx", "-O0").code == 0
+    assert cli("inspect", "tiny.onnx").code == 0
+    assert cli("compare", TINY, "tiny.onnx").code == 0
 
 
 def test_function_in_the_current_folder(cli: Cli, tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""Appends ATen calls to a graph, each with its fake value, without tracing.
+
+Fake values are interned: two of the same type, sizes and strides are one object. A call whose operator and arguments
+were seen before, up to identity of the fakes, takes the result of that call, so the layers of a model after the first
+cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from graphopt.capture.onnx.values import SYMBOLIC, Known, Tensor
+from graphopt.capture.onnx.weights import Weights
+from graphopt.errors import CaptureError
+from graphopt.program import get_attribute
+from graphopt.propagate import fake_constant, size_key
+
+aten = torch.ops.aten
+
+# Their fake kernels choose a back end by the batch size: guards such as s0 < 16 say nothing about the result.
+_CHOOSES_BACKEND = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+}  # fmt: skip
+
+_EXPRESSIONS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Pow": operator.pow,
+    "PowByNatural": operator.pow,
+}
+
+
+class Emitter:
+    """Builds one graph; `origin` is written on every node as its provenance in the ONNX file."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self.graph = Graph()
+        self.weights = Weights()
+        self.origin = ""
+        self._interned: dict[Any, torch.Tensor] = {}
+        self._results: dict[Any, Any] = {}
+        self._sizes: dict[Any, Node] = {}
+        self._attributes: dict[str, Tensor] = {}
+
+    def placeholder(self, name: str, fake: torch.Tensor) -> Tensor:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = self._intern(fake)
+        return Tensor(node, node.meta["val"])
+
+    def name_size(self, size: torch.SymInt, source: Tensor, axis: int) -> None:
+        """The node from which a symbolic size is read."""
+        node = self.graph.call_function(aten.sym_size.int, (source.node, axis))
+        node.meta["val"] = size
+        self._sizes[size.node.expr] = node
+
+    def attribute(self, target: str) -> Tensor:
+        """The node that reads a held tensor, one for each."""
+        if target not in self._attributes:
+            node = self.graph.create_node("get_attr", target)
+            node.meta["val"] = self._intern(fake_constant(self.mode, get_attribute(self.weights.root, target)))
+            self._attributes[target] = Tensor(node, node.meta["val"])
+        return self._attributes[target]
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Append one call; known arrays among its arguments become tensors. Returns a Tensor, or a tuple of them."""
+        args, kwargs = pytree.tree_map_only(Known, self.tensor, (args, kwargs))
+        key = (target, _key(args), _key(kwargs))
+        if key not in self._results:
+            self._results[key] = self._evaluate(target, args, kwargs)
+        result = self._results[key]
+        if isinstance(result, str):
+            raise RuntimeError(result)
+        return self._append(target, args, kwargs, result)
+
+    def try_call(self, target: Any, *args: Any) -> Tensor | None:
+        """Like `call`, None where the operator refuses its arguments."""
+        key = (target, _key(args), ())
+        if key not in self._results:
+            try:
+                self._results[key] = self._evaluate(target, args, {})
+            except (RuntimeError, ValueError) as error:
+                self._results[key] = str(error)
+        return None if isinstance(self._results[key], str) else self.call(target, *args)
+
+    def tensor(self, value: Known | Tensor) -> Tensor:
+        """Any value as a tensor of the graph."""
+        if isinstance(value, Tensor):
+            return value
+        if not value.symbolic:
+            return self.attribute(self.weights.constant(value.tensor()))
+        items: list[Tensor] = [self.call(aten.scalar_tensor.default, item, dtype=value.dtype) for item in value.items()]
+        if value.ndim == 0:
+            return items[0]
+        stacked: Tensor = self.call(aten.stack.default, items)
+        return stacked if value.ndim == 1 else self.reshape(stacked, list(value.shape))
+
+    def reshape(self, value: Tensor, sizes: Sequence[Any]) -> Tensor:
+        """A view, of a copy where the strides do not allow one: the normal form of a reshape."""
+        view = self.try_call(aten.view.default, value, list(sizes))
+        if view is not None:
+            return view
+        copy = self.call(aten.clone.default, value, memory_format=torch.contiguous_format)
+        result: Tensor = self.call(aten.view.default, copy, list(sizes))
+        return result
+
+    def number(self, size: Any) -> Any:
+        """A size as an argument of a node: a number, or the one node that computes its expression."""
+        return self._expression(size.node.expr) if isinstance(size, SYMBOLIC) else size
+
+    def _expression(self, expression: Any) -> Any:
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Float or expression.is_Rational:
+            return float(expression)
+        if expression not in self._sizes:
+            function = _EXPRESSIONS.get(type(expression).__name__)
+            if function is None:
+                raise CaptureError(f"a size depends on others as {expression}, which graphopt cannot express")
+            parts = [self._expression(part) for part in expression.args]
+            self._sizes[expression] = reduce(lambda left, right: self._combine(function, left, right), parts)
+        return self._sizes[expression]
+
+    def _combine(self, function: Callable[..., Any], left: Any, right: Any) -> Node:
+        node = self.graph.call_function(function, (left, right))
+        node.meta["val"] = function(*(part.meta["val"] if isinstance(part, Node) else part for part in (left, right)))
+        return node
+
+    def _evaluate(self, target: Any, args: Any, kwargs: Any) -> Any:
+        values, named = pytree.tree_map_only(Tensor, lambda tensor: tensor.fake, (args, kwargs))
+        environment = self.mode.shape_env
+        assert environment is not None
+        quiet: AbstractContextManager[Any] = nullcontext()
+        if target in _CHOOSES_BACKEND:
+            quiet = environment.suppress_guards()
+        # Without the Python dispatcher, pad asks for concrete sizes and so fixes them.
+        with torch.no_grad(), self.mode, enable_python_dispatcher(), quiet:
+            return pytree.tree_map_only(torch.Tensor, self._intern, target(*values, **named))
+
+    def _append(self, target: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        nodes, named = pytree.tree_map(self._argument, (args, kwargs))
+        node = self.graph.create_node("call_function", target, nodes, named)
+        self._describe(node, result)
+        if isinstance(result, torch.Tensor):
+            return Tensor(node, result)
+        items = []
+        for index, item in enumerate(result):
+            part = self.graph.create_node("call_function", operator.getitem, (node, index))
+            self._describe(part, item)
+            items.append(Tensor(part, item))
+        return tuple(items)
+
+    def _argument(self, value: Any) -> Any:
+        return value.node if isinstance(value, Tensor) else self.number(value)
+
+    def _describe(self, node: Node, value: Any) -> None:
+        node.meta["val"] = value
+        node.meta["custom"] = {"onnx": self.origin}
+
+    def _intern(self, fake: torch.Tensor) -> torch.Tensor:
+        sizes = tuple(map(size_key, fake.shape))
+        return self._interned.setdefault((fake.dtype, sizes, tuple(map(size_key, fake.stride()))), fake)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return id(value.fake)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    return (type(value), size_key(value))

@@ -1,0 +1,33 @@
+"""The table of operators, by family; importing this registers all of them."""
+
+from graphopt.capture.onnx import shape_domain
+from graphopt.capture.onnx.operators import (
+    activations,
+    attention,
+    convolution,
+    creation,
+    elementwise,
+    indexing,
+    linear,
+    movement,
+    normalization,
+    pooling,
+    reduction,
+    resizing,
+)
+
+FAMILIES = (
+    activations,
+    attention,
+    convolution,
+    creation,
+    elementwise,
+    indexing,
+    linear,
+    movement,
+    normalization,
+    pooling,
+    reduction,
+    resizing,
+    shape_domain,
+)

@@ -1,0 +1,83 @@
+"""Normalizations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphopt.capture.onnx.operation import Operation
+from graphopt.capture.onnx.registry import operator
+from graphopt.capture.onnx.values import Present, Tensor
+
+aten = torch.ops.aten
+
+
+@operator("LayerNormalization")
+def layer_norm(op: Operation, value: Present, weight: Present, bias: Present | None = None) -> Any:
+    value, weight = op.tensor(value), op.tensor(weight)
+    shape = _normalized(op, value)
+    epsilon = op.attributes.number("epsilon", 1e-5)
+    fits = list(weight.shape) == shape and (bias is None or list(bias.shape) == shape)
+    scale, shift = (weight, bias) if fits else (None, None)
+    statistics: tuple[Tensor, ...] = ()
+    if op.outputs == 1:
+        result = op.call(aten.layer_norm.default, value, shape, scale, shift, epsilon, False)
+    else:
+        result, *rest = op.parts(aten.native_layer_norm.default, value, shape, scale, shift, epsilon)
+        statistics = tuple(rest)
+    if not fits:
+        result = op.call(aten.mul.Tensor, result, weight)
+        result = result if bias is None else op.call(aten.add.Tensor, result, bias)
+    return (result, *statistics)
+
+
+@operator("RMSNormalization")
+def rms_norm(op: Operation, value: Present, weight: Present) -> Tensor:
+    value, weight = op.tensor(value), op.tensor(weight)
+    shape = _normalized(op, value)
+    epsilon = op.attributes.number("epsilon", 1e-5)
+    if list(weight.shape) == shape:
+        return op.call(aten.rms_norm.default, value, shape, weight, epsilon)
+    return op.call(aten.mul.Tensor, op.call(aten.rms_norm.default, value, shape, None, epsilon), weight)
+
+
+def _normalized(op: Operation, value: Tensor) -> list[Any]:
+    if op.attributes.integer("stash_type", 1) != 1:
+        raise op.refuse("stash_type other than float is not imported")
+    return list(value.shape[op.axis(op.attributes.integer("axis", -1), value.ndim) :])
+
+
+@operator("BatchNormalization")
+def batch_norm(
+    op: Operation, value: Present, weight: Present, bias: Present, mean: Present, variance: Present
+) -> Tensor:
+    if op.attributes.integer("training_mode") or op.outputs > 1:
+        raise op.refuse("it updates its statistics; export the model in eval mode")
+    epsilon, momentum = op.attributes.number("epsilon", 1e-5), op.attributes.number("momentum", 0.9)
+    statistics = [op.tensor(item) for item in (weight, bias, mean, variance)]
+    return op.call(aten.batch_norm.default, value, *statistics, False, 1 - momentum, epsilon, True)
+
+
+@operator("InstanceNormalization")
+def instance_norm(op: Operation, value: Present, weight: Present, bias: Present) -> Tensor:
+    epsilon = op.attributes.number("epsilon", 1e-5)
+    return op.call(aten.instance_norm.default, value, weight, bias, None, None, True, 0.1, epsilon, True)
+
+
+@operator("GroupNormalization")
+def group_norm(op: Operation, value: Present, weight: Present, bias: Present) -> Tensor:
+    if op.opset < 21:
+        raise op.refuse("GroupNormalization before opset 21 scales groups, not channels; export with opset_version=21")
+    groups, epsilon = op.attributes.integer("num_groups"), op.attributes.number("epsilon", 1e-5)
+    op.attributes.ignore("stash_type")
+    return op.call(aten.group_norm.default, value, groups, weight, bias, epsilon, True)
+
+
+@operator("LpNormalization")
+def lp_normalization(op: Operation, value: Present) -> Tensor:
+    value = op.tensor(value)
+    axis, order = op.axis(op.attributes.integer("axis", -1), value.ndim), op.attributes.integer("p", 2)
+    length = op.call(aten.linalg_vector_norm.default, value, order, [axis], True)
+    zero = op.call(aten.eq.Scalar, length, 0)
+    return op.call(aten.div.Tensor, value, op.call(aten.masked_fill.Scalar, length, zero, 1.0))

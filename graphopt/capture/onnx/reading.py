@@ -1,0 +1,77 @@
+"""The ONNX model behind a path or a ModelProto, checked for what every later step takes for granted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from graphopt.errors import CaptureError
+from graphopt.untrusted.limits import Limits
+
+LEAST_OPSET = 11
+DOMAINS = ("", "ai.onnx")
+
+
+def read_model(source: Any, limits: Limits) -> tuple[Any, Path | None]:
+    """(ModelProto, folder of its external data); a ModelProto given is only read. Raises CaptureError."""
+    if not isinstance(source, (str, os.PathLike)):
+        model, folder = source, None
+    else:
+        path = Path(source)
+        model, folder = _load(path, limits), path.parent
+    if not model.graph.node and not model.graph.output:
+        raise CaptureError("the ONNX model has no graph; the file is empty or no ONNX model")
+    if model.functions:
+        model = _inline(model)
+    count = sum(1 for _ in all_nodes(model.graph))
+    if count > limits.max_nodes:
+        raise CaptureError(f"the model has {count} nodes, over the limit of {limits.max_nodes}; raise Limits.max_nodes")
+    return model, folder
+
+
+def _load(path: Path, limits: Limits) -> Any:
+    try:
+        size = path.stat().st_size
+        if size > limits.max_bytes:
+            raise CaptureError(f"{path} has {size} bytes, over the limit of {limits.max_bytes}; raise Limits.max_bytes")
+        return onnx.load_model(path, format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise CaptureError(f"{path} is no ONNX model, or is damaged") from error
+    except OSError as error:
+        raise CaptureError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _inline(model: Any) -> Any:
+    from onnx.inliner import inline_local_functions
+
+    try:
+        return inline_local_functions(model)
+    except Exception as error:  # native code that raises anything
+        raise CaptureError(f"the model's own functions cannot be written out: {error}") from error
+
+
+def opset_of(model: Any) -> int:
+    """The version of the standard operators. Raises CaptureError where it is missing or too old."""
+    versions = [entry.version for entry in model.opset_import if entry.domain in DOMAINS]
+    if not versions:
+        raise CaptureError("the ONNX model does not say its opset; export it again")
+    if versions[0] < LEAST_OPSET:
+        raise CaptureError(
+            f"the ONNX model has opset {versions[0]}; graphopt imports {LEAST_OPSET} and later: export it with "
+            "opset_version=18, or convert it with onnx.version_converter"
+        )
+    return int(versions[0])
+
+
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """Every node, those of branches and loop bodies included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for branch in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
+                yield from all_nodes(branch)

@@ -1,0 +1,119 @@
+"""The dynamic sizes of an ONNX model's inputs as symbols: one for each name, whatever its value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from graphopt.capture.onnx.tensors import dtype_of
+from graphopt.errors import CaptureError, FeedError
+from graphopt.program import evaluate_size, placeholder_name
+
+_PRIMES = (5, 7, 11, 13, 17, 19, 23)
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the graph; a size is a number, a name, or an expression over the names of other axes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """One symbol of the mode's ShapeEnv for each name in the file."""
+
+    mode: FakeTensorMode
+    values: Mapping[str, torch.SymInt]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """ShapeEnv name -> name in the file."""
+        return {str(size.node._expr): name for name, size in self.values.items()}
+
+
+def read_inputs(graph: Any) -> list[Input]:
+    """The inputs that are no initializers. Raises CaptureError for what is no tensor of known rank."""
+    held = {proto.name for proto in graph.initializer}
+    return [_read_input(value) for value in graph.input if value.name not in held]
+
+
+def _read_input(value: Any) -> Input:
+    if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
+        raise CaptureError(f"input {value.name!r} of the ONNX model is no tensor with a known number of axes")
+    tensor = value.type.tensor_type
+    shape: list[int | str] = []
+    for axis, size in enumerate(tensor.shape.dim):
+        if size.HasField("dim_value") and size.dim_value >= 0:
+            shape.append(int(size.dim_value))
+        else:
+            shape.append(size.dim_param or f"{placeholder_name(value.name)}_axis_{axis}")
+    return Input(value.name, dtype_of(tensor.elem_type, f"input {value.name!r}"), tuple(shape))
+
+
+def size_names(inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
+    """The inputs with names that size expressions can use, and the names that stand alone somewhere."""
+    alone = {size for item in inputs for size in item.shape if isinstance(size, str) and size.isidentifier()}
+    cleaned = {
+        size: size if size in alone or _computed(size, alone) else placeholder_name(size)
+        for item in inputs
+        for size in item.shape
+        if isinstance(size, str)
+    }
+    renamed = [
+        Input(item.name, item.dtype, tuple(cleaned[s] if isinstance(s, str) else s for s in item.shape))
+        for item in inputs
+    ]
+    free = [size for item in renamed for size in item.shape if isinstance(size, str) and size.isidentifier()]
+    return renamed, list(dict.fromkeys(free))
+
+
+def _computed(text: str, names: set[str]) -> bool:
+    """Whether it is arithmetic on sizes that other axes have."""
+    try:
+        evaluate_size(text, dict.fromkeys(names, 7))
+    except (FeedError, SyntaxError, ValueError, ArithmeticError):
+        return False
+    return True
+
+
+def make_symbols(hints: Mapping[str, int]) -> Symbols:
+    """One symbol a name. Two symbols of one value stay two: names, not values, say what is equal."""
+    environment = ShapeEnv(duck_shape=False)
+    values: dict[str, torch.SymInt] = {}
+    for name, hint in hints.items():
+        source = ConstantSource(f"__size_{name}")
+        symbol = environment.create_symbol(hint, source, DimDynamic.DYNAMIC, None)
+        size = environment.create_symintnode(symbol, hint=hint, source=source)
+        assert isinstance(size, torch.SymInt)
+        values[name] = size
+    return Symbols(FakeTensorMode(shape_env=environment), values)
+
+
+def fake_input(item: Input, symbols: Symbols) -> torch.Tensor:
+    """The fake tensor of an input."""
+    shape = [_size(size, symbols.values) for size in item.shape]
+    with symbols.mode:
+        return torch.empty(shape, dtype=item.dtype)
+
+
+def _size(size: int | str, values: Mapping[str, Any]) -> Any:
+    """`evaluate_size` computes with whatever numbers it is given, symbolic ones included."""
+    return evaluate_size(size, values)
+
+
+def hint_choices(names: Sequence[str], given: Mapping[str, int]) -> list[dict[str, int]]:
+    """Values to read the graph with: those of the examples, or small primes, then sizes that images have."""
+    if set(names) <= set(given):
+        return [{name: max(given[name], 2) for name in names}]
+    small = {name: _PRIMES[index % len(_PRIMES)] for index, name in enumerate(names)}
+    images = [{name: step * (index + 2) for index, name in enumerate(names)} for step in (16, 32, 112)]
+    return [{**choice, **given} for choice in (small, *images)]

@@ -1,0 +1,85 @@
+"""Tensors of an ONNX file as torch tensors; those in files beside it are mapped, not read."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto, numpy_helper
+
+from graphopt.errors import CaptureError
+
+DTYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.INT8: torch.int8,
+    TensorProto.INT16: torch.int16,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+    TensorProto.BOOL: torch.bool,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+
+
+def dtype_of(code: int, what: str) -> torch.dtype:
+    """The torch type of an ONNX element type; `what` has it, for the error. Raises CaptureError."""
+    if code in DTYPES:
+        return DTYPES[code]
+    name = TensorProto.DataType.Name(code).lower() if code in TensorProto.DataType.values() else f"number {code}"
+    raise CaptureError(f"{what} has the element type {name}, which graphopt does not import; use float or signed types")
+
+
+def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
+    """The values of a TensorProto; external data is mapped copy on write, so the file is never changed.
+
+    Raises CaptureError where type, size or place of the data cannot be.
+    """
+    what = f"tensor {proto.name!r}" if proto.name else "a tensor without a name"
+    dtype, shape = dtype_of(proto.data_type, what), tuple(proto.dims)
+    if any(size < 0 for size in shape):
+        raise CaptureError(f"{what} has the shape {list(shape)}; a size must be 0 or more")
+    count = math.prod(shape)
+    if proto.data_location == TensorProto.EXTERNAL:
+        return _external(proto, what, folder, count * dtype.itemsize).view(dtype).reshape(shape)
+    if proto.HasField("raw_data"):
+        if len(proto.raw_data) != count * dtype.itemsize:
+            raise CaptureError(f"{what} of shape {list(shape)} holds {len(proto.raw_data)} bytes; the file is damaged")
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(proto.raw_data), dtype=torch.uint8).view(dtype).reshape(shape)
+    held = max(len(getattr(proto, field)) for field in ("float_data", "int32_data", "int64_data", "double_data"))
+    if held != count:
+        raise CaptureError(f"{what} of shape {list(shape)} holds {held} values; the file is damaged")
+    if dtype == torch.bfloat16:
+        bits = np.array(proto.int32_data, dtype=np.uint16)
+        return torch.from_numpy(bits.view(np.int16)).view(dtype).reshape(shape)
+    return torch.from_numpy(np.array(numpy_helper.to_array(proto))).reshape(shape)
+
+
+def _external(proto: Any, what: str, folder: Path | None, size: int) -> torch.Tensor:
+    if folder is None:
+        raise CaptureError(f"{what} lies in another file; give the path of the model instead of a ModelProto")
+    entries = {entry.key: entry.value for entry in proto.external_data}
+    path = Path(os.path.realpath(folder / entries.get("location", "")))
+    if not path.is_relative_to(os.path.realpath(folder)):
+        raise CaptureError(
+            f"{what} lies outside the model's folder ({entries['location']}); keep its data beside the model"
+        )
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
+        held = path.stat().st_size if path.is_file() else None
+    except (ValueError, OSError) as error:
+        raise CaptureError(f"{what} says where its data lie in a way that cannot be read: {error}") from error
+    if held is None:
+        raise CaptureError(f"{what} lies in {path.name}, which does not exist beside the model; copy it there")
+    if length != size or offset < 0 or offset + size > held:
+        raise CaptureError(f"{what} needs {size} bytes at {offset} of {path.name}, which has {held}; it is damaged")
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(size,)))

@@ -1,0 +1,86 @@
+"""What an ONNX name stands for while its graph is read: numbers known now, or a tensor computed at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+KNOWN_ELEMENTS = 64  # a larger array is a tensor
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A small array of Python numbers and symbolic sizes: shape arithmetic on it leaves no node in the graph."""
+
+    array: np.ndarray[Any, np.dtype[np.object_]]
+    dtype: torch.dtype = torch.int64
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def ndim(self) -> int:
+        return self.array.ndim
+
+    @property
+    def symbolic(self) -> bool:
+        return any(isinstance(value, SYMBOLIC) for value in self.array.flat)
+
+    def items(self) -> list[Any]:
+        """All elements, the last axis fastest."""
+        return list(self.array.flat)
+
+    def tensor(self) -> torch.Tensor:
+        """Only where nothing is symbolic."""
+        return torch.tensor(self.array.tolist(), dtype=self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A node of the graph and its fake tensor."""
+
+    node: Node
+    fake: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return tuple(self.fake.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fake.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.fake.ndim
+
+
+Present: TypeAlias = Known | Tensor
+Value: TypeAlias = Known | Tensor | None  # None: an optional input left out
+
+
+def known(items: Any, dtype: torch.dtype = torch.int64, shape: tuple[int, ...] | None = None) -> Known:
+    """A Known of a number or a flat list, by default one axis long; floats take the value their type can hold."""
+    values = items if isinstance(items, list) else [items]
+    array = np.empty(len(values), dtype=object)
+    array[:] = [rounded(value, dtype) for value in values]
+    default = (len(values),) if isinstance(items, list) else ()
+    return Known(array.reshape(default if shape is None else shape), dtype)
+
+
+def known_tensor(tensor: torch.Tensor) -> Known:
+    return known(tensor.reshape(-1).tolist(), tensor.dtype, tuple(tensor.shape))
+
+
+def rounded(value: Any, dtype: torch.dtype) -> Any:
+    """A float as the shortest decimal that its type holds: 1e-12, not 9.999999960041972e-13."""
+    if dtype == torch.float32 and isinstance(value, float):
+        with np.errstate(over="ignore"):
+            return float(str(np.float32(value)))
+    return value

@@ -1,0 +1,177 @@
+"""What cannot be imported ends in one sentence that names the node or value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import graphopt
+from graphopt.capture import Limits, capture
+from graphopt.errors import CaptureError, FeedError, UnknownNameError
+from tests.capture.onnx.tiny import model_of
+
+X: dict[str, tuple[str, Sequence[int | str]]] = {"x": ("float32", ["n", 4])}
+
+
+def _relu(name: str = "relu", source: str = "x", result: str = "r") -> Any:
+    return helper.make_node("Relu", [source], [result], name=name)
+
+
+def _refused(model: Any, *words: str) -> None:
+    with pytest.raises(CaptureError) as error:
+        capture(model)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_unknown_operators_are_listed() -> None:
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["a"], name="where"),
+        helper.make_node("Fancy", ["x"], ["b"], name="own", domain="mine"),
+        helper.make_node("NonZero", ["x"], ["c"], name="again"),
+    ]
+    _refused(model_of(nodes, X, ["a"]), "opset 20", "NonZero (where, again)", "mine.Fancy (own)")
+
+
+def test_an_attribute_nobody_reads() -> None:
+    node = helper.make_node("Relu", ["x"], ["r"], name="odd", slope=0.1)
+    _refused(model_of([node], X, ["r"]), "Relu 'odd'", "'slope'")
+
+
+def test_an_attribute_of_the_wrong_type() -> None:
+    node = helper.make_node("Softmax", ["x"], ["r"], name="odd", axis=1.5)
+    _refused(model_of([node], X, ["r"]), "Softmax 'odd'", "'axis' is not of type INT")
+
+
+def test_too_many_inputs() -> None:
+    node = helper.make_node("Relu", ["x", "x"], ["r"], name="two")
+    _refused(model_of([node], X, ["r"]), "Relu 'two'", "has 2 inputs", "with 1")
+
+
+def test_an_input_left_out() -> None:
+    node = helper.make_node("Add", ["", "x"], ["r"], name="half")
+    _refused(model_of([node], X, ["r"]), "Add 'half'", "input 0 is left out")
+
+
+def test_a_cycle() -> None:
+    nodes = [_relu("first", "b", "a"), _relu("second", "a", "b")]
+    _refused(model_of(nodes, X, ["b"]), "Relu 'first' reads 'b'", "cycle")
+
+
+def test_a_value_nobody_makes() -> None:
+    _refused(model_of([_relu(source="gone")], X, ["r"]), "reads 'gone', which nothing makes")
+    _refused(model_of([_relu()], X, ["gone"]), "output 'gone'")
+
+
+def test_names_that_occur_twice() -> None:
+    _refused(model_of([_relu(), _relu("second")], X, ["r"]), "two values", "'r'")
+    _refused(model_of([_relu(result="x")], X, ["x"]), "two values", "'x'")
+
+
+def test_shapes_that_do_not_fit() -> None:
+    node = helper.make_node("Add", ["x", "w"], ["r"], name="sum")
+    _refused(model_of([node], X, ["r"], {"w": np.ones(3, np.float32)}), "Add 'sum' of [", "[3] cannot be imported")
+
+
+def test_sizes_from_values_at_run_time() -> None:
+    node = helper.make_node("Reshape", ["x", "s"], ["r"], name="shape")
+    inputs = {**X, "s": ("int64", [2])}
+    _refused(model_of([node], inputs, ["r"]), "Reshape 'shape'", "at run time")
+
+
+def test_a_dynamic_size_that_must_be_one_number() -> None:
+    node = helper.make_node("MatMul", ["x", "w"], ["r"], name="product")
+    model = model_of([node], {"x": ("float32", [2, "n"])}, ["r"], {"w": np.ones((5, 2), np.float32)})
+    _refused(model, "MatMul 'product'", "n")
+
+
+@pytest.mark.parametrize(("opset", "words"), [(10, ("opset 10", "11 and later"))])
+def test_old_opsets(opset: int, words: tuple[str, ...]) -> None:
+    _refused(model_of([_relu()], X, ["r"], opset=opset), *words)
+
+
+def test_strings_and_small_unsigned_types() -> None:
+    model = model_of([_relu()], X, ["r"])
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
+    _refused(model, "input 'x'", "string")
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"\xff" * 100)
+    _refused(tmp_path / "m.onnx", "m.onnx", "no ONNX model")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    _refused(tmp_path / "empty.onnx", "no graph")
+    _refused(tmp_path / "gone.onnx", "gone.onnx cannot be read")
+
+
+def test_limits(tmp_path: Path) -> None:
+    model = model_of([_relu(), _relu("more", "r", "s")], X, ["s"])
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(CaptureError, match=r"Limits\.max_nodes"):
+        capture(model, limits=Limits(max_nodes=1))
+    with pytest.raises(CaptureError, match=r"Limits\.max_bytes"):
+        capture(tmp_path / "m.onnx", limits=Limits(max_bytes=10))
+
+
+def test_a_few_bytes_that_ask_for_much_memory() -> None:
+    value = numpy_helper.from_array(np.ones(1, np.float32))
+    fill = helper.make_node("ConstantOfShape", ["s"], ["big"], name="fill", value=value)
+    total = helper.make_node("ReduceSum", ["big"], ["t"])
+    add = helper.make_node("Add", ["x", "t"], ["r"])
+    model = model_of([fill, total, add], X, ["r"], {"s": np.array([1 << 20, 1 << 20], dtype=np.int64)})
+    _refused(model, "Limits.max_constant_bytes")
+
+
+def _external(folder: Path, location: str, offset: int = 0) -> Path:
+    model = model_of([helper.make_node("Add", ["x", "w"], ["r"])], X, ["r"], {"w": np.arange(4, dtype=np.float32)})
+    held = model.graph.initializer[0]
+    held.ClearField("raw_data")
+    held.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", "16")):
+        held.external_data.add(key=key, value=value)
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    return folder / "m.onnx"
+
+
+def test_external_data_are_mapped_and_never_written(tmp_path: Path) -> None:
+    data = np.arange(4, dtype=np.float32).tobytes()
+    (tmp_path / "m.data").write_bytes(data)
+    program = capture(_external(tmp_path, "m.data"))
+    program.graph_module.w.data.add_(1)  # type: ignore[operator]
+    assert torch.equal(program(torch.zeros(1, 4))[0], torch.arange(1.0, 5.0)[None])
+    assert (tmp_path / "m.data").read_bytes() == data
+
+
+def test_external_data_that_lie_elsewhere(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(16))
+    _refused(_external(folder, "../secret"), "tensor 'w'", "outside the model's folder")
+    _refused(_external(folder, str(tmp_path / "secret")), "outside the model's folder")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    _refused(_external(folder, "link"), "outside the model's folder")
+    _refused(_external(folder, "gone"), "does not exist")
+    (folder / "short").write_bytes(bytes(16))
+    _refused(_external(folder, "short", offset=4), "damaged")
+    _refused(onnx.load(_external(folder, "short"), load_external_data=False), "give the path")
+
+
+def test_examples_and_dynamic_sizes_are_checked() -> None:
+    model = model_of([_relu()], X, ["r"])
+    with pytest.raises(CaptureError, match="do not fit"):
+        capture(model, (torch.ones(2, 3),))
+    with pytest.raises(UnknownNameError, match="'y'"):
+        capture(model, dynamic_shapes={"y": {0: "rows"}})
+    with pytest.raises(CaptureError, match="axis 1"):
+        capture(model, dynamic_shapes={"x": {1: "width"}})
+    program = graphopt.capture(model, (np.ones((3, 4), np.float32),), dynamic_shapes={"x": {0: "rows"}})
+    assert program.inputs[0].shape == ("rows", 4) and program.examples[0].shape == (3, 4)
+    with pytest.raises(FeedError):
+        program(torch.ones(2, 3))
