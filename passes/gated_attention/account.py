@@ -115,7 +115,7 @@ def _watched(program: Program) -> tuple[dict[str, tuple[list[str], Weights]], di
             names = {node: full_name(path, node.name) for node in item.anchor.all_input_nodes}
             found[full_name(path, item.anchor.name)] = list(names.values()), _weights_of(item.anchor, names)
             gate = find_gate(item.output)
-            layout = find_layout(item.output.meta["val"], item.hidden.meta["val"])
+            layout = find_layout(item)
             if gate is not None and isinstance(layout, Layout):
                 gates[full_name(path, gate.sigmoid.name)] = layout.heads, gate.factor
     return found, gates

@@ -19,6 +19,7 @@ from graphopt.analysis.attention import WEIGHTS, Attention, find_attentions
 from graphopt.edit import GraphEditor
 from graphopt.errors import UsageError
 from graphopt.matcher import argument
+from graphopt.near_miss import describe
 from graphopt.passes.gated_attention.layout import Layout
 from graphopt.program import Program, full_name, set_attribute
 
@@ -89,6 +90,8 @@ class TrainedGates:
         Raises UsageError where the checkpoint's rows are neither those of queries nor those of queries and gates.
         """
         product = attention.projection
+        if product.target not in WEIGHTS:
+            return f"its queries are made by {describe(product)}, whose weight has no rows for gates"
         node = argument(product, WEIGHTS[product.target])
         old = editor.constant_value(node)
         if old is None:
@@ -120,7 +123,7 @@ class TrainedGates:
         if self.rows == "per-head":
             return layout.heads
         keys = attention.keys
-        made = keys.meta["val"].shape[-1] if keys is not None else 0
+        made = keys.meta["val"].shape[-1] if keys is not None and keys.target in WEIGHTS else 0
         groups = made // layout.width if isinstance(made, int) else 0
         if not groups or made % layout.width or layout.heads % groups:
             where = editor.full_name(attention.anchor)
@@ -195,7 +198,7 @@ def trained_gates(path: str, program: Program, mode: str, rows: Rows) -> Trained
     ours = [name for name, _ in (*program.graph_module.named_parameters(), *program.graph_module.named_buffers())]
     for place, _ in program.graphs():
         for found in find_attentions(program, place):
-            if isinstance(found, Attention):
+            if isinstance(found, Attention) and found.projection.target in WEIGHTS:
                 node = argument(found.projection, WEIGHTS[found.projection.target])
                 names = matching_names(ours, checkpoint.files, full_name(place, str(node.target)))
                 return TrainedGates(checkpoint, names, mode, rows)

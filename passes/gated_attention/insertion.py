@@ -110,7 +110,7 @@ class GatedAttention(Pass):
     def _gate(self, editor: GraphEditor, attention: Attention, trained: TrainedGates | None) -> list[str]:
         """Gate one attention; returns the names of the weights added."""
         output, hidden = attention.output, attention.hidden
-        layout = find_layout(output.meta["val"], hidden.meta["val"])
+        layout = find_layout(attention)
         reason = layout if isinstance(layout, str) else why_not(output, hidden)
         if reason is not None or isinstance(layout, str):
             editor.decline(self.name, output, reason or "")

@@ -1,18 +1,20 @@
 """How the gate's axes follow the attention's: scores are made row by row of X and multiplied head by head.
 
 X is [batch, length, features], [length, batch, features] (as in `torch.nn.MultiheadAttention`) or [length, features];
-what the heads attend to is [batch, heads, length, width] or, with one axis for both, [batch x heads, length, width].
+what the heads attend to is [batch, heads, length, width] or, with one axis for both, [batch x heads, length, width];
+an einsum may give it in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from graphopt.analysis.attention import Attention
 from graphopt.edit import Builder
 
 aten = torch.ops.aten
@@ -22,8 +24,8 @@ aten = torch.ops.aten
 class Layout:
     """Where the gate of one attention goes.
 
-    `order` brings scores [rows of X, heads, width or 1] to [batch, heads, length, width or 1]; `flat` is whether batch
-    and heads share an axis.
+    `order` brings scores [rows of X, heads, width or 1] to the axes of the attention's output, width or 1 in place of
+    the width; `flat` is whether batch and heads share an axis.
     """
 
     heads: int
@@ -32,8 +34,18 @@ class Layout:
     flat: bool
 
 
-def find_layout(output: torch.Tensor, hidden: torch.Tensor) -> Layout | str:
-    """The layout by sizes alone, or a clause that says why there is none."""
+def find_layout(attention: Attention) -> Layout | str:
+    """The layout by sizes, or a clause that says why there is none."""
+    output, hidden = attention.output.meta["val"], attention.hidden.meta["val"]
+    found = _layout(output.permute(attention.axes), hidden)
+    if isinstance(found, str) or attention.axes == tuple(range(output.dim())):
+        return found
+    if found.flat or len(found.order) != output.dim():
+        return f"its axes, {_text(output)}, are in an order that {_text(hidden)} cannot be brought to"
+    return replace(found, order=tuple(found.order[attention.axes.index(axis)] for axis in range(output.dim())))
+
+
+def _layout(output: torch.Tensor, hidden: torch.Tensor) -> Layout | str:
     width = output.shape[-1]
     if not isinstance(width, int):
         return f"its heads are {width} wide, which is no number"
