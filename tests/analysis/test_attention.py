@@ -196,3 +196,42 @@ def run(program: Program, *inputs: Tensor) -> dict[str, Tensor]:
 def gate_weights(program: Program, nodes: object) -> list[Tensor]:
     assert isinstance(nodes, tuple)
     return [program.graph_module.get_parameter(str(node.target)) for node in nodes]
+
+
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    "albert": {"embedding_size": 8},
+    "clip_text_model": {"eos_token_id": 2},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 4},
+    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 4},
+    "mpnet": {},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
+    "phi": {"partial_rotary_factor": 0.5},
+    "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 32},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_architectures_of_transformers(kind: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    config = AutoConfig.for_model(kind, **{"vocab_size": 50, "use_cache": False, **sizes, **ids, **ARCHITECTURES[kind]})
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModel.from_config(config, attn_implementation="eager")
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            found: Tensor = self.model(tokens, attention_mask=mask)[0]
+            return found
+
+    tokens, mask = torch.randint(3, 50, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    program = captured(First().eval(), tokens, mask)
+    result = GatedAttention().run(program, PassContext())
+    assert len(result.rewrites) == 2, result.declined
+    assert torch.equal(result.program(tokens, mask)[0], program(tokens, mask)[0])
