@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -108,9 +109,32 @@ def _onnx_model(program: Program) -> Any:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[-1].strip()[:200] if lines else type(error).__name__
         raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
+    _merge_matrices(model.graph)
     _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)
     return model
+
+
+def _merge_matrices(graph: Any) -> None:
+    """Hold equal matrices once: the exporter transposes a weight that layers share for each of its readers.
+
+    Vectors stay apart: fresh norms are equal by chance, and readers of the file would take them for shared.
+    """
+    first: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    merged: dict[str, str] = {}
+    results = {value.name for value in graph.output}
+    for tensor in graph.initializer:
+        if len(tensor.dims) > 1 and tensor.raw_data and tensor.name not in results:
+            key = tensor.data_type, tuple(tensor.dims), hashlib.sha256(tensor.raw_data).digest()
+            if (name := first.setdefault(key, tensor.name)) != tensor.name:
+                merged[tensor.name] = name
+    for number in reversed(range(len(graph.initializer))):
+        if graph.initializer[number].name in merged:
+            del graph.initializer[number]
+    for number in reversed(range(len(graph.value_info))):
+        if graph.value_info[number].name in merged:
+            del graph.value_info[number]
+    _rename(graph, merged)
 
 
 def _name_outputs(graph: Any, names: Sequence[str]) -> None:
