@@ -6,15 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-import torch
 from torch.fx import Node
 
 from graphopt.analysis.blocks import Block, find_repeats
-from graphopt.edit import Builder, GraphEditor
-from graphopt.matcher import operator_name
+from graphopt.edit import GraphEditor
 from graphopt.program import Program
-
-_PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "conv", "embedding", "einsum", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -85,33 +81,3 @@ def remove_blocks(editor: GraphEditor, rule: str, blocks: Sequence[Block], posit
             inputs[block.output] = source
             gone.append(position)
     return gone
-
-
-def share_weights(editor: GraphEditor, rule: str, parent: Block, child: Block) -> int:
-    """Let the child read the parent's weights wherever both have one of their own; returns the bytes saved.
-
-    Norms stay the child's: they fit the scale of what it reads. So does a weight that others read too.
-    """
-    pairs = []
-    for own, other in zip(child.weights, parent.weights, strict=True):
-        mine, theirs = editor.constant_value(own), editor.constant_value(other)
-        if mine is None or theirs is None or mine is theirs or _belongs_to_norm(own):
-            continue
-        if mine.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr():
-            pairs.append((own, theirs, mine.nbytes))
-    if not pairs:
-        return 0
-    pairs.sort(key=lambda pair: pair[0])
-
-    def build(builder: Builder) -> list[Node]:
-        return [builder.constant(tensor) for _, tensor, _ in pairs]
-
-    done = editor.replace(rule, [own for own, _, _ in pairs], build)
-    return sum(size for _, _, size in pairs) if done else 0
-
-
-def _belongs_to_norm(weight: Node) -> bool:
-    """Whether it is a scale or a shift of channels: a vector that no product by a weight reads as its bias."""
-    value: torch.Tensor = weight.meta["val"]
-    names = (operator_name(user.target).split(".")[1] for user in weight.users)
-    return value.dim() < 2 and not any(name.startswith(_PRODUCTS) for name in names)

@@ -4,27 +4,30 @@ Before: x1 = block1(x0); x2 = block2(x1); x3 = block3(x2)
 remove: x1 = block1(x0); x3 = block3(x1)
 share:  x1 = block1(x0); x2 = block2(x1), whose products read the weights of block 1 and whose norms its own; ...
 
-Removal takes operators, weights and time away in the same measure; sharing takes weights away and nothing else. Both
+Removal takes operators, weights and time away in the same measure; sharing takes weights away and nothing else, unless
+children keep terms of their own (`scale`, `rank`; see `sharing` for what is best kept and whose weights to take). Both
 change results: `heal-steps` lets what is left learn from the whole network's outputs (Jing et al. 2024, "FoldGPT",
 arXiv 2407.00928, for removal, then sharing, then distillation). `chart` measures every step on the way, each one healed
-as well where the last one is. Declines a block from which more than its output is
-read, and one whose input and output differ in type or sizes.
+as well where the last one is. Declines a block from which more than its output is read, one whose input and output
+differ in type or sizes, and to share a block that has terms already.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from graphopt.analysis.storage import stored_weights
 from graphopt.contract import Pass, PassContext, PassResult, Timing, TradeOff
 from graphopt.data.metric import measure
 from graphopt.edit import Edit, GraphEditor
 from graphopt.errors import PassError, UsageError
-from graphopt.passes.block_folding.blocks import Blocks, find_blocks, remove_blocks, share_weights
+from graphopt.passes.block_folding.blocks import Blocks, find_blocks, remove_blocks
 from graphopt.passes.block_folding.gating import learned_gates
 from graphopt.passes.block_folding.healing import heal
+from graphopt.passes.block_folding.hidden_units import HiddenUnits, find_hidden_units
 from graphopt.passes.block_folding.ranking import (
     Scores,
     angular_distances,
@@ -32,10 +35,13 @@ from graphopt.passes.block_folding.ranking import (
     boundary_values,
     in_order_of_loss,
 )
+from graphopt.passes.block_folding.sharing import Parent, Sharing, share_weights
 from graphopt.program import Program
 
 _LATENCY = re.compile(r"(\d+(?:\.\d*)?)(us|ms|s)")
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_REMOVING = ("remove", "ranking")  # options without an effect where no block goes
+_SHARING = ("group", "parent", "weights", "align", "scale", "rank")  # and where none shares
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class BlockFolding(Pass):
     mode: Literal["remove", "share", "both"] = "remove"
     remove: int | float | str = 1
     group: int = 2
+    parent: Parent = "first"
+    weights: Literal["parent", "mean"] = "parent"
+    align: bool = False
+    scale: bool = False
+    rank: int = 0
     ranking: Literal["block-influence", "angular", "gate", "loss-drop"] = "block-influence"
     blocks: Literal["auto"] | tuple[int, ...] | str = "auto"
     heal_steps: int = 0
@@ -62,10 +73,32 @@ class BlockFolding(Pass):
             )
         if self.group < 2:
             raise UsageError(f"group={self.group} shares nothing; give 2 or more")
+        if self.rank < 0:
+            raise UsageError(f"rank={self.rank} must be 0 or more")
+        self._check_effects()
         if self.chart and self.mode == "share":
             raise UsageError("chart=true measures what removing blocks brings, but mode=share keeps all; leave it out")
         if self.heal_steps < 0:
             raise UsageError(f"heal-steps={self.heal_steps} must be 0 or more")
+
+    def _check_effects(self) -> None:
+        """Raises UsageError for an option that would change nothing."""
+        idle = {"remove": _SHARING, "share": _REMOVING, "both": ()}[self.mode]
+        about, other = ("share", "remove") if self.mode == "remove" else ("go", "share")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in idle and value != field.default:
+                raise UsageError(
+                    f"{field.name}={value!r} is about blocks that {about}, but mode={other}; give another mode"
+                )
+        keeps = self.rank or self.scale
+        if self.align and self.weights == "parent" and self.parent != "closest" and not keeps:
+            raise UsageError(
+                "align=true changes nothing where blocks take all of their parent's weights; "
+                "give weights=mean, parent=closest, scale=true or a rank"
+            )
+        if self.weights == "mean" and self.parent != "first" and not self.align:
+            raise UsageError(f"parent={self.parent!r} changes nothing with weights=mean, unless align=true")
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         found = find_blocks(program, self.blocks)
@@ -98,7 +131,7 @@ class BlockFolding(Pass):
         result = edit.finish()
         if not (self.heal_steps and result.rewrites):
             return result, None
-        trained = tail_weights(result.program, found, gone)
+        trained = tail_weights(result.program, program, found, gone)
         healed, note = heal(result.program, program, trained, context, self.heal_steps)
         return result, replace(result, program=healed, notes=(*result.notes, note))
 
@@ -192,14 +225,23 @@ class BlockFolding(Pass):
         return list(order)
 
     def _share(self, editor: GraphEditor, found: Blocks, kept: Sequence[int]) -> None:
-        """Groups of consecutive blocks that are left read the weights of their first."""
-        sharing = [number for number in kept if number in found.foldable]
-        saved = 0
+        """Groups of consecutive blocks that are left read one set of weights."""
+        sharing = [found.blocks[number] for number in kept if number in found.foldable]
+        kinds: tuple[HiddenUnits, ...] = ()
+        if self.align:
+            whole = find_blocks(editor.edit.original, self.blocks)
+            assert isinstance(whole, Blocks)
+            kinds = find_hidden_units(editor.edit.original, whole.blocks[0])
+            counts = " and ".join(str(units.count) for units in kinds) or "no"
+            editor.edit.notes.append(f"{counts} hidden units of each block may change places")
+        how = Sharing(self.parent, self.weights, self.rank, self.scale, kinds)
+        before = stored_bytes(editor.edit.program)
         for start in range(0, len(sharing), self.group):
-            parent, *children = sharing[start : start + self.group]
-            for child in children:
-                saved += share_weights(editor, self.name, found.blocks[parent], found.blocks[child])
-        editor.edit.notes.append(f"blocks share {saved} bytes of weights in groups of {self.group}")
+            share_weights(editor, self.name, sharing[start : start + self.group], how)
+        saved = before - stored_bytes(editor.edit.program)
+        own = ", less what their terms take" if how.has_terms else ""
+        advice = "; give a smaller rank" if saved < 0 else ""
+        editor.edit.notes.append(f"blocks share {saved} bytes of weights in groups of {self.group}{own}{advice}")
 
 
 def without(program: Program, chosen: str | tuple[int, ...], positions: Iterable[int]) -> Program:
@@ -212,10 +254,11 @@ def without(program: Program, chosen: str | tuple[int, ...], positions: Iterable
     return edit.finish().program
 
 
-def tail_weights(program: Program, found: Blocks, gone: Sequence[int]) -> list[str]:
-    """Parameters that are left of the block before the first one that went and of all after it."""
+def tail_weights(program: Program, original: Program, found: Blocks, gone: Sequence[int]) -> list[str]:
+    """Parameters that are left of the block before the first one that went and of all after it, and all new ones."""
     first = max(0, min(gone, default=1) - 1)
     names = {name for name, _ in program.graph_module.named_parameters()}
+    new = names - {name for name, _ in original.graph_module.named_parameters()}
     read = {
         str(weight.target)
         for number, block in enumerate(found.blocks)
@@ -223,7 +266,12 @@ def tail_weights(program: Program, found: Blocks, gone: Sequence[int]) -> list[s
         for weight in block.weights
         if weight.op == "get_attr"
     }
-    return sorted(names & read)
+    return sorted(names & read | new)
+
+
+def stored_bytes(program: Program) -> int:
+    """What the weights that some node reads take, each storage once."""
+    return sum(item.bytes for item in stored_weights(program))
 
 
 def describe(scores: Scores) -> str:

