@@ -59,6 +59,7 @@ class Emitter:
         self._results: dict[Any, Any] = {}
         self._sizes: dict[Any, Node] = {}
         self._attributes: dict[str, Tensor] = {}
+        self._transposed: dict[str, str] = {}
 
     def placeholder(self, name: str, fake: torch.Tensor) -> Tensor:
         node = self.graph.placeholder(name)
@@ -78,6 +79,18 @@ class Emitter:
             node.meta["val"] = self._intern(fake_constant(self.mode, get_attribute(self.weights.root, target)))
             self._attributes[target] = Tensor(node, node.meta["val"])
         return self._attributes[target]
+
+    def transposed(self, value: Tensor) -> Tensor | None:
+        """The weight of a linear layer, [out, in], for one that the file holds as [in, out]; None for other values."""
+        if value.node.op != "get_attr" or value.ndim != 2 or not value.dtype.is_floating_point:
+            return None
+        name = str(value.node.target)
+        if name not in self._transposed:
+            held = get_attribute(self.weights.root, name)
+            turned = held.detach().t().contiguous()
+            trainable = isinstance(held, torch.nn.Parameter)
+            self._transposed[name] = self.weights.add(f"{name}_transposed", turned, trainable=trainable)
+        return self.attribute(self._transposed[name])
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Append one call; known arrays among its arguments become tensors. Returns a Tensor, or a tuple of them."""

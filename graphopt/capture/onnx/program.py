@@ -17,6 +17,7 @@ from graphopt.capture.least_sizes import raise_least_sizes
 from graphopt.capture.normal_form import Flat, remove_dead
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.importer import Importer, refuse_unknown, repeated
+from graphopt.capture.onnx.raising import raised
 from graphopt.capture.onnx.reading import opset_of, read_model
 from graphopt.capture.onnx.sizes import Input, Symbols, fake_input, hint_choices, make_symbols, read_inputs, size_names
 from graphopt.capture.quiet import quiet
@@ -57,7 +58,7 @@ def from_onnx(
         raise failures[0]
     known = _known(symbols, examples, dynamic_shapes, fakes)
     program = assemble(flat, known, name=name, limits=limits)
-    return raise_least_sizes(_with_examples(program, known, hints, limits), {})
+    return raise_least_sizes(raised(_with_examples(program, known, hints, limits)), {})
 
 
 def _read_graph(

@@ -50,6 +50,8 @@ def arithmetic(op: Operation, left: Present, right: Present) -> Tensor:
 @operator("Div")
 def divide(op: Operation, left: Present, right: Present) -> Tensor:
     number = number_for(op, right, left)
+    if left.dtype.is_floating_point and number_for(op, left, right) == 1:
+        return op.call(aten.reciprocal.default, right)
     divisor = right if number is None or isinstance(number, torch.SymInt) else number
     if left.dtype.is_floating_point:
         return op.call(aten.div.Tensor, op.tensor(left), divisor)

@@ -13,6 +13,10 @@ aten = torch.ops.aten
 
 @operator("MatMul")
 def matmul(op: Operation, left: Present, right: Present) -> Tensor:
+    """A product with a weight is a linear layer, as captured models have it."""
+    weight = op.emitter.transposed(right) if isinstance(left, Tensor) and isinstance(right, Tensor) else None
+    if weight is not None and left.ndim >= 2 and left.shape[-1] == weight.shape[1]:
+        return op.call(aten.linear.default, left, weight)
     return op.call(aten.matmul.default, left, right)
 
 
@@ -25,7 +29,7 @@ def gemm(op: Operation, left: Present, right: Present, bias: Present | None = No
         left = op.call(aten.permute.default, left, [1, 0])
     transposed = bool(op.attributes.integer("transB"))
     if alpha == 1 and (bias is None or (beta == 1 and bias.ndim == 1 and bias.shape[0] == right.shape[not transposed])):
-        weight = right if transposed else op.call(aten.permute.default, right, [1, 0])
+        weight = right if transposed else op.emitter.transposed(right) or op.call(aten.permute.default, right, [1, 0])
         given = () if bias is None else (op.tensor(bias),)
         return op.call(aten.linear.default, left, weight, *given)
     product: Tensor = op.call(
