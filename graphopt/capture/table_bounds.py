@@ -22,7 +22,7 @@ def limit_by_tables(
     """Lower the upper bound of every size `n` for which an embedding looks up the positions 0 to n - 1."""
     limited = dict(sizes)
     for node in module.graph.nodes:
-        if operator_name(node) != "embedding":
+        if node.op != "call_function" or operator_name(node) != "embedding":
             continue
         table, index = node.args[:2]
         rows = table.meta["val"].shape[0]

@@ -19,7 +19,16 @@ from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.importer import Importer, refuse_unknown, repeated
 from graphopt.capture.onnx.raising import raised
 from graphopt.capture.onnx.reading import opset_of, read_model
-from graphopt.capture.onnx.sizes import Input, Symbols, fake_input, hint_choices, make_symbols, read_inputs, size_names
+from graphopt.capture.onnx.sizes import (
+    Input,
+    Symbols,
+    fake_input,
+    hint_choices,
+    make_symbols,
+    read_inputs,
+    renamed,
+    size_names,
+)
 from graphopt.capture.quiet import quiet
 from graphopt.errors import CaptureError, FeedError
 from graphopt.program import Program, placeholder_name
@@ -41,7 +50,7 @@ def from_onnx(
     model, folder = read_model(source, limits)
     opset = opset_of(model)
     refuse_unknown(model, opset)
-    inputs, names = size_names(read_inputs(model.graph))
+    inputs, names = size_names(renamed(read_inputs(model.graph), dynamic_shapes or {}))
     if double := repeated([placeholder_name(item.name) for item in inputs]):
         raise CaptureError(f"two inputs of the ONNX model are called {double!r}; give them different names")
     examples = None if example_inputs is None else match_examples(example_inputs, [item.name for item in inputs])
@@ -99,7 +108,11 @@ def _known(
     named = symbols.names
     sizes: dict[str, Any] = {}
     if dynamic_shapes:
-        asked, sizes = name_axes(read_request(dynamic_shapes, fakes), fakes, environment)
+        request = read_request(dynamic_shapes, fakes)
+        # An expression has become the size itself when the inputs were read, where the file does not fix it.
+        fixed = [axis for axis in request.axes if isinstance(fakes[axis.input].shape[axis.axis], int)]
+        axes = tuple(axis for axis in request.axes if axis.size.isidentifier() or axis in fixed)
+        asked, sizes = name_axes(replace(request, axes=axes), fakes, environment)
         named |= asked
     return Known(symbols=named, sizes=sizes, examples=examples)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,19 @@ def _read_input(value: Any) -> Input:
     return Input(value.name, dtype_of(tensor.elem_type, f"input {value.name!r}"), tuple(shape))
 
 
+def renamed(inputs: Sequence[Input], wanted: Mapping[str, Any]) -> list[Input]:
+    """The inputs with the caller's names and expressions for dynamic sizes; files often lack "past + seq"."""
+    return [replace(item, shape=_renamed(item.shape, wanted.get(item.name))) for item in inputs]
+
+
+def _renamed(shape: tuple[int | str, ...], wanted: Any) -> tuple[int | str, ...]:
+    """What `read_request` will not take is left alone, and refused there."""
+    axes = wanted if isinstance(wanted, Mapping) else {}
+    texts = {axis % len(shape): size for axis, size in axes.items() if shape and isinstance(axis, int)}
+    names = {axis: size if isinstance(size, str) else getattr(size, "__name__", None) for axis, size in texts.items()}
+    return tuple(size if isinstance(size, int) else names.get(axis) or size for axis, size in enumerate(shape))
+
+
 def size_names(inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
     """The inputs with names that size expressions can use, and the names that stand alone somewhere."""
     alone = {size for item in inputs for size in item.shape if isinstance(size, str) and size.isidentifier()}
@@ -111,9 +124,12 @@ def _size(size: int | str, values: Mapping[str, Any]) -> Any:
 
 
 def hint_choices(names: Sequence[str], given: Mapping[str, int]) -> list[dict[str, int]]:
-    """Values to read the graph with: those of the examples, or small primes, then sizes that images have."""
+    """Values to read the graph with: those of the examples, or small primes, one number for all, sizes of images.
+
+    One number for all is for files that give one size several names.
+    """
     if set(names) <= set(given):
         return [{name: max(given[name], 2) for name in names}]
     small = {name: _PRIMES[index % len(_PRIMES)] for index, name in enumerate(names)}
     images = [{name: step * (index + 2) for index, name in enumerate(names)} for step in (16, 32, 112)]
-    return [{**choice, **given} for choice in (small, *images)]
+    return [{**choice, **given} for choice in (small, dict.fromkeys(names, 6), *images)]

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import graphopt
 from graphopt.capture import Limits, capture
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
-from tests.capture.onnx.tiny import model_of
+from tests.capture.onnx.tiny import model_of, worst_error
 
 X: dict[str, tuple[str, Sequence[int | str]]] = {"x": ("float32", ["n", 4])}
 
@@ -175,3 +175,21 @@ def test_examples_and_dynamic_sizes_are_checked() -> None:
     assert program.inputs[0].shape == ("rows", 4) and program.examples[0].shape == (3, 4)
     with pytest.raises(FeedError):
         program(torch.ones(2, 3))
+
+
+def test_sizes_that_the_file_does_not_relate() -> None:
+    add = helper.make_node("Concat", ["past", "new"], ["r"], axis=1)
+    shapes: dict[str, tuple[str, Sequence[int | str]]] = {"past": ("float32", [2, "p"]), "new": ("float32", [2, "s"])}
+    both = helper.make_node("Add", ["r", "mask"], ["sum"], name="sum")
+    model = model_of([add, both], {**shapes, "mask": ("float32", [2, "total"])}, ["sum"])
+    program = capture(model, dynamic_shapes={"mask": {1: "p + s"}})
+    assert program.inputs[2].shape == (2, "p + s") and program.outputs[0].shape == (2, "p + s")
+    assert worst_error(program, model) == 0
+    with pytest.raises(CaptureError, match="axis 0"):
+        capture(model, dynamic_shapes={"mask": {0: "p + s", 1: "p + s"}})
+
+
+def test_a_weight_called_like_an_operator() -> None:
+    node = helper.make_node("Add", ["x", "embedding"], ["r"])
+    model = model_of([node], X, ["r"], {"embedding": np.ones(4, np.float32)})
+    assert worst_error(capture(model), model) == 0
