@@ -32,5 +32,5 @@ def test_inner_values_come_out_beside_the_outputs() -> None:
 
 
 def test_a_node_that_is_not_there() -> None:
-    with pytest.raises(UnknownNameError, match="unknown node of .* 'relux'; did you mean 'relu'"):
+    with pytest.raises(UnknownNameError, match=r"unknown node of .* 'relux'; did you mean 'relu'"):
         with_outputs(program(), {"inner": "relux"})

@@ -132,7 +132,8 @@ class BlockFolding(Pass):
         if not (self.heal_steps and result.rewrites):
             return result, None
         trained = tail_weights(result.program, program, found, gone)
-        healed, note = heal(result.program, program, trained, context, self.heal_steps)
+        layers = taught_layers(result.program, found, gone)
+        healed, note = heal(result.program, program, trained, layers, context, self.heal_steps)
         return result, replace(result, program=healed, notes=(*result.notes, note))
 
     def _trade_offs(
@@ -256,13 +257,12 @@ def without(program: Program, chosen: str | tuple[int, ...], positions: Iterable
 
 def tail_weights(program: Program, original: Program, found: Blocks, gone: Sequence[int]) -> list[str]:
     """Parameters that are left of the block before the first one that went and of all after it, and all new ones."""
-    first = max(0, min(gone, default=1) - 1)
     names = {name for name, _ in program.graph_module.named_parameters()}
     new = names - {name for name, _ in original.graph_module.named_parameters()}
     read = {
         str(weight.target)
         for number, block in enumerate(found.blocks)
-        if number >= first and number not in gone
+        if number >= first_taught(gone) and number not in gone
         for weight in block.weights
         if weight.op == "get_attr"
     }
@@ -272,6 +272,26 @@ def tail_weights(program: Program, original: Program, found: Blocks, gone: Seque
 def stored_bytes(program: Program) -> int:
     """What the weights that some node reads take, each storage once."""
     return sum(item.bytes for item in stored_weights(program))
+
+
+def taught_layers(program: Program, found: Blocks, gone: Sequence[int]) -> dict[str, str]:
+    """For the output of each block that learns, what its successor read in the whole network.
+
+    A product with terms of its own has another name than in the whole network, and such an output is left out.
+    """
+    names = {node.name for node in program.graph_module.graph.nodes}
+    kept = [number for number in range(len(found.blocks)) if number not in gone]
+    followers = [*kept[1:], len(found.blocks)]
+    return {
+        found.blocks[number].output.name: found.blocks[follower - 1].output.name
+        for number, follower in zip(kept, followers, strict=True)
+        if number >= first_taught(gone) and found.blocks[number].output.name in names
+    }
+
+
+def first_taught(gone: Sequence[int]) -> int:
+    """The block before the first one that went; all of them where none did."""
+    return max(0, min(gone, default=1) - 1)
 
 
 def describe(scores: Scores) -> str:

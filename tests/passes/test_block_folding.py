@@ -17,7 +17,8 @@ from graphopt.contract import PassContext, Timing
 from graphopt.data.dataset import open_data
 from graphopt.data.metric import measure, open_metric
 from graphopt.errors import PassError, UsageError
-from graphopt.passes.block_folding import BlockFolding
+from graphopt.passes.block_folding import BlockFolding, folding
+from graphopt.passes.block_folding.blocks import Blocks, find_blocks
 from graphopt.passes.block_folding.gating import gated_program, learned_gates
 from graphopt.passes.block_folding.ranking import angular_distances, block_influence
 from graphopt.program import Program
@@ -235,6 +236,18 @@ def test_healing_comes_nearer_to_the_whole_network(network: Network) -> None:
     for name, value in program.graph_module.named_parameters():
         if name in fixed:
             assert torch.equal(value, weights[name])
+
+
+def test_each_block_is_taught_what_its_successor_read(network: Network) -> None:
+    program = captured(network, torch.zeros(2, 6, 8))
+    found = find_blocks(program, "auto")
+    assert isinstance(found, Blocks)
+    names = [block.output.name for block in found.blocks]
+    folded = folding.without(program, "auto", (2, 3))
+    assert folding.taught_layers(folded, found, (2, 3)) == {names[1]: names[3], names[4]: names[4]}
+    last = folding.without(program, "auto", (3, 4))
+    assert folding.taught_layers(last, found, (3, 4)) == {names[2]: names[4]}
+    assert folding.taught_layers(program, found, ()) == {name: name for name in names}
 
 
 def test_a_chart_has_every_step_measured_on_its_own(network: Network) -> None:
