@@ -26,7 +26,7 @@ from graphopt.edit import Edit, GraphEditor
 from graphopt.errors import PassError, UsageError
 from graphopt.passes.block_folding.blocks import Blocks, find_blocks, remove_blocks
 from graphopt.passes.block_folding.gating import learned_gates
-from graphopt.passes.block_folding.healing import heal
+from graphopt.passes.block_folding.healing import LEARNING_RATE, heal
 from graphopt.passes.block_folding.hidden_units import HiddenUnits, find_hidden_units
 from graphopt.passes.block_folding.ranking import (
     Scores,
@@ -62,6 +62,7 @@ class BlockFolding(Pass):
     ranking: Literal["block-influence", "angular", "gate", "loss-drop"] = "block-influence"
     blocks: Literal["auto"] | tuple[int, ...] | str = "auto"
     heal_steps: int = 0
+    heal_rate: float = LEARNING_RATE
     chart: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +81,10 @@ class BlockFolding(Pass):
             raise UsageError("chart=true measures what removing blocks brings, but mode=share keeps all; leave it out")
         if self.heal_steps < 0:
             raise UsageError(f"heal-steps={self.heal_steps} must be 0 or more")
+        if not 0 < self.heal_rate < 1:
+            raise UsageError(f"heal-rate={self.heal_rate} must be over 0 and under 1, such as 0.0003 or 0.002")
+        if self.heal_rate != LEARNING_RATE and not self.heal_steps:
+            raise UsageError(f"heal-rate={self.heal_rate} has no effect with heal-steps=0; give both")
 
     def _check_effects(self) -> None:
         """Raises UsageError for an option that would change nothing."""
@@ -133,7 +138,7 @@ class BlockFolding(Pass):
             return result, None
         trained = tail_weights(result.program, program, found, gone)
         layers = taught_layers(result.program, found, gone)
-        healed, note = heal(result.program, program, trained, layers, context, self.heal_steps)
+        healed, note = heal(result.program, program, trained, layers, context, self.heal_steps, self.heal_rate)
         return result, replace(result, program=healed, notes=(*result.notes, note))
 
     def _trade_offs(

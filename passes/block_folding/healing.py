@@ -18,7 +18,7 @@ from graphopt.fitting.trainable import choose_weights, with_weights
 from graphopt.program import Program, get_attribute
 from graphopt.watched import with_outputs
 
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 3e-4  # for networks of some hundred channels; narrower ones stand several times as much
 
 
 def heal(
@@ -28,6 +28,7 @@ def heal(
     layers: Mapping[str, str],
     context: PassContext,
     steps: int,
+    learning_rate: float = LEARNING_RATE,
 ) -> tuple[Program, str]:
     """The program with these weights distilled from `teacher` for at most so many steps, and what came of it.
 
@@ -45,7 +46,7 @@ def heal(
     loss = Distillation("relative", features=inner)
     if predicts_classes(data):
         loss = Distillation("kl", outputs=(program.outputs[0].name,), features=inner)
-    options = FitOptions(steps=steps, learning_rate=LEARNING_RATE, schedule="cosine", clip_norm=1.0, seed=context.seed)
+    options = FitOptions(steps=steps, learning_rate=learning_rate, schedule="cosine", clip_norm=1.0, seed=context.seed)
     found = fit(student, data.for_fitting(), train=trained, loss=loss, teacher=whole, options=options)
     weights = choose_weights(program, trained)
     values = [get_attribute(found.program.graph_module, weight.name) for weight in weights]

@@ -322,7 +322,16 @@ def test_the_pipeline_measures_what_was_lost(network: Network) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"remove": 0}, {"remove": 1.5}, {"remove": "fast"}, {"group": 1}, {"heal_steps": -1}]
+    "options",
+    [
+        {"remove": 0},
+        {"remove": 1.5},
+        {"remove": "fast"},
+        {"group": 1},
+        {"heal_steps": -1},
+        {"heal_rate": 0.001},
+        {"heal_rate": 3.0, "heal_steps": 1},
+    ],
 )
 def test_refused_options(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -83,7 +83,8 @@ def measure_case(case: FoldingCase, settings: Settings) -> dict[str, Any]:
 def fold(subject: Subject, count: int, steps: int, options: str) -> Program:
     from graphopt.optimize import optimize
 
-    spec = f"block-folding{{remove={count},heal-steps={steps}{',' if options else ''}{options}}}"
+    healing = f",heal-steps={steps}{',' if options else ''}{options}" if steps else ""
+    spec = f"block-folding{{remove={count}{healing}}}"
     return optimize(subject.program, spec, data=subject.data, metric=subject.metric, verify="structure").program
 
 

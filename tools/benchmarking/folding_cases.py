@@ -39,13 +39,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class FoldingCase:
-    """Up to `most` blocks are removed, as `options` of block-folding say, and healed for `heal_steps` steps."""
+    """Up to `most` blocks are removed, then healed for `heal_steps` steps with these other options of block-folding."""
 
     title: str
     build: Callable[[], Subject]
     most: int
     heal_steps: int
-    options: str = ""
+    options: str = ""  # of healing
 
 
 def minilm() -> Subject:
@@ -107,8 +107,8 @@ def _trained(case: Any, name: str) -> Subject:
 
 CASES = {
     "minilm": FoldingCase("MiniLM", minilm, most=3, heal_steps=300),
-    "char-lm": FoldingCase("character LM", char_lm, most=4, heal_steps=200),
-    "digits-vit": FoldingCase("digits ViT", digits_vit, most=3, heal_steps=160),
+    "char-lm": FoldingCase("character LM", char_lm, most=4, heal_steps=80, options="heal-rate=0.002"),
+    "digits-vit": FoldingCase("digits ViT", digits_vit, most=3, heal_steps=160, options="heal-rate=0.001"),
 }
 
 
