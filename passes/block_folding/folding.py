@@ -110,13 +110,13 @@ class BlockFolding(Pass):
         if isinstance(found, str):
             return PassResult(program, notes=(found,))
         notes: list[str] = []
-        order = [] if self.mode == "share" else self._choose(program, found, context, notes)
-        result, healed = self._fold(program, context, order)
+        order = [] if self.mode == "share" else self.choose(program, found, context, notes)
+        result, healed = self.fold(program, context, order)
         points = self._trade_offs(program, context, found, order, (result, healed)) if self.chart else ()
         final = healed or result
         return replace(final, notes=(*notes, *final.notes), trade_offs=points)
 
-    def _fold(
+    def fold(
         self, program: Program, context: PassContext, order: Sequence[int]
     ) -> tuple[PassResult, PassResult | None]:
         """Without the blocks in `order`, those that are left sharing if they are to: as it is, and healed."""
@@ -156,7 +156,7 @@ class BlockFolding(Pass):
         for count in range(len(order) + 1):
             context.progress(f"{self.name}: measuring without {count} blocks", count, len(order) + 1)
             if count < len(order):
-                folded, healed = self._fold(program, context, order[:count])
+                folded, healed = self.fold(program, context, order[:count])
             else:
                 folded, healed = last
             timing = context.measure(folded.program)
@@ -167,7 +167,7 @@ class BlockFolding(Pass):
                     points.append(TradeOff("blocks kept", len(found.blocks) - count, variant, value, seconds))
         return tuple(points)
 
-    def _choose(self, program: Program, found: Blocks, context: PassContext, notes: list[str]) -> list[int]:
+    def choose(self, program: Program, found: Blocks, context: PassContext, notes: list[str]) -> list[int]:
         """The blocks that are to go, the one that is needed least first."""
         total = len(found.blocks)
         most = min(len(found.foldable), total - 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.tools.benchmarking import folding, folding_cases
 from graphopt.tools.benchmarking.english_text import LONGEST, SHORTEST, sentences
-from graphopt.tools.benchmarking.folding_cases import FoldingCase, Subject, mean_cosine, rank_agreement
+from graphopt.tools.benchmarking.folding_cases import FoldingCase, Subject, agreement
 from tests.tools.conftest import Cli
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -36,7 +36,7 @@ class Stack(nn.Module):
 def subject() -> Subject:
     torch.manual_seed(0)
     program = graphopt.capture(Stack().eval(), (torch.randn(2, WIDTH),), dynamic_shapes={"x": {0: "batch"}})
-    figures = {"cosine": partial(mean_cosine, program), "spearman": partial(rank_agreement, program)}
+    figures = partial(agreement, program)
     data = [{"x": torch.randn(8, WIDTH)} for _ in range(15)]
     return Subject(program, data, "cosine", figures, (torch.randn(1, WIDTH),), "noise")
 
@@ -91,7 +91,7 @@ def test_ranks_do_not_depend_on_scale_and_turn_with_the_order() -> None:
 
     one, other = (graphopt.capture(Given(power), (rows,)) for power in (1.0, 3.0))
     data = graphopt.data.dataset.open_data([{"x": rows}, {"x": rows}], one)
-    assert rank_agreement(one, other, data.held_out) == pytest.approx(1.0)
+    assert agreement(one, other, data.held_out) == pytest.approx({"cosine": 1.0, "spearman": 1.0})
     ranks = folding_cases._ranks(torch.tensor([0.3, 0.1, 0.2]))
     assert ranks.tolist() == [2.0, 0.0, 1.0]
 

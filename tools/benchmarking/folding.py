@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, PassError
 from graphopt.tools.benchmarking.comparison import Settings
 from graphopt.tools.benchmarking.folding_cases import FoldingCase, Subject
 from graphopt.tools.benchmarking.report import cpu_name, format_machine
@@ -15,6 +15,8 @@ from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
 if TYPE_CHECKING:
+    from graphopt.data.dataset import View
+    from graphopt.passes.block_folding import BlockFolding
     from graphopt.program import Program
 
 TURN = 0.1  # seconds; all sizes of a network take turns in one process
@@ -44,25 +46,34 @@ def run_folding(cases: Mapping[str, FoldingCase], settings: Settings, publish: P
 
 
 def measure_case(case: FoldingCase, settings: Settings) -> dict[str, Any]:
+    from graphopt.contract import PassContext
     from graphopt.data.dataset import open_data
+    from graphopt.data.metric import open_metric
+    from graphopt.passes.block_folding.blocks import find_blocks
 
     with progress(f"{case.title}: building"):
         subject = case.build()
-    held_out = open_data(subject.data, subject.program).held_out
-    points: list[dict[str, Any]] = []
-    programs: list[Program] = []
-    total = 0
-    for count in range(case.most + 1):
-        for steps in (0, case.heal_steps) if count else (0,):
-            with progress(f"{case.title}: without {count} blocks{' healed' if steps else ''}"):
-                began = time.perf_counter()
-                program = fold(subject, count, steps, case.options) if count else subject.program
-                seconds = time.perf_counter() - began
-            total = total or block_count(subject.program)
-            figures = {name: figure(program, held_out) for name, figure in subject.figures.items()}
-            variant = "healed" if steps else "as folded" if count else "whole"
-            points.append({"kept": total - count, "variant": variant, "figures": figures, "seconds": seconds})
-        programs.append(program)
+    data = open_data(subject.data, subject.program)
+    context = PassContext(data=data, metric=open_metric(subject.metric))
+    folding = pass_with_options(case)
+    found = find_blocks(subject.program, "auto")
+    if isinstance(found, str):
+        raise PassError(f"{case.title}: {found}")
+    total = len(found.blocks)
+    with progress(f"{case.title}: ranking blocks"):
+        notes: list[str] = []
+        order = folding.choose(subject.program, found, context, notes)
+    points = [point(subject, total, "whole", subject.program, data.held_out, 0.0)]
+    programs = [subject.program]
+    for count in range(1, len(order) + 1):
+        with progress(f"{case.title}: healing without {count} blocks"):
+            began = time.perf_counter()
+            folded, healed = folding.fold(subject.program, context, order[:count])
+            seconds = time.perf_counter() - began
+        programs.append(folded.program)
+        points.append(point(subject, total - count, "as folded", folded.program, data.held_out, 0.0))
+        if healed is not None:
+            points.append(point(subject, total - count, "healed", healed.program, data.held_out, seconds))
     with progress(f"{case.title}: compiling and timing"):
         times = latencies(programs, subject.timed, settings)
     kept = [total - count for count in range(len(programs))]
@@ -72,7 +83,7 @@ def measure_case(case: FoldingCase, settings: Settings) -> dict[str, Any]:
         for number, value in zip(kept, times, strict=True)
     ]
     return {
-        "about": subject.about,
+        "about": f"{subject.about}; {notes[0]}; blocks go in the order {', '.join(map(str, order))}",
         "heal_steps": case.heal_steps,
         "points": points,
         "latency": timed,
@@ -80,20 +91,22 @@ def measure_case(case: FoldingCase, settings: Settings) -> dict[str, Any]:
     }
 
 
-def fold(subject: Subject, count: int, steps: int, options: str) -> Program:
-    from graphopt.optimize import optimize
+def pass_with_options(case: FoldingCase) -> BlockFolding:
+    from graphopt.passes.block_folding import BlockFolding
+    from graphopt.spec_string import parse_spec
 
-    healing = f",heal-steps={steps}{',' if options else ''}{options}" if steps else ""
-    spec = f"block-folding{{remove={count}{healing}}}"
-    return optimize(subject.program, spec, data=subject.data, metric=subject.metric, verify="structure").program
+    options = f"remove={case.most},heal-steps={case.heal_steps}{',' if case.options else ''}{case.options}"
+    (found,) = parse_spec(f"block-folding{{{options}}}")
+    assert isinstance(found, BlockFolding)
+    return found
 
 
-def block_count(program: Program) -> int:
-    from graphopt.passes.block_folding.blocks import Blocks, find_blocks
-
-    found = find_blocks(program, "auto")
-    assert isinstance(found, Blocks)
-    return len(found.blocks)
+def point(
+    subject: Subject, kept: int, variant: str, program: Program, held_out: View, seconds: float
+) -> dict[str, Any]:
+    """`seconds` is what healing took."""
+    figures = dict(subject.figures(program, held_out))
+    return {"kept": kept, "variant": variant, "figures": figures, "seconds": seconds}
 
 
 def latencies(programs: Sequence[Program], inputs: Sequence[Any], settings: Settings) -> list[float]:
@@ -167,7 +180,7 @@ def rows(model: Report) -> list[dict[str, Any]]:
                 "recovered": "" if share is None else f"{share:.0%}",
                 "ms": f"{timed['milliseconds']:.3f}" if first else "",
                 "from line": f"{timed['from_line']:+.1%}" if first else "",
-                "seconds": f"{point['seconds']:.0f}",
+                "healing s": f"{point['seconds']:.0f}" if not first else "",
             }
         )
     return found
