@@ -62,7 +62,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train": []}, "train is empty"),
     ({"loss": None}, "give a loss"),
     ({"loss": "mse"}, "the loss 'mse' is a distance from a teacher's outputs; give teacher="),
-    ({"loss": "l1"}, "loss='l1' is none of mse, kl, cosine, cross-entropy and no function"),
+    ({"loss": "l1"}, "loss='l1' is none of mse, relative, kl, cosine, cross-entropy and no function"),
     ({"loss": "l1", "teacher": "itself"}, "loss='l1' is none of"),
     ({"options": {"epochs": 1}}, "options is dict; write options=graphopt.FitOptions"),
     ({"loss": "cross-entropy"}, "needs labels, but the data has none"),

@@ -42,12 +42,14 @@ def test_random_operators_stay() -> None:
 def test_attention_without_dropout_goes() -> None:
     """Its operator is marked as random for the dropout that it may have."""
 
-    class Unread(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            torch.nn.functional.scaled_dot_product_attention(x, x, x)
-            return x.relu()
-
-    check_pass(captured(Unread(), torch.randn(1, 2, 3, 4)), DeadCode(), rewrites=1)
+    program = captured(Relu(), torch.randn(1, 2, 3, 4))
+    graph = program.graph_module.graph
+    (relu,) = graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    with graph.inserting_before(relu):
+        unread = graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (relu.args[0],) * 3)
+    unread.meta["val"] = relu.meta["val"]
+    program.graph_module.recompile()
+    check_pass(program, DeadCode(), rewrites=1)
 
 
 def test_unread_inputs_stay() -> None:
