@@ -14,7 +14,7 @@ from typing import Any
 
 from graphopt.errors import UsageError
 from graphopt.tools.benchmarking.comparison import Settings, choose_cores, compare, compile_to
-from graphopt.tools.benchmarking.peers import ALL, PEERS, check_peers, peer_entrants
+from graphopt.tools.benchmarking.peers import ALL, PEERS, check_artifacts, check_peers, peer_entrants
 from graphopt.tools.benchmarking.report import format_notes, format_rows
 from graphopt.tools.benchmarking.turns import PATIENCE, Entrant, Failure
 from graphopt.tools.model_argument import HELP_ARTIFACT, add_dynamic_option, capture_model, is_artifact
@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", choices=SUITES, help="in place of MODEL: whole models, single kernels, or models with fewer blocks"
     )
-    against = f"runtimes to compare with: {', '.join(PEERS)}, or {ALL} for those installed (default for --suite e2e)"
+    against = (
+        f"what to compare with: {', '.join(PEERS)}, {ALL} for those installed (default for --suite e2e), "
+        "or other artifacts, such as before.gopt"
+    )
     parser.add_argument("--against", metavar="NAME,...", help=against)
     parser.add_argument("--model", dest="source", metavar="MODEL", help="what the others run when timing an ARTIFACT")
     parser.add_argument("--models", metavar="NAME,...", help="some models of the suite, or kernels or kinds of them")
@@ -53,14 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
         from graphopt.tools.benchmarking.suites import run_suite
 
         return run_suite(arguments, settings)
-    peers = check_peers(arguments.against or "")
+    artifacts, names = check_artifacts(arguments.against or "")
+    peers = check_peers(names)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        report = benchmark(arguments, peers, settings, Path(folder))
+        report = benchmark(arguments, peers, artifacts, settings, Path(folder))
     write_json(arguments, report)
     if wants_text(arguments):
         print(format_notes(report))
         print(format_rows(report))
-    nobody = bool(peers) and len(report["rows"]) == 1
+    nobody = bool(arguments.against) and len(report["rows"]) == 1
     return 1 if nobody or not report["agree"] else 0
 
 
@@ -76,7 +80,9 @@ def check_combination(arguments: argparse.Namespace) -> None:
         raise UsageError("a suite brings its own models and sizes; leave out --model, --dynamic, --size and --shape")
 
 
-def benchmark(arguments: argparse.Namespace, peers: list[str], settings: Settings, folder: Path) -> dict[str, Any]:
+def benchmark(
+    arguments: argparse.Namespace, peers: list[str], artifacts: list[Entrant], settings: Settings, folder: Path
+) -> dict[str, Any]:
     """The report of one comparison; compiles and exports into `folder` what is not there yet."""
     source = arguments.source or (None if is_artifact(arguments.model) else arguments.model)
     if peers and source is None:
@@ -93,6 +99,7 @@ def benchmark(arguments: argparse.Namespace, peers: list[str], settings: Setting
         with progress("exporting for the others"):
             others, failures = peer_entrants(program, peers, folder)
             entrants += others
+    entrants += artifacts
     subject = reference or open_artifact(arguments.model)
     feed = subject.draw(chosen_sizes(arguments, subject.inputs), arguments.seed)
     expected = None if reference is None else list(reference.run(feed).values())

@@ -140,6 +140,7 @@ def test_errors_of_outputs() -> None:
     [
         (("--against", "onxruntime"), "'onnxruntime'"),
         (("--against", "tensorrt"), "unknown runtime 'tensorrt'"),
+        (("--against", "tvm,before.gopt"), "--against before.gopt: there is no such file"),
         (("--threads", "1000"), "1 to"),
         (("--rounds", "0"), "--rounds 0"),
         (("--peer-timeout", "0"), "--peer-timeout 0"),
@@ -153,6 +154,13 @@ def test_wrong_options(cli: Cli, words: tuple[str, ...], expected: str) -> None:
 
 def test_an_artifact_alone_has_nothing_for_others_to_run(cli: Cli, artifact: str) -> None:
     cli("benchmark", artifact, "--against", "onnxruntime").refused("--model MODEL")
+
+
+def test_artifacts_take_turns_under_their_names(cli: Cli, artifact: str) -> None:
+    outcome = cli("benchmark", artifact, "--against", artifact, "--rounds", 1, "--threads", 1, "--json")
+    first, second = outcome.json["rows"]
+    assert (first["side"], second["side"]) == ("graphopt", Path(artifact).name)
+    assert outcome.code == 0 and second["error"] == 0 and second["about"]["target"]
 
 
 def test_something_must_be_timed(cli: Cli) -> None:

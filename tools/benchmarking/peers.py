@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphopt.errors import GraphoptError, MissingExtraError, UnknownNameError
+from graphopt.errors import GraphoptError, MissingExtraError, UnknownNameError, UsageError
 from graphopt.tools.benchmarking.turns import Entrant, Failure
+from graphopt.tools.model_argument import is_artifact
 
 if TYPE_CHECKING:
     from graphopt.program import Program
@@ -48,6 +49,20 @@ def check_peers(text: str) -> list[str]:
         if not installed(name):
             raise MissingExtraError(f'{name} is not installed; run pip install "graphopt[bench]"')
     return list(dict.fromkeys(names))
+
+
+def check_artifacts(text: str) -> tuple[list[Entrant], str]:
+    """The artifacts in "a,b.gopt", by their names, and the rest of the text.
+
+    Raises UsageError for a file that is not there.
+    """
+    names = [name.strip() for name in text.split(",")]
+    paths = [name for name in names if is_artifact(name)]
+    for path in paths:
+        if not Path(path).exists():
+            raise UsageError(f"--against {path}: there is no such file; graphopt compile writes one")
+    rest = ",".join(name for name in names if name not in paths)
+    return [Entrant("graphopt", path, name=Path(path).name) for path in paths], rest
 
 
 def installed(name: str) -> bool:

@@ -88,7 +88,7 @@ def format_rows(report: Mapping[str, Any]) -> str:
             "median ms": f"{row['median'] * 1e3:.3f}",
             "alone ms": f"{row['alone'] * 1e3:.3f}",
             "fastest ms": f"{row['fastest'] * 1e3:.3f}",
-            "ratio": f"{row['ratio']:.2f}x",
+            "ratio": f"{row['ratio']:.3f}x",
             "calls": row["calls"],
             "error": f"{row['error']:.1e}",
             "load s": f"{row['load_seconds']:.2f}",

@@ -38,7 +38,7 @@ Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 @dataclass(frozen=True)
 class Entrant:
-    """One side and the file it runs.
+    """One side, the file it runs, and the name it goes by where that is not the side's.
 
     A sparing side may take a hundred times as long as others: it makes as few calls as can be, and its turns end early.
     """
@@ -46,6 +46,7 @@ class Entrant:
     side: str
     model: str
     sparing: bool = False
+    name: str = ""
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Side:
     def __init__(
         self, entrant: Entrant, inputs: Path, outputs: Path, cores: Sequence[int], patience: float = PATIENCE
     ) -> None:
-        self.name = entrant.side
+        self.name = entrant.name or entrant.side
         self.sparing = entrant.sparing
         self.patience = patience
         self.outputs = outputs
