@@ -7,10 +7,10 @@ channels last; the kernel goes on in its own order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from graphopt.backends.sizes import Shape, Size, product, shape_of
 
@@ -31,24 +31,59 @@ class Kinds:
 
 @dataclass(frozen=True)
 class Place:
-    """Axis n of a node is axis order[n] of `shape`, the shape in the kernel's order; no order means the same axes."""
+    """Axis n of a node is axis order[n] of `shape`, the shape in the kernel's order; no order means the same axes.
+
+    `joins`: the kernel knows its elements by all their axes, so that the last two may be made one.
+    """
 
     shape: Shape
     order: tuple[int, ...] = ()
+    joins: bool = False
 
     def permuted(self, order: tuple[int, ...]) -> Place:
         outer = self.order or tuple(range(len(self.shape)))
         composed = tuple(outer[axis] for axis in order)
-        return Place(self.shape, () if composed == tuple(range(len(composed))) else composed)
+        return replace(self, order=() if composed == tuple(range(len(composed))) else composed)
 
 
-def epilogue(anchor: Node, start: Place, order: Mapping[Node, int], kinds: Kinds) -> tuple[list[Node], Place]:
+def in_order(graph: Graph, waits: Callable[[Node], bool], kinds: Kinds) -> list[Node]:
+    """All nodes in an order of execution in which those that wait stand right before their first reader.
+
+    So do permutations and reshapes of them. A kernel computes with what is there before it: behind an attention it can
+    read a gate that the graph has between the two.
+    """
+    order: list[Node] = []
+    waiting: set[Node] = set()
+
+    def add(node: Node) -> None:
+        for source in node.all_input_nodes:
+            if source in waiting:
+                waiting.remove(source)
+                add(source)
+        order.append(node)
+
+    for node in graph.nodes:
+        rearranges = bool(kinds.permutation(node)) or kinds.reshape(node)
+        if node.users and (waits(node) or (rearranges and node.args[0] in waiting)):
+            waiting.add(node)
+        else:
+            add(node)
+    return order
+
+
+def epilogue(
+    anchor: Node,
+    start: Place,
+    order: Mapping[Node, int],
+    kinds: Kinds,
+    ends: Callable[[Node], bool] = lambda node: True,
+) -> tuple[list[Node], Place]:
     """The longest run of element-wise nodes that ends in one result and reads, besides `anchor`, only earlier nodes.
 
     Each has the anchor's rows and columns, so its element at a position needs the anchor's element at the same
     position. Inside the run a node may have several users, as x has in 0.5 x (1 + tanh(x + x^3)). At most one of them
     is branching: nested comparisons take TVM's simplifier too long. `start` is where the anchor's own result lies;
-    returned with the run is where its last node lies.
+    returned with the run is where its last node lies, which is one of those where the kernel may end.
     """
     places = {anchor: start}
 
@@ -59,7 +94,7 @@ def epilogue(anchor: Node, start: Place, order: Mapping[Node, int], kinds: Kinds
         places[node] = place
         return True
 
-    run = _longest(anchor, order, fits, lambda node: True)
+    run = _longest(anchor, order, fits, ends)
     return run, places[run[-1] if run else anchor]
 
 
@@ -128,14 +163,20 @@ def _place(node: Node, places: Mapping[Node, Place], kinds: Kinds) -> Place | No
     if permutation := kinds.permutation(node):
         return sources[0].permuted(permutation)
     shape, first = shape_of(value), sources[0]
+    if first.joins and not first.order and kinds.reshape(node) and shape == _joined(first.shape):
+        return Place(shape)
     if not kinds.element_wise(node) or any(source.order != first.order for source in sources):
         return None
     if not first.order:
-        return Place(shape) if _rows(shape) == _rows(first.shape) else None
+        return replace(first, shape=shape) if _rows(shape) == _rows(first.shape) else None
     fits = len(shape) == len(first.order) and all(
         size == first.shape[a] for size, a in zip(shape, first.order, strict=True)
     )
     return first if fits else None
+
+
+def _joined(shape: Shape) -> Shape:
+    return (*shape[:-2], shape[-2] * shape[-1]) if len(shape) > 1 else ()
 
 
 def _rows(shape: Shape) -> tuple[Size, Size]:

@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.sizes import Shape, Size, Sizes, product, symbols_in
 from graphopt.backends.target import Target
 from graphopt.backends.traffic import elements_read, nodes_computed
-from graphopt.backends.values import Index, Lazy, Product, Storage, View, inverse, leaves, permuted
+from graphopt.backends.values import Index, Lazy, Product, Storage, Value, View, inverse, leaves, permuted
 
 Configuration = Mapping[str, bool | int | float | str]  # what a rule chose, flat, as JSON has it
 BOUND = ("float32", "float64", "float16")  # dtypes whose values are bound to variables in kernels
@@ -107,7 +107,7 @@ class Kernel:
         self._products[id(product_value)] = element
         self._known.clear()
 
-    def know(self, value: View, index: Index, element: Any) -> None:
+    def know(self, value: Value, index: Index, element: Any) -> None:
         """What reading `value` at exactly this index gives, until it is forgotten."""
         self._known[id(value), id(index)] = element, index
 

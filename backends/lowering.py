@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from tvm import relax
 
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.fusion import Kinds, Place, epilogue, row_epilogue
+from graphopt.backends.fusion import Kinds, Place, epilogue, in_order, row_epilogue
 from graphopt.backends.kernel import BOUND, Code
 from graphopt.backends.kernel_report import Kernels
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
+from graphopt.backends.operators.attention import TABLE as ATTENTION
 from graphopt.backends.operators.element_wise import constant
 from graphopt.backends.operators.reduction import EXPANSIONS
 from graphopt.backends.operators.views import RESHAPES, permutation_of
@@ -107,17 +108,18 @@ class Lowering:
         self._labels: dict[int, str] = dict(parent._labels) if parent else {}  # address of a weight -> its name
         self.bindings: list[relax.Binding] = []
         self.env: dict[Node, Any] = {}
-        self.order: dict[Node, int] = {node: number for number, node in enumerate(module.graph.nodes)}
+        nodes = in_order(module.graph, lambda node: node.target in ATTENTION, _KINDS)
+        self.order: dict[Node, int] = {node: number for number, node in enumerate(nodes)}
         self._stored: dict[tuple[int, tuple[int, ...]], tuple[Lazy | View, View]] = {}
         self._covered: set[Node] = set()
         self._current: tuple[str, ...] = ()  # the node being lowered
         self._views: dict[int, tuple[str, ...]] = {}  # id of a view -> the node whose value it is
 
     # Walking ----------------------------------------------------------------------------------------------------------
-    def run(self, graph: Graph, arguments: list[Any]) -> Any:
+    def run(self, arguments: list[Any]) -> Any:
         """Lower every node; returns what the output node holds, as values."""
         pending = iter(arguments)
-        for node in graph.nodes:
+        for node in self.order:
             if node.op == "placeholder":
                 self.env[node] = next(pending)
             elif node.op == "get_attr":
@@ -235,15 +237,17 @@ class Lowering:
         build: Callable[[Product, Any], Code],
         begin: Callable[[Any], Any] = lambda result: result,
         order: tuple[int, ...] = (),
+        joins: bool = False,
+        ends: Callable[[Node], bool] = lambda node: True,
     ) -> View:
         """Lower `node` with its epilogue: `build` gets the bare result and the end of the element-wise tree over it.
 
         `begin` adds to the bare result what belongs to the node itself, such as a bias. `order`: axis n of the node is
-        axis order[n] of what the kernel writes, where they differ.
+        axis order[n] of what the kernel writes, where they differ. `joins` as in `Place`, `ends` as in `epilogue`.
         """
         shape = shape_of(node.meta["val"])
-        start = Place(tuple(shape[axis] for axis in inverse(order)) if order else shape, order)
-        together, place = epilogue(node, start, self.order, _KINDS)
+        start = Place(tuple(shape[axis] for axis in inverse(order)) if order else shape, order, joins)
+        together, place = epilogue(node, start, self.order, _KINDS, ends)
         result = Product(start.shape, DTYPES[node.meta["val"].dtype])
         end: Any
         self.env[node] = end = begin(permutation(result, order) if order else result)
@@ -312,7 +316,7 @@ class Lowering:
         """The sub-graph that the node `graph` reads as one side of an `If`, closing over weights and operands."""
         module, path = self.value(graph), f"{self._path}{graph.target}."
         inner = Lowering(self.target, module, self.weights, self.builder, self.kernels, self, path)
-        results = [inner.contiguous(value) for value in inner.run(module.graph, arguments)]
+        results = [inner.contiguous(value) for value in inner.run(arguments)]
         variables = [inner.own(view) for view in results]
         result = variables[0] if len(variables) == 1 else inner.bind(relax.Tuple(variables), kind)
         return relax.SeqExpr([relax.BindingBlock(inner.bindings)], result)
@@ -384,7 +388,7 @@ def lower_program(
             variable = relax.Var(node.name, relax.TensorType(lowering.sizes.shape(shape), dtype))
             parameters.append(variable)
             arguments.append(whole(Storage(variable, shape, dtype)))
-    results = [lowering.contiguous(value) for value in lowering.run(module.graph, arguments)]
+    results = [lowering.contiguous(value) for value in lowering.run(arguments)]
     variables = [lowering.own(view) for view in _fresh(lowering, results, parameters)]
     kind = [variable.ty for variable in variables]
     result = variables[0] if len(variables) == 1 else lowering.bind(relax.Tuple(variables), relax.TupleType(kind))

@@ -295,10 +295,34 @@ class Index:
             return self
         key = ("reshaped", shape)
         if key not in self._derived:
-            same_rows = self.column is not None and shape and self.shape and shape[-1] == self.shape[-1]
-            self._derived[key] = (
-                Index(shape, self.sizes, row=self.row, column=self.column)
-                if same_rows
-                else Index(shape, self.sizes, linear=self.flat())
-            )
+            self._derived[key] = self._reshaped(shape)
         return self._derived[key]
+
+    def _reshaped(self, shape: Shape) -> Index:
+        same_columns = bool(shape and self.shape) and shape[-1] == self.shape[-1]
+        if self.column is not None and same_columns:
+            return Index(shape, self.sizes, row=self.row, column=self.column)
+        if self.axes is not None or self.base is not None:
+            if (axes := self._merged(shape)) is not None:
+                return Index(shape, self.sizes, axes=axes)
+            if same_columns:
+                outer = tuple(self.axis(number) for number in range(len(self.shape) - 1))
+                row = Index(self.shape[:-1], self.sizes, axes=outer).flat()
+                return Index(shape, self.sizes, row=row, column=self.axis(len(outer)))
+        return Index(shape, self.sizes, linear=self.flat())
+
+    def _merged(self, shape: Shape) -> tuple[Any, ...] | None:
+        """The axes of `shape` where each is some neighbouring axes of this index together, else nothing."""
+        given = [(size, self.axis(number)) for number, size in enumerate(self.shape) if size != 1]
+        axes = []
+        for size in shape:
+            reached: Size = 1
+            position = tirx.const(0, "int64")
+            while reached != size and given:
+                inner, at = given.pop(0)
+                position = at if reached == 1 else position * self.sizes.expr(inner) + at
+                reached = reached * inner
+            if reached != size:
+                return None
+            axes.append(position)
+        return tuple(axes)

@@ -10,20 +10,24 @@ import torch
 from torch.fx import Node
 
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.views import expand, reshape
+from graphopt.backends.operators.views import PERMUTATIONS, RESHAPES, expand
 from graphopt.backends.rules.attention import attention
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Lazy, View
+from graphopt.backends.values import Lazy, Product, View
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
+    from graphopt.backends.kernel import Code
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
 
 
-def _attention(lowering: Lowering, node: Node) -> View | Lazy:
-    """q [B, H, S, D], k and v [B, G, T, D] with H a multiple of G; the result's memory is [B, S, H, D]."""
+def _attention(lowering: Lowering, node: Node) -> View:
+    """q [B, H, S, D], k and v [B, G, T, D] with H a multiple of G; the result's memory is [B, S, H, D].
+
+    Its epilogue, such as a gate, is computed in the kernel.
+    """
     q, k, v, mask, dropout, causal, scale, grouped = arguments(node).values()
     if dropout:
         raise CompileError(f"{node.name} drops attention weights out; capture the model in eval mode")
@@ -47,10 +51,18 @@ def _attention(lowering: Lowering, node: Node) -> View | Lazy:
     bias = None if mask is None else lowering.view(mask)
     if bias is not None and flat and len(bias.shape) == 3 and not grouped:
         bias = _with_one_head(bias)
-    (stored,) = lowering.call(attention(query, key, value, bias, float(scale), bool(causal), lowering.target))
-    _, rows, _, depth = stored.shape
-    result = View(stored.storage, (batch, heads, rows, depth), (rows * heads * depth, depth, heads * depth, 1))
-    return reshape(lowering, result, shape)
+
+    def build(result: Product, end: Any) -> Code:
+        return attention(query, key, value, bias, float(scale), bool(causal), result, end, lowering.target)
+
+    order = (0, 2, 1, 3) if not flat else (1, 0, 2) if grouped else ()
+    return lowering.anchored(node, build, order=order, joins=True, ends=_ends)
+
+
+def _ends(node: Node) -> bool:
+    """Whether an epilogue may end here: in float32, which unfinished rows are kept in, and not in a mere view."""
+    computes = node.target not in RESHAPES | PERMUTATIONS | {aten.clone.default, aten.contiguous.default}
+    return computes and node.meta["val"].dtype == torch.float32
 
 
 def _unrepeated(*values: Any) -> list[View]:

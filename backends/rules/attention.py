@@ -5,8 +5,9 @@ stay in the L2 cache: transposed by shuffles into panels of 2 vectors and read b
 A tile of 8 query rows x 2 vectors is 16 accumulators: 2 loads, 8 broadcasts and 16 multiply-adds a step, in both
 products. Its scores, 8 x 256 at most, stay in L1. The exponential has base 2, its factor is folded into the scale: 13
 instructions a vector. With more than one block the largest score and the sum of weights are carried from block to block
-(Milakov and Gimelshein, 2018; Dao et al., 2022) and the unfinished rows lie in the output. One query row alone is left
-to the rule for single rows, which reads keys and values once, as they are.
+(Milakov and Gimelshein, 2018; Dao et al., 2022) and the unfinished rows lie in the output. What follows element by
+element is computed on each tile of finished rows. One query row alone is left to the rule for single rows, which reads
+keys and values once, as they are.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
-from graphopt.backends.operations import count_operations
+from graphopt.backends.operations import count_operations, operations
+from graphopt.backends.rules.attention_epilogue import Epilogue
 from graphopt.backends.rules.attention_operands import MASKED, Masks, strides_of
 from graphopt.backends.rules.attention_row import write_single_rows
 from graphopt.backends.rules.lanes import fill_tile, fold_rows, settled, span, transposed, zero_tile
 from graphopt.backends.sizes import Size, least
 from graphopt.backends.target import Target
-from graphopt.backends.values import View
+from graphopt.backends.values import Product, View, fused_name
 
 RULE = "fused-attention"
 f32 = approximations.f32
@@ -41,34 +43,48 @@ _STEPS = 4  # keys of the second product written out
 _LOG2_E = 1 / math.log(2)
 
 
-def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal: bool, target: Target) -> Code:
-    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E]; mask broadcasts to [B, H, S, T]. Result [B, S, H, E]."""
+def attention(
+    q: View,
+    k: View,
+    v: View,
+    mask: View | None,
+    scale: float,
+    causal: bool,
+    result: Product,
+    end: Any,
+    target: Target,
+) -> Code:
+    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E]; mask broadcasts to [B, H, S, T].
+
+    Stored is the element-wise tree `end`, float32, over `result`, which has the elements of [B, S, H, E] in this order.
+    """
     batch, heads, rows, _ = q.shape
     shape = (batch, rows, heads, v.shape[3])
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         masks = Masks(mask, causal)
+        epilogue = Epilogue(kernel, shape, result, end, outputs[0])
         single = int(q.shape[3]) % target.lanes == 0 and int(v.shape[3]) % target.lanes == 0
         if single and rows == 1:
-            write_single_rows(kernel, q, k, v, masks, scale, outputs[0])
+            write_single_rows(kernel, q, k, v, masks, scale, epilogue)
         elif single and not isinstance(rows, int) and least(rows) == 1:
             with T.If(kernel.size(rows) == 1):
                 with T.Then():
-                    write_single_rows(kernel, q, k, v, masks, scale, outputs[0])
+                    write_single_rows(kernel, q, k, v, masks, scale, epilogue)
                 with T.Else():
-                    _Attention(kernel, q, k, v, masks, scale, outputs[0]).write()
+                    _Attention(kernel, q, k, v, masks, scale, epilogue).write()
         else:
-            _Attention(kernel, q, k, v, masks, scale, outputs[0]).write()
+            _Attention(kernel, q, k, v, masks, scale, epilogue).write()
 
-    reads = [q, k, v] + ([] if mask is None else [mask])
+    reads = [q, k, v, *([] if mask is None else [mask]), end]
     # Both products, then scaling, mask, largest score, distance to it, exponential and sum.
     each = 2 * (int(q.shape[3]) + int(v.shape[3])) + 5 + count_operations(target, _exponential)
     return write_kernel(
         RULE,
-        "attention",
+        fused_name("attention", end),
         target,
         reads,
-        [(shape, "float32")],
+        [(end.shape, end.dtype)],
         body,
         configuration={
             "rows": 1 if rows == 1 else _tile_rows(target),
@@ -77,7 +93,7 @@ def attention(q: View, k: View, v: View, mask: View | None, scale: float, causal
             "lanes": target.lanes,
             "mask": "causal" if causal else "none" if mask is None else "given",
         },
-        flops=batch * heads * _pairs(rows, k.shape[2], causal) * each,
+        flops=batch * heads * _pairs(rows, k.shape[2], causal) * each + operations([end], target),
     )
 
 
@@ -137,8 +153,11 @@ class _Numbers:
 
 
 class _Attention:
-    def __init__(self, kernel: Kernel, q: View, k: View, v: View, masks: Masks, scale: float, output: Output) -> None:
-        self.kernel, self.masks, self.scale, self.output = kernel, masks, scale, output
+    def __init__(
+        self, kernel: Kernel, q: View, k: View, v: View, masks: Masks, scale: float, epilogue: Epilogue
+    ) -> None:
+        self.kernel, self.masks, self.scale = kernel, masks, scale
+        self.epilogue, self.output = epilogue, epilogue.output
         self.q, self.k, self.v = (strides_of(kernel, view) for view in (q, k, v))
         self.lanes, self.tile_rows = kernel.target.lanes, _tile_rows(kernel.target)
         self.folded = 1 << (self.tile_rows - 1).bit_length()  # lanes of a vector with one number a row
@@ -274,6 +293,10 @@ class _Attention:
         self.write_scale(rows, tops, numbers)
         for begin in range(0, self.value_vectors, _TILE_VECTORS):
             self.write_context(rows, numbers, limit, begin, min(_TILE_VECTORS, self.value_vectors - begin))
+        if not self.epilogue.bare:
+            own = tirx.min(int64(self.tile_rows), self.rows - rows.first)
+            with _only_if(self.finished(rows)):
+                self.epilogue.write(rows.batch, rows.first, own, self.folded, rows.head)
 
     def write_scores(self, rows: _Rows, tops: Any, panel: Any, column: Any, vectors: int) -> None:
         """Of whole panels, which nothing but a given mask concerns, or of single vectors at the right end."""
@@ -376,10 +399,16 @@ class _Attention:
                 total = T.bind(state[rows.state, 1, lane] * numbers.factor[lane] + total)
                 T.buffer_store(state, total, [rows.state, 1, lane])
             scale = tirx.Select(tirx.EQ(total, f32(0)), f32(0), f32(1) / total)
-            if state is not None:
-                reach = tirx.min(self.columns, rows.first + self.tile_rows) if self.masks.causal else self.columns
-                scale = tirx.Select(rows.start + _BLOCK >= reach, scale, f32(1))
+            if (finished := self.finished(rows)) is not None:
+                scale = tirx.Select(finished, scale, f32(1))
             T.buffer_store(numbers.scale, scale, [lane])
+
+    def finished(self, rows: _Rows) -> Any:
+        """Whether no later block concerns the tile; None where there is one block."""
+        if self.one_block:
+            return None
+        reach = tirx.min(self.columns, rows.first + self.tile_rows) if self.masks.causal else self.columns
+        return rows.start + _BLOCK >= reach
 
     def write_context(self, rows: _Rows, numbers: _Numbers, limit: Any, begin: int, width: int) -> None:
         kernel, lanes, scores = self.kernel, self.lanes, rows.memory.scores

@@ -13,7 +13,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends import approximations
-from graphopt.backends.kernel import Kernel, Output, int64
+from graphopt.backends.kernel import Kernel, int64
+from graphopt.backends.rules.attention_epilogue import Epilogue
 from graphopt.backends.rules.attention_operands import MASKED, Masks, strides_of
 from graphopt.backends.rules.lanes import fold_lanes, fold_rows, settled, span
 from graphopt.backends.values import View
@@ -23,12 +24,14 @@ _BLOCK = 256  # keys of one block
 _CHAINS = 4  # independent sums: a multiply-add has a latency of four
 
 
-def write_single_rows(kernel: Kernel, q: View, k: View, v: View, masks: Masks, scale: float, output: Output) -> None:
-    """q [B, H, 1, D], k [B, G, T, D], v [B, G, T, E]; D and E are whole vectors. output [B, 1, H, E]."""
+def write_single_rows(
+    kernel: Kernel, q: View, k: View, v: View, masks: Masks, scale: float, epilogue: Epilogue
+) -> None:
+    """q [B, H, 1, D], k [B, G, T, D], v [B, G, T, E]; D and E are whole vectors. The output has [B, 1, H, E]."""
     groups = int(k.shape[1])
     with kernel.parallel(kernel.size(q.shape[0]) * groups) as pair:
         batch, group = tirx.truncdiv(pair, int64(groups)), tirx.truncmod(pair, int64(groups))
-        _SingleRows(kernel, q, k, v, masks, scale, output, batch, group).write()
+        _SingleRows(kernel, q, k, v, masks, scale, epilogue, batch, group).write()
 
 
 class _SingleRows:
@@ -40,11 +43,12 @@ class _SingleRows:
         v: View,
         masks: Masks,
         scale: float,
-        output: Output,
+        epilogue: Epilogue,
         batch: Any,
         group: Any,
     ) -> None:
-        self.kernel, self.masks, self.scale, self.output = kernel, masks, scale, output
+        self.kernel, self.masks, self.scale = kernel, masks, scale
+        self.epilogue, self.output = epilogue, epilogue.output
         self.q, self.k, self.v = (strides_of(kernel, view) for view in (q, k, v))
         self.batch, self.group, self.lanes = batch, group, kernel.target.lanes
         self.depth_vectors, self.value_vectors = (int(x.shape[3]) // self.lanes for x in (q, v))
@@ -92,8 +96,12 @@ class _SingleRows:
         T.buffer_store(self.state, weights, [member, int64(1)])
         scale = kernel.registers(1)
         inverse = tirx.Select(tirx.EQ(weights, f32(0)), f32(0), f32(1) / weights)
-        T.buffer_store(scale, tirx.Select(first + _BLOCK >= self.columns, inverse, f32(1)), [0])
+        finished = first + _BLOCK >= self.columns
+        T.buffer_store(scale, tirx.Select(finished, inverse, f32(1)), [0])
         self.write_context(head, first, count, factor, scale)
+        if not self.epilogue.bare:
+            with T.If(finished), T.Then():
+                self.epilogue.write(self.batch, int64(0), int64(1), 1, head)
 
     def write_scores(self, query: list[Any], top: Any, head: Any, first: Any, place: Any, count: Any) -> None:
         """One vector of scores; behind the last key the last one is read again and masked."""

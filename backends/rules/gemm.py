@@ -40,7 +40,7 @@ _PANEL_BYTES = 320 << 10  # of a panel that shares a common L2 cache with the ne
 _BLOCK_BYTES = 512 << 10  # of the rows that all panels pass over before the next ones
 _MOST_BLOCK_ROWS = 256
 _MANY_ROWS = 840  # what choosing a tile takes such a row count for: a multiple of most tiles' rows
-_TYPICAL_ROWS = 128  # what prefetching expects of a row count known at run time
+_TYPICAL_ROWS = 128  # what prefetching expects of a row count known at run time, and a tile has to divide well
 _SERIAL_BELOW = 1 << 18  # multiply-adds that are not worth the launch of threads
 _FEW_ROWS = (1, 4)  # up to which a row count known at run time is one tile of so many rows
 _AHEAD = 4 << 10  # bytes ahead of a weight that is read once: faster than 16 KB, and than a whole panel
@@ -93,10 +93,12 @@ def _shares(target: Target, rows: Size, n: int, k: int) -> list[tuple[int, int]]
 
 
 def _cost(target: Target, choice: Configuration, rows: Size, n: int, k: int) -> float:
-    """Time of the longest share; at run time rows are shared out evenly."""
+    """Time of the longest share; rows known at run time are as often many as they are few."""
     tile, columns = choice.tile, choice.tile.vectors * target.lanes
     if not isinstance(rows, int):
-        return tile_cost(target, tile, _MANY_ROWS, n, k)
+        share = -(-_TYPICAL_ROWS // choice.row_shares)
+        few = tile_cost(target, tile, share, n, k) * _MANY_ROWS / share
+        return few + tile_cost(target, tile, _MANY_ROWS, n, k)
     tiles_, panels = -(-rows // tile.rows), -(-n // columns)
     away = 1 if choice.panel_shares == 1 else _ROWS_AWAY
     own_rows, own_panels = -(-tiles_ // choice.row_shares), -(-panels // choice.panel_shares)
