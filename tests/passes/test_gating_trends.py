@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -45,3 +46,17 @@ def test_the_small_networks_are_learned_captured_gated_and_folded() -> None:
         folded = BlockFolding(remove=1, heal_steps=2).run(case.program, context)
         assert "healing took" in folded.notes[-1]
         assert folded.program.count_operators() < case.program.count_operators()
+
+
+@pytest.mark.slow
+def test_both_passes_do_the_same_on_the_onnx_form(tmp_path: Path) -> None:
+    for case in (char_lm.case(0, steps=2), digits_vit.case(0, steps=2)):
+        file = tmp_path / f"{case.program.name}.onnx"
+        case.program.to_onnx(str(file))
+        again = graphopt.capture(file, case.program.examples)
+        context = PassContext(data=open_data(case.data[-20:], case.program), metric=open_metric(case.metric))
+        (inputs,) = case.data[-1][0].values()
+        for pass_ in (GatedAttention(form="plain"), BlockFolding(remove=2)):
+            ours, theirs = (pass_.run(program, context) for program in (case.program, again))
+            assert len(ours.rewrites) == len(theirs.rewrites) > 0
+            torch.testing.assert_close(theirs.program(inputs)[0], ours.program(inputs)[0], rtol=1e-4, atol=1e-5)
