@@ -16,10 +16,10 @@ import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.operation import Operation
-from graphopt.capture.onnx.reading import DOMAINS, all_nodes
+from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.tensors import read_tensor
-from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Present, Tensor, Value, known_tensor
+from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.program import get_attribute
 
@@ -35,8 +35,8 @@ def refuse_unknown(model: Any, opset: int) -> None:
     """Raise CaptureError that lists every operator without a function, with the nodes that use it."""
     unknown: dict[str, list[str]] = {}
     for node in all_nodes(model.graph):
-        if (node.domain not in DOMAINS or node.op_type not in OPERATORS) and node.op_type != "If":
-            name = node.op_type if node.domain in DOMAINS else f"{node.domain}.{node.op_type}"
+        name = operator_name(node)
+        if name not in OPERATORS and name != "If":
             unknown.setdefault(name, []).append(node.name or next(iter(node.output), ""))
     if unknown:
         listed = "; ".join(f"{name} ({_some(nodes)})" for name, nodes in sorted(unknown.items()))
@@ -144,16 +144,17 @@ class Importer:
     def _results(self, node: Any, inputs: list[Value]) -> tuple[Value, ...]:
         used = [index for index, name in enumerate(node.output) if name]
         attributes = Attributes(node, self.folder)
-        op = Operation(node.op_type, attributes, self.opset, max(used, default=-1) + 1, self.emitter)
-        if node.op_type == "If":
+        name = operator_name(node)
+        op = Operation(name, attributes, self.opset, max(used, default=-1) + 1, self.emitter)
+        if name == "If":
             return self._branch(op, inputs)
         result: Any = None
         present = [value for value in inputs if value is not None]
         constant = bool(present) and all(isinstance(value, Known) for value in present)
-        if constant and node.op_type in SHAPE_OPERATORS:
-            result = _run(SHAPE_OPERATORS[node.op_type], op, inputs)
+        if constant and name in SHAPE_OPERATORS:
+            result = _run(SHAPE_OPERATORS[name], op, inputs)
         if result is None:
-            result = self._emitted(op, inputs, fold=constant and node.op_type not in _MAKES_VALUES)
+            result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES)
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)
@@ -210,20 +211,22 @@ class Importer:
 
 
 def _run(function: Any, op: Operation, inputs: list[Value]) -> Any:
-    least, most = _arity(function)
+    least, most, needed = _arity(function)
     if not least <= len(inputs) <= most:
         raise CaptureError(f"it has {len(inputs)} inputs, and graphopt imports {op.name} with {_count(least, most)}")
-    required: list[Present | None] = inputs[:least]
-    if any(value is None for value in required):
-        raise CaptureError(f"input {required.index(None)} is left out, which {op.name} needs")
+    for place in needed:
+        if inputs[place] is None:
+            raise CaptureError(f"input {place} is left out, which {op.name} needs")
     return function(op, *inputs)
 
 
 @cache
-def _arity(function: Any) -> tuple[int, float]:
+def _arity(function: Any) -> tuple[int, float, list[int]]:
+    """The least and the largest number of inputs, and which may not be left out: `Value` says that one may."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     least = sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters)
-    return least, float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(parameters)
+    most = float("inf") if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(parameters)
+    return least, most, [place for place, p in enumerate(parameters[:least]) if p.annotation != "Value"]
 
 
 def _count(least: int, most: float) -> str:

@@ -68,6 +68,11 @@ def opset_of(model: Any) -> int:
     return int(versions[0])
 
 
+def operator_name(node: Any) -> str:
+    """With the domain in front where it is not the standard one."""
+    return node.op_type if node.domain in DOMAINS else f"{node.domain}.{node.op_type}"
+
+
 def all_nodes(graph: Any) -> Iterator[Any]:
     """Every node, those of branches and loop bodies included."""
     for node in graph.node:

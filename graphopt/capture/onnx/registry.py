@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def operator(*names: str) -> Callable[[F], F]:
-    """Register a function for ONNX operators of the standard domain."""
+    """Register a function for ONNX operators: names of the standard domain, or with another domain in front."""
     return _register(OPERATORS, names)
 
 

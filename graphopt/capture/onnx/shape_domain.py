@@ -179,6 +179,17 @@ def slice_(op: Operation, value: Known, *bounds: Known | None) -> Known | None:
     return Known(value.array[tuple(index)], value.dtype)
 
 
+@shape_operator("Split")
+def split(op: Operation, value: Known, sizes: Known | None = None) -> tuple[Known, ...] | None:
+    axis, length = op.axis(op.attributes.integer("axis"), value.ndim), value.shape[op.attributes.integer("axis")]
+    given = op.attributes.integers("split") if sizes is None else op.integers(sizes, "the sizes of Split")
+    most = -(-length // op.attributes.integer("num_outputs", op.outputs))
+    ends = np.cumsum(given) if given is not None else np.arange(most, length + most, most)
+    if given is not None and sum(given) != length:
+        raise op.refuse(f"it splits {length} elements into parts of {given}")
+    return tuple(Known(part, value.dtype) for part in np.split(value.array, ends[:-1], axis))
+
+
 @shape_operator("Squeeze")
 def squeeze(op: Operation, value: Known, axes: Known | None = None) -> Known:
     chosen = op.axes(axes, value.ndim)

@@ -57,7 +57,7 @@ def _operators(program: Program) -> Counter[str]:
     return found
 
 
-def _same_operators(program: Program, name: str) -> None:
+def same_operators(program: Program, name: str) -> None:
     ours, torchs = _operators(program), _operators(models.program(name))
     assert {key: ours[key] for key in COUNTED} == {key: torchs[key] for key in COUNTED}
     assert ours["gelu"] == torchs["gelu"] + torchs["tanh"] - ours["tanh"]  # torch writes the one of GPT-2 out
@@ -74,7 +74,7 @@ def test_bert(folder: Path) -> None:
     assert program.sizes["seq"].high == 40  # rows of the position table
     assert "model.embeddings.word_embeddings.weight" in dict(program.graph_module.named_parameters())
     assert worst_error(program, path) < 1e-5
-    _same_operators(program, "bert")
+    same_operators(program, "bert")
 
 
 @slow
@@ -91,7 +91,7 @@ def test_agrees_with_onnxruntime(name: str, exporter: str, dynamic: bool, folder
     assert bool(program.sizes) == dynamic
     assert worst_error(program, path) < 1e-5
     if name in TRANSFORMERS:
-        _same_operators(program, name)
+        same_operators(program, name)
 
 
 @slow

@@ -30,7 +30,7 @@ def attention(
     heads = attributes.integer("q_num_heads"), attributes.integer("kv_num_heads")
     q, k, v = op.tensor(query), op.tensor(key), op.tensor(value)
     if flat:
-        q, k, v = _heads(op, q, heads[0]), _heads(op, k, heads[1]), _heads(op, v, heads[1])
+        q, k, v = split_heads(op, q, heads[0]), split_heads(op, k, heads[1]), split_heads(op, v, heads[1])
     if past_key is not None and past_value is not None:
         k, v = op.call(aten.cat.default, [past_key, k], 2), op.call(aten.cat.default, [past_value, v], 2)
     grouped = not statically_known_true(q.shape[1] == k.shape[1])
@@ -44,7 +44,7 @@ def attention(
     return (result, k, v) if op.outputs > 1 else result
 
 
-def _heads(op: Operation, value: Tensor, count: int) -> Tensor:
+def split_heads(op: Operation, value: Tensor, count: int) -> Tensor:
     batch, length, width = value.shape
     return op.call(aten.transpose.int, op.reshape(value, [batch, length, count, width // count]), 1, 2)
 

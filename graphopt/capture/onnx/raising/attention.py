@@ -39,18 +39,18 @@ class RaiseAttention(Pass):
         edit = Edit(program, context, self.name)
         for editor in edit.graphs():
             for node in editor.nodes():
-                parts = find_parts(node)
+                parts = find_parts(editor, node)
                 if parts is not None:
                     _replace(editor, node, parts)
         return edit.finish()
 
 
-def find_parts(node: Node) -> Parts | None:
+def find_parts(editor: GraphEditor, node: Node) -> Parts | None:
     """The parts of the attention that ends in `node`, over four axes; None where it ends none."""
     if node.target is not aten.matmul.default or rank(node) != 4:
         return None
     weights, value = node.args
-    softmax = _without_guard(weights)
+    softmax = _without_guard(editor, weights)
     if softmax.target is not aten.softmax.int or softmax.args[1] not in (-1, rank(softmax) - 1):
         return None
     if any(
@@ -68,11 +68,16 @@ def find_parts(node: Node) -> Parts | None:
     return Parts(query, key, value, mask, scale * before * after)
 
 
-def _without_guard(weights: Any) -> Node:
+def _without_guard(editor: GraphEditor, weights: Any) -> Node:
     """What zeros have been put into where a whole row was masked and its softmax is no number."""
     if weights.target is aten.masked_fill.Scalar and near(weights.args[2] + 1, 1):
         inner, mask = weights.args[:2]
         if mask.target is aten.isnan.default and mask.args[0] is inner:
+            return inner  # type: ignore[no-any-return]
+    if weights.target is aten.where.self:
+        mask, filled, inner = weights.args
+        zero = editor.constant_value(filled)
+        if mask.target is aten.isnan.default and mask.args[0] is inner and zero is not None and not zero.any():
             return inner  # type: ignore[no-any-return]
     return weights  # type: ignore[no-any-return]
 

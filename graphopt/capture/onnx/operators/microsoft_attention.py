@@ -1,0 +1,146 @@
+"""Attention as ONNX Runtime's optimizers write it, in the domain com.microsoft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphopt.capture.onnx.operation import Operation
+from graphopt.capture.onnx.operators.attention import split_heads
+from graphopt.capture.onnx.operators.microsoft import sum_of
+from graphopt.capture.onnx.registry import operator
+from graphopt.capture.onnx.values import Present, Tensor, Value
+
+aten = torch.ops.aten
+
+_MASKED = -10000.0  # what is added to the score of a key that the mask leaves out
+_LOWEST = torch.finfo(torch.float32).min  # and to those that follow
+
+
+@operator("com.microsoft.Attention")
+def attention(
+    op: Operation, value: Present, weight: Present, bias: Value = None, mask: Value = None, past: Value = None,
+    added: Value = None,
+) -> Any:  # fmt: skip
+    """Self-attention of value [B, S, D] with the three projections in one weight [D, N]; past is [2, B, H, P, E]."""
+    _refuse(op, "do_rotary", "past_present_share_buffer", "rotary_embedding_dim")
+    value, heads = op.tensor(value), op.attributes.integer("num_heads")
+    linear = op.emitter.transposed(op.tensor(weight))
+    if linear is None:
+        linear = op.call(aten.permute.default, weight, [1, 0])
+    given = () if bias is None else (op.tensor(bias),)
+    projected = op.call(aten.linear.default, value, linear, *given)
+    width = projected.shape[-1] // 3
+    widths = op.attributes.integers("qkv_hidden_sizes") or [width] * 3
+    q, k, v = (split_heads(op, part, heads) for part in op.parts(aten.split_with_sizes.default, projected, widths, -1))
+    if past is not None:
+        past = op.tensor(past)
+        k, v = (_behind(op, op.call(aten.select.int, past, 0, n), x) for n, x in enumerate((k, v)))
+    result = _attended(op, q, k, v, mask, added, past is not None)
+    return (result, op.call(aten.stack.default, [k, v])) if op.outputs > 1 else result
+
+
+@operator("com.microsoft.MultiHeadAttention")
+def multi_head_attention(
+    op: Operation, query: Present, key: Value = None, value: Value = None, bias: Value = None, mask: Value = None,
+    added: Value = None, past_key: Value = None, past_value: Value = None,
+) -> Any:  # fmt: skip
+    """query [B, S, D], key [B, T, D] and value [B, T, N], or both of the latter by head [B, H, T, E]."""
+    if key is None or value is None:
+        raise op.refuse("MultiHeadAttention with its inputs packed into one is not imported")
+    heads = op.attributes.integer("num_heads")
+    q, k, v = op.tensor(query), op.tensor(key), op.tensor(value)
+    if bias is not None:
+        sizes = [q.shape[-1], q.shape[-1], v.shape[-1] if v.ndim == 3 else q.shape[-1]]
+        biases = op.parts(aten.split_with_sizes.default, op.tensor(bias), sizes, 0)
+        q, k, v = (x if x.ndim == 4 else sum_of(op, x, b) for x, b in zip((q, k, v), biases, strict=True))
+    q, k, v = (x if x.ndim == 4 else split_heads(op, x, heads) for x in (q, k, v))
+    if past_key is not None and past_value is not None:
+        k, v = _behind(op, past_key, k), _behind(op, past_value, v)
+    result = _attended(op, q, k, v, mask, added, past_key is not None)
+    return (result, k, v) if op.outputs > 1 else result
+
+
+def _behind(op: Operation, past: Present, value: Tensor) -> Tensor:
+    return op.call(aten.cat.default, [past, value], 2)
+
+
+def _attended(op: Operation, q: Tensor, k: Tensor, v: Tensor, mask: Value, added: Value, has_past: bool) -> Tensor:
+    """[B, S, H E] of q [B, H, S, D], k [B, H, T, D], v [B, H, T, E]."""
+    scale, causal = op.attributes.number("scale", 0.0), bool(op.attributes.integer("unidirectional"))
+    left_out = op.attributes.number("mask_filter_value", _MASKED)
+    scores = None if mask is None else _mask_scores(op, op.tensor(mask), k, left_out)
+    if added is not None:
+        scores = sum_of(op, added, scores)
+    if causal and (scores is not None or has_past):
+        later = _later(op, q.shape[2], k.shape[2])
+        scores = sum_of(op, later, scores)
+        causal = False
+    extra = {"scale": scale} if scale else {}
+    result = op.call(aten.scaled_dot_product_attention.default, q, k, v, scores, 0.0, causal, **extra)
+    turned = op.call(aten.transpose.int, result, 1, 2)
+    return op.reshape(turned, [turned.shape[0], turned.shape[1], turned.shape[2] * turned.shape[3]])
+
+
+def _mask_scores(op: Operation, mask: Tensor, k: Tensor, left_out: float) -> Tensor:
+    """What a mask adds to scores: [B] keys kept of each row, [B, T], [B, S, T] or [B, 1, S, T], positive where kept."""
+    if mask.ndim == 1:
+        numbers = op.call(aten.arange.default, k.shape[2], dtype=mask.dtype)
+        kept = op.call(aten.lt.Tensor, numbers, op.call(aten.unsqueeze.default, mask, 1))
+    else:
+        kept = op.call(aten.gt.Scalar, mask, 0)
+    axes = {1: (1, 1), 2: (1, 1), 3: (1,), 4: ()}.get(mask.ndim)
+    if axes is None:
+        raise op.refuse(f"a mask with {mask.ndim} axes is not imported")
+    for axis in axes:
+        kept = op.call(aten.unsqueeze.default, kept, axis)
+    one = op.call(aten.full.default, [], 0.0, dtype=k.dtype)
+    other = op.call(aten.full.default, [], left_out, dtype=k.dtype)
+    return op.call(aten.where.self, kept, one, other)
+
+
+def _later(op: Operation, rows: Any, columns: Any) -> Tensor:
+    """The lowest number for keys behind their query, of which the last ones are level with the last keys."""
+    row = op.call(aten.unsqueeze.default, op.call(aten.arange.default, rows), 1)
+    last = op.call(aten.add.Tensor, row, columns - rows)
+    kept = op.call(aten.le.Tensor, op.call(aten.arange.default, columns), last)
+    zero = op.call(aten.full.default, [], 0.0, dtype=torch.float32)
+    return op.call(aten.where.self, kept, zero, op.call(aten.full.default, [], _LOWEST, dtype=torch.float32))
+
+
+@operator("com.microsoft.RotaryEmbedding")
+def rotary(op: Operation, value: Present, position_ids: Present, cos: Present, sin: Present) -> Tensor:
+    """value [B, S, H E] or [B, H, S, E]; position_ids [B, S] or that of the first token; cos, sin [M, E / 2]."""
+    _refuse(op, "interleaved", "is_packed_batching", "rotary_embedding_dim")
+    if op.attributes.number("scale", 1.0) != 1:
+        raise op.refuse("RotaryEmbedding with a scale is not imported")
+    op.attributes.ignore("num_heads")
+    cos, value, positions = op.tensor(cos), op.tensor(value), op.tensor(position_ids)
+    flat, half = value.ndim == 3, cos.shape[-1]
+    if flat:
+        value = split_heads(op, value, value.shape[-1] // (2 * half))
+    if positions.ndim == 1:
+        numbers = op.call(aten.arange.default, value.shape[2], dtype=torch.int64)
+        positions = op.call(aten.unsqueeze.default, op.call(aten.add.Tensor, numbers, positions), 0)
+    waves = [
+        op.call(aten.unsqueeze.default, op.call(aten.embedding.default, rows, positions), 1) for rows in (cos, sin)
+    ]
+    left, right = op.parts(aten.split.Tensor, value, half, -1)
+
+    def times(a: Tensor, b: Tensor) -> Tensor:
+        return op.call(aten.mul.Tensor, a, b)
+
+    first = op.call(aten.sub.Tensor, times(left, waves[0]), times(right, waves[1]))
+    second = op.call(aten.add.Tensor, times(right, waves[0]), times(left, waves[1]))
+    result = op.call(aten.cat.default, [first, second], -1)
+    if not flat:
+        return result
+    turned = op.call(aten.transpose.int, result, 1, 2)
+    return op.reshape(turned, [turned.shape[0], turned.shape[1], turned.shape[2] * turned.shape[3]])
+
+
+def _refuse(op: Operation, *attributes: str) -> None:
+    for name in attributes:
+        if op.attributes.integer(name):
+            raise op.refuse(f"{op.name} with {name} is not imported")
