@@ -6,8 +6,9 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import UsageError
+from graphopt.errors import CaptureError, UsageError
 from graphopt.tools.inspect_blocks import describe_blocks, format_blocks
+from graphopt.tools.inspect_onnx import describe_file, format_file
 from graphopt.tools.model_argument import HELP_ARTIFACT, add_model_argument, is_artifact, load_model
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, format_shape, format_table, wants_text, write_json
@@ -32,11 +33,21 @@ def run(arguments: argparse.Namespace) -> int:
         from graphopt.tools.inspect_artifact import inspect_artifact
 
         return inspect_artifact(arguments)
-    with progress(f"capturing {arguments.model}"):
-        program = load_model(arguments)
-    report = describe(program, arguments.blocks)
+    file = describe_file(arguments.model) if arguments.model.endswith(".onnx") else None
+    try:
+        with progress(f"capturing {arguments.model}"):
+            program = load_model(arguments)
+    except CaptureError as error:
+        if file is not None:
+            write_json(arguments, {"file": file, "error": str(error)})
+            if wants_text(arguments):
+                print(format_file(file, interface=True))
+        raise
+    report = describe(program, arguments.blocks) | ({"file": file} if file else {})
     write_json(arguments, report)
     if wants_text(arguments):
+        if file is not None:
+            print(f"{format_file(file, interface=False)}\n")
         print_report(report)
     return 0
 

@@ -25,6 +25,7 @@ from graphopt.program import get_attribute
 
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _SETTINGS = {("Resize", 1), ("Resize", 2), ("Clip", 1), ("Clip", 2), ("Pad", 2), ("OneHot", 2)}
+CONTROL_FLOW = ("If",)  # operators with graphs inside, which the importer reads itself
 _MAKES_VALUES = ("Range", "ConstantOfShape", "Shape", "Size", "If")
 # What fake kernels and array arithmetic raise on arguments that do not go together.
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ArithmeticError)
@@ -36,7 +37,7 @@ def refuse_unknown(model: Any, opset: int) -> None:
     unknown: dict[str, list[str]] = {}
     for node in all_nodes(model.graph):
         name = operator_name(node)
-        if name not in OPERATORS and name != "If":
+        if name not in OPERATORS and name not in CONTROL_FLOW:
             unknown.setdefault(name, []).append(node.name or next(iter(node.output), ""))
     if unknown:
         listed = "; ".join(f"{name} ({_some(nodes)})" for name, nodes in sorted(unknown.items()))
