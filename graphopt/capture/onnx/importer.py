@@ -104,15 +104,7 @@ class Importer:
             results = self._results(node, inputs)
         except GraphoptError as error:
             raise CaptureError(f"ONNX node {label}{_shapes(inputs)}: {error}") from error
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-            KeyError,
-            AssertionError,
-            NotImplementedError,
-        ) as error:
+        except _REFUSALS as error:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CaptureError(f"ONNX node {label}{_shapes(inputs)} cannot be imported: {reason}") from error
         if len(environment.guards) > before:

@@ -114,8 +114,11 @@ def make_symbols(hints: Mapping[str, int]) -> Symbols:
 def fake_input(item: Input, symbols: Symbols) -> torch.Tensor:
     """The fake tensor of an input."""
     shape = [_size(size, symbols.values) for size in item.shape]
-    with symbols.mode:
-        return torch.empty(shape, dtype=item.dtype)
+    try:
+        with symbols.mode:
+            return torch.empty(shape, dtype=item.dtype)
+    except RuntimeError as error:
+        raise CaptureError(f"input {item.name!r} has the shape {list(item.shape)}, which no tensor can have") from error
 
 
 def _size(size: int | str, values: Mapping[str, Any]) -> Any:

@@ -66,6 +66,8 @@ def _external(proto: Any, what: str, folder: Path | None, size: int) -> torch.Te
     if folder is None:
         raise CaptureError(f"{what} lies in another file; give the path of the model instead of a ModelProto")
     entries = {entry.key: entry.value for entry in proto.external_data}
+    if "\0" in entries.get("location", ""):
+        raise CaptureError(f"{what} lies in a file whose name has a null character; the file is damaged")
     path = Path(os.path.realpath(folder / entries.get("location", "")))
     if not path.is_relative_to(os.path.realpath(folder)):
         raise CaptureError(
