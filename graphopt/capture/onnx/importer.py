@@ -190,11 +190,12 @@ class Importer:
     def _branch(self, op: Operation, inputs: list[Value]) -> tuple[Value, ...]:
         """An If whose condition is known; the other branch is not part of the model."""
         condition = op.scalar(inputs[0]) if inputs else None
-        chosen, _ = op.attributes.graph("then_branch"), op.attributes.graph("else_branch")
+        then, otherwise = (op.attributes.graph(name) for name in ("then_branch", "else_branch"))
+        if then is None or otherwise is None:
+            raise CaptureError("an If needs then_branch and else_branch; the file is damaged")
         if not isinstance(condition, bool):
             raise CaptureError("an If on a value known only at run time is not imported; export the model to .pt2")
-        if not condition:
-            chosen = op.attributes.graph("else_branch")
+        chosen = then if condition else otherwise
         outer = dict(self.values)
         self.initializers(chosen)
         self.nodes(chosen)

@@ -26,6 +26,8 @@ def read_model(source: Any, limits: Limits) -> tuple[Any, Path | None]:
         model, folder = _load(path, limits), path.parent
     if not model.graph.node and not model.graph.output:
         raise CaptureError("the ONNX model has no graph; the file is empty or no ONNX model")
+    if not all(isinstance(text, str) for text in _texts(model.graph)):
+        raise CaptureError("a name in the ONNX model is no text; the file is damaged")
     if model.functions:
         model = _inline(model)
     count = sum(1 for _ in all_nodes(model.graph))
@@ -44,6 +46,17 @@ def _load(path: Path, limits: Limits) -> Any:
         raise CaptureError(f"{path} is no ONNX model, or is damaged") from error
     except OSError as error:
         raise CaptureError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _texts(graph: Any) -> Iterator[Any]:
+    """Every name that is read; protobuf gives bytes where a text is no UTF-8."""
+    for node in all_nodes(graph):
+        yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+        yield from (entry.name for entry in node.attribute)
+    for value in (*graph.input, *graph.output):
+        yield value.name
+        yield from (size.dim_param for size in value.type.tensor_type.shape.dim)
+    yield from (proto.name for proto in graph.initializer)
 
 
 def _inline(model: Any) -> Any:

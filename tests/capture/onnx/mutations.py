@@ -169,8 +169,9 @@ def nest(rng: random.Random, model: onnx.ModelProto) -> None:
         inner = helper.make_graph([node], "g", [], [onnx.ValueInfoProto(name="r")])
         if inner.ByteSize() > 1 << 20:
             break
-    branch = next(node for node in model.graph.node if node.op_type == "If")
-    branch.attribute[0].g.CopyFrom(inner)
+    for node in model.graph.node:
+        if node.op_type == "If" and node.attribute:
+            node.attribute[0].g.CopyFrom(inner)
 
 
 def change_opset(rng: random.Random, model: onnx.ModelProto) -> None:
