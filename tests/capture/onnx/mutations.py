@@ -149,9 +149,9 @@ def change_weight(rng: random.Random, model: onnx.ModelProto) -> None:
 def change_interface(rng: random.Random, model: onnx.ModelProto) -> None:
     kind = rng.randrange(5)
     dims = model.graph.input[rng.randrange(2)].type.tensor_type.shape.dim
-    if kind == 0:
+    if kind == 0 and dims:
         dims[0].dim_value = rng.choice(HUGE)
-    elif kind == 1:
+    elif kind == 1 and dims:
         dims[-1].dim_param = rng.choice(["n", "n + 1", "n * 10**9", "__import__('os')", "\x00", "n" * 5000, "1/0"])
     elif kind == 2:
         model.graph.input[0].type.tensor_type.elem_type = rng.choice([*TensorProto.DataType.values(), 99])
