@@ -21,7 +21,7 @@ from graphopt.effects import has_effect
 from graphopt.errors import PropagationError
 from graphopt.instance import Instance, record
 from graphopt.program import PROVENANCE, Program, full_name, get_attribute, provenance
-from graphopt.propagate import changes_downstream, evaluate, fake_constant, find_mode
+from graphopt.propagate import Evaluations, changes_downstream, fake_constant, find_mode
 
 SYMBOL = re.compile(r"\b[su]\d+\b")
 INHERITED = ("stack_trace", "nn_module_stack")
@@ -41,6 +41,7 @@ class Edit:
         self.instances: list[Instance] = []
         self.notes: list[str] = []
         self.mode = find_mode(self.program.graph_module)
+        self.evaluations = Evaluations(self.mode)
         self.sizes = size_names(program)
 
     def graphs(self) -> Iterator[GraphEditor]:
@@ -108,7 +109,7 @@ class Builder(GraphAppendingTracer):
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
         self.nodes.append(node)
-        node.meta["val"] = evaluate(node, self.editor.edit.mode)
+        node.meta["val"] = self.editor.edit.evaluations.of(node)
         return node
 
     def create_arg(self, a: Any) -> Any:

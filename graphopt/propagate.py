@@ -7,7 +7,7 @@ names. Two values are the same when dtype, device, sizes and strides are; the st
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,36 @@ def evaluate(node: Node, mode: FakeTensorMode, changed: Mapping[Node, Any] | Non
     except Exception as error:  # fake kernels raise anything: the caller turns this one into a refusal
         reason = next(iter(str(error).strip().splitlines()), repr(error)).strip("'")
         raise PropagationError(f"{node.name} ({node.target}) cannot take it: {reason}") from error
+
+
+class Evaluations:
+    """What `evaluate` gave under one mode: a call whose operator and arguments were seen before takes that value."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._values: dict[Any, tuple[Any, Any]] = {}
+
+    def of(self, node: Node) -> Any:
+        """The fake value of a `call_function` node."""
+        if isinstance(node.target, HigherOrderOperator):
+            return evaluate(node, self.mode)
+        key = (node.target, _call_key(node.args), _call_key(node.kwargs))
+        if key not in self._values:
+            # The key names fakes by their identity, which is theirs only as long as they live.
+            read = [argument.meta["val"] for argument in node.all_input_nodes]
+            self._values[key] = (evaluate(node, self.mode), read)
+        return self._values[key][0]
+
+
+def _call_key(argument: Any) -> Any:
+    if isinstance(argument, Node):
+        value = argument.meta["val"]
+        return id(value) if isinstance(value, torch.Tensor) else ("size", value_key(value))
+    if isinstance(argument, (list, tuple)):
+        return tuple(_call_key(item) for item in argument)
+    if isinstance(argument, dict):
+        return tuple((name, _call_key(item)) for name, item in argument.items())
+    return type(argument), argument if isinstance(argument, Hashable) else repr(argument)
 
 
 def changes_downstream(mode: FakeTensorMode, replaced: Mapping[Node, Any]) -> dict[Node, Any]:

@@ -63,9 +63,7 @@ class Importer:
 
     def initializers(self, graph: Any) -> None:
         """Small integers and settings are known numbers, other floats parameters, the rest buffers."""
-        roles = {(name, (node.op_type, place)) for node in graph.node for place, name in enumerate(node.input)}
-        statistics = {name for name, role in roles if role in _STATISTICS}
-        settings = {name for name, role in roles if role in _SETTINGS}
+        statistics, settings = _inputs_at(graph, _STATISTICS), _inputs_at(graph, _SETTINGS)
         if graph.sparse_initializer:
             raise CaptureError("the ONNX model has sparse tensors, which graphopt does not import; make them dense")
         for proto in graph.initializer:
@@ -202,6 +200,13 @@ class Importer:
         results = tuple(self.values.get(output.name) for output in chosen.output)
         self.values = outer
         return results
+
+
+def _inputs_at(graph: Any, places: set[tuple[str, int]]) -> set[str]:
+    """The names that nodes read at these places, each an operator and the number of an input."""
+    operators = {operator for operator, _ in places}
+    readers = [node for node in graph.node if node.op_type in operators]
+    return {name for node in readers for place, name in enumerate(node.input) if (node.op_type, place) in places}
 
 
 def _run(function: Any, op: Operation, inputs: list[Value]) -> Any:
