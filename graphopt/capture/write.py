@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import torch
 
 from graphopt.capture.lift import lift
+from graphopt.capture.onnx.metadata import write_provenance
 from graphopt.capture.quiet import quiet
 from graphopt.capture.sidecar import SIDECAR, describe
 from graphopt.errors import UsageError, WriteError
@@ -103,12 +104,13 @@ def _onnx_model(program: Program) -> Any:
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
             )
-            assert converted is not None
+            assert converted is not None and converted.exported_program is not None
             model = converted.model_proto
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[-1].strip()[:200] if lines else type(error).__name__
         raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
+    write_provenance(model, converted.exported_program.graph_module)
     _merge_matrices(model.graph)
     _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)

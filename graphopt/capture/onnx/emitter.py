@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.onnx.values import SYMBOLIC, Known, Tensor
 from graphopt.capture.onnx.weights import Weights
 from graphopt.errors import CaptureError
-from graphopt.program import get_attribute
+from graphopt.program import PROVENANCE, get_attribute
 from graphopt.propagate import fake_constant, size_key
 
 aten = torch.ops.aten
@@ -48,13 +48,14 @@ _EXPRESSIONS: dict[str, Callable[..., Any]] = {
 
 
 class Emitter:
-    """Builds one graph; `origin` is written on every node as its provenance in the ONNX file."""
+    """Builds one graph; `origin`, the ONNX node at hand, and `provenance` are written on every node."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         self.graph = Graph()
         self.weights = Weights()
         self.origin = ""
+        self.provenance: dict[str, Any] | None = None  # of the program that the file was written from
         self._interned: dict[Any, torch.Tensor] = {}
         self._results: dict[Any, Any] = {}
         self._sizes: dict[Any, Node] = {}
@@ -186,6 +187,8 @@ class Emitter:
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = value
         node.meta["custom"] = {"onnx": self.origin}
+        if self.provenance is not None:
+            node.meta["custom"][PROVENANCE] = self.provenance
 
     def _intern(self, fake: torch.Tensor) -> torch.Tensor:
         sizes = tuple(map(size_key, fake.shape))

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
 from graphopt.capture.onnx.emitter import Emitter
+from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
@@ -94,7 +95,7 @@ class Importer:
         inputs = [self._input(name, label, produced) for name in node.input]
         while inputs and inputs[-1] is None:
             inputs.pop()
-        self.emitter.origin = label
+        self.emitter.origin, self.emitter.provenance = label, read_provenance(node)
         environment = self.emitter.mode.shape_env
         assert environment is not None
         before = len(environment.guards)

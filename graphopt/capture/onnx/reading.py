@@ -86,10 +86,15 @@ def operator_name(node: Any) -> str:
     return node.op_type if node.domain in DOMAINS else f"{node.domain}.{node.op_type}"
 
 
-def all_nodes(graph: Any) -> Iterator[Any]:
-    """Every node, those of branches and loop bodies included."""
+def all_graphs(graph: Any) -> Iterator[Any]:
+    """The graph itself, and those of branches and loop bodies."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             for branch in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
-                yield from all_nodes(branch)
+                yield from all_graphs(branch)
+
+
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """Every node, those of branches and loop bodies included."""
+    return (node for inner in all_graphs(graph) for node in inner.node)

@@ -1,0 +1,75 @@
+"""What an `.onnx` file says of where its nodes come from: written as metadata, read back as provenance.
+
+A node that a rule made carries `graphopt.rule` and `graphopt.from` (a JSON list of the original nodes), any node of a
+module its path as `graphopt.module`; `graphopt.rules` of the model counts the nodes of each rule. What torch's exporter
+notes is dropped: it holds lines and paths of the machine that exported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+import graphopt
+from graphopt.capture.onnx.reading import all_graphs, all_nodes
+from graphopt.program import provenance
+
+RULE, FROM, MODULE, RULES = "graphopt.rule", "graphopt.from", "graphopt.module", "graphopt.rules"
+_EXPORTED_FROM = "pkg.torch.onnx.fx_node"
+
+
+def write_provenance(model: Any, exported: GraphModule) -> None:
+    """Replace the exporter's metadata by ours; `exported` is the graph whose nodes it names."""
+    sources = {node.name: node for graph in _graphs(exported) for node in graph.graph.nodes}
+    rules: Counter[str] = Counter()
+    for node in all_nodes(model.graph):
+        noted = {entry.key: entry.value for entry in node.metadata_props}
+        named = re.match(r"%(\S+) :", noted.get(_EXPORTED_FROM, ""))
+        source = sources.get(named[1]) if named else None
+        del node.metadata_props[:]
+        for key, value in _described(source).items() if source is not None else ():
+            node.metadata_props.add(key=key, value=value)
+        if source is not None and (rule := provenance(source).get("rule")):
+            rules[rule] += 1
+    for graph in all_graphs(model.graph):
+        del graph.metadata_props[:]
+        for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
+            del value.metadata_props[:]
+    del model.metadata_props[:]
+    model.producer_name, model.producer_version = "graphopt", graphopt.__version__
+    if rules:
+        model.metadata_props.add(key=RULES, value=json.dumps(rules, sort_keys=True))
+
+
+def read_provenance(node: Any) -> dict[str, Any] | None:
+    """What `write_provenance` wrote of an ONNX node; None where there is nothing, or something else."""
+    noted = {entry.key: entry.value for entry in node.metadata_props}
+    if RULE not in noted:
+        return None
+    try:
+        origins = json.loads(noted.get(FROM, "[]"))
+    except ValueError:
+        return None
+    if not isinstance(origins, list) or not all(isinstance(name, str) for name in origins):
+        return None
+    return {"rule": noted[RULE], "from": origins}
+
+
+def _described(source: Node) -> Mapping[str, str]:
+    described: dict[str, str] = {}
+    found = provenance(source)
+    if rule := found.get("rule"):
+        described |= {RULE: str(rule), FROM: json.dumps(list(found.get("from", ())))}
+    modules = [path for path, _ in (source.meta.get("nn_module_stack") or {}).values()]
+    if modules and modules[-1]:
+        described[MODULE] = modules[-1]
+    return described
+
+
+def _graphs(module: GraphModule) -> Iterator[GraphModule]:
+    return (item for item in module.modules() if isinstance(item, GraphModule))
