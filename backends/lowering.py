@@ -141,7 +141,7 @@ class Lowering:
         _check_dtypes(node, value)
         lower = OPERATORS.get(node.target)
         if lower is None:
-            raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
+            return self._of_weights(node)
         if isinstance(value, torch.Tensor) and 0 in (shape := shape_of(value)):  # nothing to compute, nothing to divide
             dtype = DTYPES[value.dtype]
             return Lazy(shape, dtype, (), lambda kernel, index: constant(0, dtype))
@@ -163,6 +163,18 @@ class Lowering:
             self._views[id(result)] = name
         if isinstance(result, tuple):
             return tuple(replace(x, nodes=(*x.nodes, *name)) if isinstance(x, Lazy) else x for x in result)
+        return result
+
+    def _of_weights(self, node: Node) -> torch.Tensor:
+        """What an operator without a lowering computes from weights alone is a weight, computed now."""
+        read = [self.env[argument] for argument in node.all_input_nodes]
+        result: Any = None
+        if read and all(isinstance(value, torch.Tensor) for value in read):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+            with torch.no_grad():
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if not isinstance(result, torch.Tensor):
+            raise CompileError(f"{node.target} at {node.name} has no lowering for {self.target.name}")
         return result
 
     def _share(self, node: Node, value: Lazy) -> Any:

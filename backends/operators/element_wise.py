@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import sympy
 import torch
 from torch.fx import Node
@@ -98,11 +99,12 @@ def cast(value: Any, dtype: str) -> Any:
 
 
 def constant(value: float, dtype: str) -> Any:
-    """The number in `dtype`; it wraps around where it does not fit, as PyTorch's scalars do."""
+    """The number in `dtype`: floats are rounded to it, integers wrap around, as PyTorch's scalars do."""
     if dtype == "bool":
         return tirx.const(bool(value), "bool")
     if is_float(dtype):
-        return tirx.const(float(value), dtype)
+        with np.errstate(over="ignore"):
+            return tirx.const(float(np.dtype(dtype).type(value)), dtype)
     bits = _NARROW_INTEGERS.get(dtype, 64)
     whole = int(value) % 2**bits
     return tirx.const(whole - 2**bits if dtype != "uint8" and whole >= 2 ** (bits - 1) else whole, dtype)

@@ -1,8 +1,10 @@
-"""Images at another size: the nearest element, or linear interpolation along every spatial axis."""
+"""Images at another size: the nearest element, or linear or cubic interpolation along every spatial axis."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,37 +49,68 @@ def _nearest(lowering: Lowering, node: Node) -> View | Lazy:
     return _resampled(lowering, node, view, shape, sample)
 
 
-def _linear(lowering: Lowering, node: Node) -> View | Lazy:
-    """Half-pixel centres, or corner to corner with `align_corners`."""
+Taps = Callable[[Any, Any, Any], list[tuple[Any, Any]]]  # (position, size, dtype) -> elements and their weights
+
+
+def _interpolated(lowering: Lowering, node: Node, taps: Taps, clamp: bool) -> View | Lazy:
+    """Half-pixel centres, or corner to corner with `align_corners`; `clamp`: no position lies before the first one."""
     x, _, corners, factors = arguments(node).values()
     view, shape = lowering.view(x), shape_of(node.meta["val"])
     each = list(factors) if factors else [None] * (len(shape) - 2)
     compute = computed_in(view.dtype)
-    zero, half, one = (tirx.const(number, compute) for number in (0.0, 0.5, 1.0))
+    zero, half = (tirx.const(number, compute) for number in (0.0, 0.5))
 
-    def neighbours(kernel: Kernel, at: Any, n: int) -> list[tuple[Any, Any]]:
-        """The two elements along one axis and their weights."""
+    def along(kernel: Kernel, at: Any, n: int) -> list[tuple[Any, Any]]:
         size = view.shape[2 + n]
         step = _scale(kernel, size, shape[2 + n], each[n], corners, compute)
         at = at.astype(compute)
-        place = at * step if corners else tirx.max((at + half) * step - half, zero)
-        first = tirx.min(place.astype("int64"), kernel.size(size) - 1)
-        share = place - first.astype(compute)
-        return [(first, one - share), (tirx.min(first + 1, kernel.size(size) - 1), share)]
+        centred = (at + half) * step - half
+        place = at * step if corners else tirx.max(centred, zero) if clamp else centred
+        return taps(place, kernel.size(size), compute)
 
     def sample(kernel: Kernel, at: Sequence[Any], read: Read) -> Any:
-        pairs = [neighbours(kernel, place, n) for n, place in enumerate(at)]
+        axes = [along(kernel, place, n) for n, place in enumerate(at)]
 
-        def blend(axes: tuple[Any, ...], left: list[list[tuple[Any, Any]]]) -> Any:
+        def blend(fixed: tuple[Any, ...], left: list[list[tuple[Any, Any]]]) -> Any:
             if not left:
-                return convert(read(axes), compute)
-            (low, low_share), (high, high_share) = left[0]
-            below, above = blend((*axes, low), left[1:]), blend((*axes, high), left[1:])
-            return below * low_share + above * high_share
+                return convert(read(fixed), compute)
+            parts = [blend((*fixed, element), left[1:]) * weight for element, weight in left[0]]
+            return reduce(operator.add, parts)
 
-        return convert(blend((), pairs), view.dtype)
+        return convert(blend((), axes), view.dtype)
 
     return _resampled(lowering, node, view, shape, sample)
+
+
+def _linear_taps(place: Any, size: Any, dtype: str) -> list[tuple[Any, Any]]:
+    first = tirx.min(place.astype("int64"), size - 1)
+    share = place - first.astype(dtype)
+    return [(first, tirx.const(1.0, dtype) - share), (tirx.min(first + 1, size - 1), share)]
+
+
+def _cubic_taps(place: Any, size: Any, dtype: str) -> list[tuple[Any, Any]]:
+    """The convolution kernel of Keys (1981) with a = -0.75; elements beyond the border repeat it."""
+    a = -0.75
+    first = tirx.floor(place)
+    share = place - first
+
+    def weight(powers: tuple[float, float, float, float], x: Any) -> Any:
+        cubic, square, linear, whole = (tirx.const(power, dtype) for power in powers)
+        return ((cubic * x + square) * x + linear) * x + whole
+
+    near, far = (a + 2, -(a + 3), 0.0, 1.0), (a, -5 * a, 8 * a, -4 * a)
+    one = tirx.const(1.0, dtype)
+    weights = [weight(far, share + one), weight(near, share), weight(near, one - share), weight(far, one - share + one)]
+    start = first.astype("int64") - 1
+    return [(tirx.max(tirx.min(start + n, size - 1), 0), each) for n, each in enumerate(weights)]
+
+
+def _linear(lowering: Lowering, node: Node) -> View | Lazy:
+    return _interpolated(lowering, node, _linear_taps, clamp=True)
+
+
+def _cubic(lowering: Lowering, node: Node) -> View | Lazy:
+    return _interpolated(lowering, node, _cubic_taps, clamp=False)
 
 
 def _resampled(lowering: Lowering, node: Node, view: View, shape: Shape, sample: Sample) -> View | Lazy:
@@ -108,4 +141,5 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.upsample_linear1d.vec: _linear,
     aten.upsample_bilinear2d.vec: _linear,
     aten.upsample_trilinear3d.vec: _linear,
+    aten.upsample_bicubic2d.vec: _cubic,
 }

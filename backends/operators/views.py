@@ -147,6 +147,18 @@ def _broadcast(lowering: Lowering, node: Node) -> tuple[Any, ...]:
     return tuple(expand(lowering, lowering.tensor(part), shape_of(meta)) for part, meta in parts)
 
 
+def _meshgrid(lowering: Lowering, node: Node) -> tuple[Any, ...]:
+    """Vector i varies along axis i of the grid; with indexing "xy" the first two axes are exchanged."""
+    vectors, indexing = arguments(node).values()
+    axes = [1, 0, *range(2, len(vectors))] if indexing == "xy" and len(vectors) > 1 else range(len(vectors))
+    grids = []
+    for vector, axis, result in zip(vectors, axes, node.meta["val"], strict=True):
+        shape = shape_of(result)
+        line = tuple(size if number == axis else 1 for number, size in enumerate(shape))
+        grids.append(expand(lowering, reshape(lowering, lowering.tensor(vector), line), shape))
+    return tuple(grids)
+
+
 def _clamped(position: Any, size: Size) -> Size:
     """A start or index, counted from the end when negative, kept between 0 and the size."""
     if isinstance(position, int) and position < 0:
@@ -266,6 +278,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.expand.default: _expand,
     aten.expand_as.default: _expand,
     aten.broadcast_tensors.default: _broadcast,
+    aten.meshgrid.indexing: _meshgrid,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.split.Tensor: _split,

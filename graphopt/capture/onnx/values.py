@@ -82,5 +82,8 @@ def rounded(value: Any, dtype: torch.dtype) -> Any:
     """A float as the shortest decimal that its type holds: 1e-12, not 9.999999960041972e-13."""
     if dtype == torch.float32 and isinstance(value, float):
         with np.errstate(over="ignore"):
-            return float(str(np.float32(value)))
+            exact = np.float32(value)
+        shortest = float(str(exact))
+        # The shortest decimal of the largest number lies above it.
+        return float(exact) if abs(shortest) > float(np.finfo(np.float32).max) and np.isfinite(exact) else shortest
     return value

@@ -129,6 +129,7 @@ SCALARS: Cases = {
     "masked_fill": lambda x: x.masked_fill(x > 0.5, -2),
     "masked_fill_infinite": lambda x: x.to(torch.float32).masked_fill(x > 0.5, -math.inf),
     "maximum_scalar": lambda x: torch.maximum(x, torch.tensor(1, dtype=x.dtype)),
+    "masked_fill_lowest": lambda x: x.to(torch.float32).masked_fill(x > 0.5, -3.4028235e38),
     "fill": lambda x: torch.full_like(x, 3),
 }
 

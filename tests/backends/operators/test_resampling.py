@@ -20,6 +20,9 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
     "bilinear_corners": lambda x: F.interpolate(x, size=(9, 7), mode="bilinear", align_corners=True),
     "bilinear_smaller": lambda x: F.interpolate(x, size=(3, 4), mode="bilinear"),
     "bilinear_factor": lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
+    "bicubic": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "bicubic_corners": lambda x: F.interpolate(x, size=(9, 7), mode="bicubic", align_corners=True),
+    "bicubic_smaller": lambda x: F.interpolate(x, size=(3, 4), mode="bicubic"),
     "linear": lambda x: F.interpolate(x[:, :, 0], size=9, mode="linear"),
 }
 
@@ -41,7 +44,7 @@ def test_symbolic_image(agree: Check) -> None:
 
 def test_channels_last(agree: Check) -> None:
     """Through a channels-last input: whole vectors of channels, tails, and an epilogue."""
-    names = ("nearest_size", "bilinear", "bilinear_corners", "bilinear_smaller")
+    names = ("nearest_size", "bilinear", "bilinear_corners", "bilinear_smaller", "bicubic_smaller")
     for channels in (1, 3, 16, 37):
         cases = {name: lambda x, case=CASES[name]: torch.relu(case(x.permute(0, 3, 1, 2))) for name in names}
         inputs = [torch.randn(2, 5, 6, channels)]

@@ -27,6 +27,8 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
     "expand": lambda x: x[:, :1].expand(-1, 4, -1),
     "expand_front": lambda x: x.expand(2, -1, -1, -1),
     "expand_lazy": lambda x: (x[:1] + 1).expand(5, -1, -1) * 2,
+    "meshgrid": lambda x: list(torch.meshgrid(x[0, 0], x[0, :, 0] + 1, x[:, 0, 0], indexing="ij")),
+    "meshgrid_xy": lambda x: list(torch.meshgrid(x[0, 0], x[0, :, 0] + 1, indexing="xy")),
     "slice": lambda x: x[:, 1:3],
     "slice_negative": lambda x: x[:, -2:, -3:-1],
     "slice_over": lambda x: x[-100:100, 1:1000],

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto, helper
 
+from graphopt.capture.onnx.values import rounded
 from tests.capture.onnx.tiny import Array, imported, model_of, worst_error
 
 
@@ -149,6 +151,7 @@ CASES = [
     Case("Resize", IMAGE, (None, np.array([1, 1, 2, 2], dtype=np.float32)),
          {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
     Case("Resize", IMAGE, (None, np.array([1, 1, 2, 2], dtype=np.float32)), {"mode": "linear"}, label="linear"),
+    Case("Resize", IMAGE, (None, np.array([1, 1, 2, 2], dtype=np.float32)), {"mode": "cubic"}, label="cubic"),
 ]  # fmt: skip
 
 
@@ -168,3 +171,10 @@ def _model(case: Case, fixed: bool) -> Any:
 def test_agrees_with_onnxruntime(case: Case, fixed: bool) -> None:
     model = _model(case, fixed)
     assert worst_error(imported(model), model) < 1e-5
+
+
+def test_the_lowest_number_stays_finite() -> None:
+    lowest = float(np.finfo(np.float32).min)
+    assert rounded(lowest, torch.float32) == lowest
+    assert rounded(9.999999960041972e-13, torch.float32) == 1e-12
+    assert rounded(1e39, torch.float32) == np.inf

@@ -20,7 +20,8 @@ _LINEAR = {3: aten.upsample_linear1d.vec, 4: aten.upsample_bilinear2d.vec, 5: at
 def resize(op: Operation, value: Present, region: Value = None, scales: Value = None, sizes: Value = None) -> Tensor:
     value = op.tensor(value)
     attributes = op.attributes
-    attributes.ignore("cubic_coeff_a", "extrapolation_value", "exclude_outside")
+    attributes.ignore("extrapolation_value")
+    sharpness, outside = attributes.number("cubic_coeff_a", -0.75), attributes.integer("exclude_outside", 0)
     mode = attributes.text("mode", "nearest")
     where = attributes.text("coordinate_transformation_mode", "half_pixel")
     rounding = attributes.text("nearest_mode", "round_prefer_floor")
@@ -33,6 +34,8 @@ def resize(op: Operation, value: Present, region: Value = None, scales: Value = 
     plain = where in ("half_pixel", "pytorch_half_pixel") and not any(size == 1 for size in target)
     if mode == "linear" and (corners or plain):
         return op.call(_LINEAR[value.ndim], value, target, corners, None)
+    if mode == "cubic" and (corners or plain) and value.ndim == 4 and sharpness == -0.75 and not outside:
+        return op.call(aten.upsample_bicubic2d.vec, value, target, corners, None)
     raise op.refuse(f"Resize with mode {mode}, coordinates {where} and rounding {rounding} is not imported")
 
 
