@@ -44,6 +44,7 @@ _tanh = _either(approximations.tanh, library("tanh"))
 _sigmoid = _either(approximations.sigmoid, lambda x: like(x, 1) / (like(x, 1) + tirx.exp(like(x, 0) - x)))
 _erf = _either(approximations.erf, library("erf"))
 _log1p = library("log1p")
+_LIBRARY = ("tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh")
 _GELU = {
     "none": _either(approximations.gelu, _gelu_exact),
     "tanh": _either(approximations.gelu_tanh, _gelu_tanh_exact),
@@ -163,7 +164,6 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.reciprocal.default: _unary(lambda x: like(x, 1) / x),
     aten.sin.default: _unary(tirx.sin),
     aten.cos.default: _unary(tirx.cos),
-    aten.tan.default: _unary(library("tan")),
-    aten.atan.default: _unary(library("atan")),
+    **{getattr(aten, name).default: _unary(library(name)) for name in _LIBRARY},
     aten.nan_to_num.default: _nan_to_num,
 }

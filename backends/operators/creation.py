@@ -78,6 +78,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.new_zeros.default: _filled(0),
     aten.empty.memory_format: _filled(0),
     aten.empty_like.default: _filled(0),
+    aten.empty_strided.default: _filled(0),
     aten.new_empty.default: _filled(0),
     aten.ones.default: _filled(1),
     aten.ones_like.default: _filled(1),

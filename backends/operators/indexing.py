@@ -1,4 +1,4 @@
-"""Gathers, concatenations and padding: functions that choose which element of which operand an index reads.
+"""Gathers and concatenations: functions that choose which element of which operand an index reads.
 
 Positions read from a tensor are wrapped when negative, as PyTorch does, and then kept inside the table, so that a wrong
 id reads a wrong row but never foreign memory. PyTorch raises there; a session cannot know without looking at every id.
@@ -17,8 +17,8 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import constant, not_equal
-from graphopt.backends.operators.views import reshape
-from graphopt.backends.sizes import Size, product, shape_of
+from graphopt.backends.operators.views import clamped, reshape
+from graphopt.backends.sizes import Shape, Size, product, shape_of
 from graphopt.backends.traffic import lazy_values
 from graphopt.backends.values import Index, Lazy, View
 from graphopt.errors import CompileError
@@ -31,15 +31,20 @@ aten = torch.ops.aten
 _DEEPEST_PART = 4  # lazy values in a chain below a concatenation
 
 
-def _inside(kernel: Kernel, position: Any, size: Size) -> Any:
+def inside(kernel: Kernel, position: Any, size: Size) -> Any:
     extent = kernel.size(size)
     position = position.astype("int64")
     position = tirx.Select(position < 0, position + extent, position)
     return tirx.max(tirx.min(position, extent - 1), tirx.const(0, "int64"))
 
 
-def _at(kernel: Kernel, value: Any, axes: list[Any]) -> Any:
+def element_at(kernel: Kernel, value: Any, axes: list[Any]) -> Any:
     return kernel.load(value, Index(value.shape, kernel.sizes, axes=tuple(axes)))
+
+
+def _repeated(x: View, shape: Shape) -> Lazy:
+    """The only element of `x`, which has rank 0, everywhere."""
+    return Lazy(shape, x.dtype, (x,), lambda kernel, index: element_at(kernel, x, []))
 
 
 def _embedding(lowering: Lowering, node: Node) -> Lazy:
@@ -47,8 +52,8 @@ def _embedding(lowering: Lowering, node: Node) -> Lazy:
     rank = len(ids.shape)
 
     def element(kernel: Kernel, index: Index) -> Any:
-        row = _at(kernel, ids, [index.axis(number) for number in range(rank)])
-        return _at(kernel, table, [_inside(kernel, row, table.shape[0]), index.axis(rank)])
+        row = element_at(kernel, ids, [index.axis(number) for number in range(rank)])
+        return element_at(kernel, table, [inside(kernel, row, table.shape[0]), index.axis(rank)])
 
     return Lazy(shape_of(node.meta["val"]), table.dtype, (table, ids), element)
 
@@ -72,10 +77,10 @@ def _index(lowering: Lowering, node: Node) -> Lazy:
         )
         others = iter([index.axis(n) for n in range(len(shape)) if not first <= n < first + rank])
         axes = [
-            next(others) if i is None else _inside(kernel, kernel.load(i, common), x.shape[number])
+            next(others) if i is None else inside(kernel, kernel.load(i, common), x.shape[number])
             for number, i in enumerate(indices)
         ]
-        return _at(kernel, x, axes)
+        return element_at(kernel, x, axes)
 
     return Lazy(shape, x.dtype, (x, *(i for i in indices if i is not None)), element)
 
@@ -83,12 +88,14 @@ def _index(lowering: Lowering, node: Node) -> Lazy:
 def _gather(lowering: Lowering, node: Node) -> Lazy:
     argument, axis, index_argument, *_ = arguments(node).values()
     x, ids = lowering.view(argument), lowering.view(index_argument)
-    axis = int(axis) % max(len(x.shape), 1)
+    if not x.shape:
+        return _repeated(x, shape_of(node.meta["val"]))
+    axis = int(axis) % len(x.shape)
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(x.shape))]
-        axes[axis] = _inside(kernel, _at(kernel, ids, axes), x.shape[axis])
-        return _at(kernel, x, axes)
+        axes[axis] = inside(kernel, element_at(kernel, ids, axes), x.shape[axis])
+        return element_at(kernel, x, axes)
 
     return Lazy(shape_of(node.meta["val"]), x.dtype, (x, ids), element)
 
@@ -107,8 +114,8 @@ def _take_along(lowering: Lowering, node: Node) -> Lazy:
             tirx.const(0, "int64") if size == 1 and number != along else index.axis(number)
             for number, size in enumerate(x.shape)
         ]
-        axes[along] = _inside(kernel, kernel.load(ids, index), x.shape[along])
-        return _at(kernel, x, axes)
+        axes[along] = inside(kernel, kernel.load(ids, index), x.shape[along])
+        return element_at(kernel, x, axes)
 
     return Lazy(shape_of(node.meta["val"]), x.dtype, (x, ids), element)
 
@@ -116,12 +123,14 @@ def _take_along(lowering: Lowering, node: Node) -> Lazy:
 def _index_select(lowering: Lowering, node: Node) -> Lazy:
     argument, axis, index_argument, *_ = arguments(node).values()
     x, ids = lowering.view(argument), lowering.view(index_argument)
-    axis = int(axis) % max(len(x.shape), 1)
+    if not x.shape:
+        return _repeated(x, shape_of(node.meta["val"]))
+    axis = int(axis) % len(x.shape)
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(x.shape))]
-        axes[axis] = _inside(kernel, _at(kernel, ids, [axes[axis]]), x.shape[axis])
-        return _at(kernel, x, axes)
+        axes[axis] = inside(kernel, element_at(kernel, ids, [axes[axis]]), x.shape[axis])
+        return element_at(kernel, x, axes)
 
     return Lazy(shape_of(node.meta["val"]), x.dtype, (x, ids), element)
 
@@ -159,7 +168,7 @@ def joined(parts: Sequence[View | Lazy], axis: int, shape: tuple[Size, ...], dty
         for part in parts:
             extent = kernel.size(part.shape[axis])
             axes[axis] = tirx.max(tirx.min(position, extent - 1), tirx.const(0, "int64"))
-            value = _at(kernel, part, axes).astype(dtype)
+            value = element_at(kernel, part, axes).astype(dtype)
             result = value if result is None else tirx.Select(position >= 0, value, result)
             position = position - extent
         return result
@@ -181,9 +190,9 @@ def _diff(lowering: Lowering, node: Node) -> Any:
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(rank)]
-        before = _at(kernel, source, axes)
+        before = element_at(kernel, source, axes)
         axes[along] = axes[along] + 1
-        after = _at(kernel, source, axes)
+        after = element_at(kernel, source, axes)
         return not_equal(after, before) if dtype == "bool" else after - before
 
     return Lazy(shape, dtype, (source,), element)
@@ -197,42 +206,12 @@ def _stack(lowering: Lowering, node: Node) -> Lazy:
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(shape)) if number != axis]
-        result = _at(kernel, parts[0], axes)
+        result = element_at(kernel, parts[0], axes)
         for number, part in enumerate(parts[1:], start=1):
-            result = tirx.Select(index.axis(axis) >= number, _at(kernel, part, axes), result)
+            result = tirx.Select(index.axis(axis) >= number, element_at(kernel, part, axes), result)
         return result
 
     return Lazy(shape, DTYPES[node.meta["val"].dtype], tuple(parts), element)
-
-
-def _pad(lowering: Lowering, node: Node) -> Lazy:
-    """constant_pad_nd (x, pad, value) and pad (x, pad, mode, value); a negative number cuts."""
-    given = arguments(node)
-    if given.get("mode", "constant") != "constant":
-        raise CompileError(f"{node.name} pads in mode {given['mode']!r}; only 'constant' has a lowering")
-    pairs = [int(p) for p in given["pad"]]
-    return padded(lowering.view(given["self"]), pairs, given["value"] or 0, shape_of(node.meta["val"]))
-
-
-def padded(x: Any, pairs: list[int], fill: Any, shape: tuple[Size, ...]) -> Lazy:
-    """`x` with `fill` around it; `pairs` are (before, after) from the last axis on."""
-    rank = len(shape)
-    before = {rank - 1 - number: pairs[2 * number] for number in range(len(pairs) // 2)}
-
-    def element(kernel: Kernel, index: Index) -> Any:
-        axes, inside = [], []
-        for number in range(rank):
-            position = index.axis(number)
-            if number in before:
-                extent = kernel.size(x.shape[number])
-                position = position - before[number]
-                inside += [position >= 0, position < extent]
-                position = tirx.max(tirx.min(position, extent - 1), tirx.const(0, "int64"))
-            axes.append(position)
-        value = _at(kernel, x, axes)
-        return tirx.Select(tirx.all(*inside), value, constant(fill, x.dtype)) if inside else value
-
-    return Lazy(shape, x.dtype, (x,), element)
 
 
 def _triangle(upper: bool) -> Callable[[Lowering, Node], Lazy]:
@@ -258,7 +237,7 @@ def _repeat(lowering: Lowering, node: Node) -> Lazy:
 
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [tirx.truncmod(index.axis(skip + n), kernel.size(size)) for n, size in enumerate(x.shape)]
-        return _at(kernel, x, axes)
+        return element_at(kernel, x, axes)
 
     return Lazy(shape, x.dtype, (x,), element)
 
@@ -275,7 +254,7 @@ def _repeat_each(lowering: Lowering, node: Node) -> Lazy:
     def element(kernel: Kernel, index: Index) -> Any:
         axes = [index.axis(number) for number in range(len(x.shape))]
         axes[repeated] = tirx.truncdiv(axes[repeated], kernel.size(count))
-        return _at(kernel, x, axes)
+        return element_at(kernel, x, axes)
 
     shape, heads = shape_of(node.meta["val"]), x if repeated == 1 else None
     return Lazy(shape, x.dtype, (x,), element, sizes=(count,), unrepeated=heads)
@@ -289,7 +268,7 @@ def _flip(lowering: Lowering, node: Node) -> Lazy:
         axes = [
             kernel.size(size) - 1 - index.axis(n) if n in flipped else index.axis(n) for n, size in enumerate(x.shape)
         ]
-        return _at(kernel, x, axes)
+        return element_at(kernel, x, axes)
 
     return Lazy(x.shape, x.dtype, (x,), element)
 
@@ -311,9 +290,35 @@ def _roll(lowering: Lowering, node: Node) -> Lazy:
             if number in moved:
                 position = tirx.floormod(position - moved[number], kernel.size(size))
             axes.append(position)
-        return _at(kernel, x, axes)
+        return element_at(kernel, x, axes)
 
     return Lazy(shape, x.dtype, (x,), element)
+
+
+def _with_slice(lowering: Lowering, node: Node) -> Any:
+    """select_scatter and slice_scatter: `x` with `part` in place of some positions along an axis."""
+    given = arguments(node)
+    x, part = lowering.tensor(given["self"]), lowering.view(given["src"])
+    axis, narrower = int(given["dim"]) % len(x.shape), "index" in given
+    start, step = (lowering.value(given["index"]), 1) if narrower else (lowering.value(given["start"]), given["step"])
+    count: Size = 1 if narrower else part.shape[axis]
+    if narrower and isinstance(start, int) and start < 0:
+        first: Size = x.shape[axis] + start
+    else:
+        first = clamped(0 if start is None else start, x.shape[axis])
+    if 0 in part.shape:
+        return x
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(x.shape))]
+        distance = axes[axis] - kernel.size(first)
+        place = tirx.truncdiv(tirx.max(distance, tirx.const(0, "int64")), tirx.const(int(step), "int64"))
+        inside = [distance >= 0, tirx.EQ(place * int(step), distance), place < kernel.size(count)]
+        axes[axis] = tirx.min(place, kernel.size(count) - 1)
+        chosen = element_at(kernel, part, axes[:axis] + axes[axis + 1 :] if narrower else axes)
+        return tirx.Select(tirx.all(*inside), chosen, kernel.load(x, index))
+
+    return Lazy(shape_of(node.meta["val"]), x.dtype, (x, part), element, sizes=(first,))
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
@@ -325,13 +330,13 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.diff.default: _diff,
-    aten.constant_pad_nd.default: _pad,
-    aten.pad.default: _pad,
     aten.tril.default: _triangle(upper=False),
     aten.triu.default: _triangle(upper=True),
     aten.repeat.default: _repeat,
     aten.tile.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_each,
+    aten.select_scatter.default: _with_slice,
+    aten.slice_scatter.default: _with_slice,
     aten.roll.default: _roll,
     aten.flip.default: _flip,
 }

@@ -26,6 +26,7 @@ from graphopt.backends.operators.element_wise import (
     like,
     not_equal,
 )
+from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Lazy
 from graphopt.errors import CompileError
 
@@ -211,6 +212,7 @@ def _floor_of_floats(a: Any, b: Any) -> Any:
     quotient = tirx.Select(lower, quotient - like(a, 1), quotient)
     below = tirx.floor(quotient)
     rounded = tirx.Select(quotient - below > like(a, 0.5), below + like(a, 1), below)
+    rounded = tirx.Select(tirx.EQ(quotient, zero), _times_zero(a / b, False), rounded)  # zeros have the sign of a / b
     return tirx.Select(tirx.EQ(b, zero), a / b, rounded)
 
 
@@ -336,6 +338,12 @@ def _dropout(lowering: Lowering, node: Node) -> Any:
     return lowering.tensor(x)
 
 
+def _native_dropout(lowering: Lowering, node: Node) -> tuple[Any, Lazy]:
+    """The tensor as it is and a mask that keeps everything."""
+    kept = Lazy(shape_of(node.meta["val"][1]), "bool", (), lambda kernel, index: tirx.const(True, "bool"))
+    return _dropout(lowering, node), kept
+
+
 def _bitwise(on_flags: Expression, on_integers: Expression) -> Lower:
     return simple(_by_kind(on_integers, on_integers, on_flags), 2)
 
@@ -390,6 +398,8 @@ TABLE: dict[Any, Lower] = {
     aten.isfinite.default: _predicate(lambda x: tirx.abs(x) < like(x, float("inf"))),
     aten.signbit.default: _predicate(_is_negative),
     aten.addcmul.default: _multiply_add,
+    aten.atan2.default: simple(library("atan2"), 2),
+    aten.copy.default: lambda lowering, node: element_wise(lowering, node, [node.args[1]], lambda x: x),
     aten.lerp.Scalar: simple(_lerp, 3),
     aten.lerp.Tensor: simple(_lerp, 3),
     aten.neg.default: simple(_negate, 1),
@@ -408,4 +418,5 @@ TABLE: dict[Any, Lower] = {
     aten.alias.default: _same,
     aten.lift_fresh_copy.default: _same,
     aten.dropout.default: _dropout,
+    aten.native_dropout.default: _native_dropout,
 }

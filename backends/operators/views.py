@@ -137,8 +137,8 @@ def expand(lowering: Lowering, value: Any, shape: Shape) -> Any:
     view = lowering.view(value)
     skip = len(shape) - len(view.shape)
     strides: list[Size] = [0] * skip
-    for size, old, stride in zip(shape[skip:], view.shape, view.strides, strict=True):
-        strides.append(stride if size == old else 0)
+    for old, stride in zip(view.shape, view.strides, strict=True):
+        strides.append(0 if old == 1 else stride)  # two symbols may be one size, so sizes are not compared
     return View(view.storage, shape, tuple(strides), view.offset)
 
 
@@ -159,7 +159,7 @@ def _meshgrid(lowering: Lowering, node: Node) -> tuple[Any, ...]:
     return tuple(grids)
 
 
-def _clamped(position: Any, size: Size) -> Size:
+def clamped(position: Any, size: Size) -> Size:
     """A start or index, counted from the end when negative, kept between 0 and the size."""
     if isinstance(position, int) and position < 0:
         return size + position if not isinstance(size, int) else max(size + position, 0)
@@ -178,7 +178,7 @@ def _slice(lowering: Lowering, node: Node) -> View:
     x, axis, start, _, step = (lowering.value(argument) for argument in arguments(node).values())
     view = lowering.view(x)
     axis = int(axis) % len(view.shape)
-    first = _clamped(0 if start is None else start, view.shape[axis])
+    first = clamped(0 if start is None else start, view.shape[axis])
     return _part(view, axis, first, shape_of(node.meta["val"]), int(step or 1))
 
 
@@ -231,6 +231,33 @@ def _windows(lowering: Lowering, node: Node) -> View:
     axis = int(axis) % len(view.shape)
     strides = [stride * step if number == axis else stride for number, stride in enumerate(view.strides)]
     return View(view.storage, shape_of(node.meta["val"]), (*strides, view.strides[axis]), view.offset)
+
+
+def _diagonal(lowering: Lowering, node: Node) -> View:
+    """The elements at (i, i + offset) along two axes as a new last axis."""
+    x, offset, *pair = arguments(node).values()
+    view = lowering.view(x)
+    first, second = (int(axis) % len(view.shape) for axis in pair)
+    keep = [axis for axis in range(len(view.shape)) if axis not in (first, second)]
+    start = view.offset + (offset * view.strides[second] if offset > 0 else -offset * view.strides[first])
+    strides = (*(view.strides[axis] for axis in keep), view.strides[first] + view.strides[second])
+    return View(view.storage, shape_of(node.meta["val"]), strides, start)
+
+
+def _as_strided(lowering: Lowering, node: Node) -> View:
+    """Elements by their place in the operand's memory, which has to be contiguous, as PyTorch has it and here."""
+    x, _, strides, offset = arguments(node).values()
+    meta, shape = x.meta["val"], shape_of(node.meta["val"])
+    if not meta.is_contiguous() or meta.storage_offset() != 0:
+        raise CompileError(
+            f"{node.name} reads memory that its operand does not fill in order; make it contiguous first"
+        )
+    steps, start = tuple(size_of(step) for step in strides), size_of(offset or 0)
+    if not all(isinstance(size, int) for size in (*shape_of(meta), *shape, *steps, start)):
+        raise CompileError(f"{node.name} reads memory by places that depend on symbolic sizes; index it instead")
+    if start + sum((size - 1) * step for size, step in zip(shape, steps, strict=True)) >= product(shape_of(meta)):
+        raise CompileError(f"{node.name} reads memory outside its operand; read inside it")
+    return View(lowering.contiguous(x).storage, shape, steps, start)
 
 
 def _item(lowering: Lowering, node: Node) -> Any:
@@ -286,5 +313,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.chunk.default: _split,
     aten.unbind.int: _unbind,
     aten.unfold.default: _windows,
+    aten.diagonal.default: _diagonal,
+    aten.as_strided.default: _as_strided,
     operator.getitem: _item,
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 
 from graphopt.backends.kernel import int64
-from graphopt.backends.operators.indexing import padded
+from graphopt.backends.operators.padding import padded
 from graphopt.backends.sizes import Shape
 from graphopt.backends.values import Index, Lazy, View, permuted
 
