@@ -1,6 +1,7 @@
 """Normalisations and softmax: along the last axis by the row rule, batch norm as element-wise arithmetic.
 
-Rows are computed in float32; float16 and bfloat16 are widened on the way in and rounded on the way out.
+Rows are computed in float32; float16 and bfloat16 are widened on the way in and rounded on the way out. float64 is
+reduced by the reduction rule instead, in as many kernels as there are reductions.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, computed_in, convert, like
+from graphopt.backends.operators.reduction import exponentials, moments, reduce
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules.rows import layer_norm, rms_norm, softmax
 from graphopt.backends.sizes import product, shape_of
@@ -28,14 +30,10 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _widened(lowering: Lowering, node: Node, argument: Any) -> Any:
-    """The operand as float32, wherever it is."""
+def _widened(lowering: Lowering, argument: Any) -> Any:
+    """The operand in the dtype it is computed in, wherever it is."""
     value = lowering.tensor(argument)
-    if computed_in(value.dtype) != "float32":
-        raise CompileError(
-            f"{node.name} works on {value.dtype}; {node.target} is lowered for float32 and narrower only"
-        )
-    return cast(value, "float32")
+    return cast(value, computed_in(value.dtype))
 
 
 def _narrowed(node: Node, value: Any) -> Any:
@@ -43,49 +41,89 @@ def _narrowed(node: Node, value: Any) -> Any:
     return cast(value, DTYPES[(meta[0] if isinstance(meta, (tuple, list)) else meta).dtype])
 
 
-def _parameter(lowering: Lowering, argument: Any) -> View | None:
-    return None if argument is None else lowering.contiguous(cast(lowering.tensor(argument), "float32"))
+def _parameter(lowering: Lowering, argument: Any, dtype: str = "float32") -> View | None:
+    return None if argument is None else lowering.contiguous(cast(lowering.tensor(argument), dtype))
 
 
 def _layer_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, bias, epsilon, *_ = arguments(node).values()
-    parameters = _parameter(lowering, weight), _parameter(lowering, bias)
 
     def build(value: View) -> Any:
-        return layer_norm(value, *parameters, float(epsilon), lowering.target)
+        scale, shift = (_parameter(lowering, each, value.dtype) for each in (weight, bias))
+        return standardized(lowering, value, scale, shift, float(epsilon))
 
     return _over_last_axes(lowering, node, x, len(normalized), build)
+
+
+def standardized(lowering: Lowering, rows: View, weight: View | None, bias: View | None, epsilon: float) -> View | Lazy:
+    """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis of contiguous rows."""
+    if rows.dtype == "float32":
+        return lowering.call(layer_norm(rows, weight, bias, epsilon, lowering.target))[0]
+    last = len(rows.shape) - 1
+    scale, center = moments(lowering, rows, [last], rows.dtype, 0, _inverse_root(epsilon))
+    return scaled(rows, center, scale, weight, bias, last)
+
+
+def _inverse_root(epsilon: float) -> Callable[[Any], Any]:
+    return lambda variance: like(variance, 1) / tirx.sqrt(variance + like(variance, epsilon))
+
+
+def scaled(value: Any, center: View | None, scale: View, weight: View | None, bias: View | None, axis: int) -> Lazy:
+    """(value - center) scale weight + bias, the parameters along one axis."""
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        result = kernel.load(value, index)
+        result = result if center is None else result - kernel.load(center, index)
+        result = result * kernel.load(scale, index)
+        at = index.axis(axis)
+        result = result if weight is None else result * kernel.flat(weight.storage)[at]
+        return result if bias is None else result + kernel.flat(bias.storage)[at]
+
+    operands = tuple(v for v in (value, center, scale, weight, bias) if v is not None)
+    return Lazy(value.shape, value.dtype, operands, element)
 
 
 def _rms_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, epsilon = arguments(node).values()
     if epsilon is None:  # PyTorch computes 16-bit types in float32, and takes float32's
         epsilon = torch.finfo(torch.promote_types(node.meta["val"].dtype, torch.float32)).eps
-    scale = _parameter(lowering, weight)
 
-    def build(value: View) -> Any:
-        return rms_norm(value, scale, float(epsilon), lowering.target)
+    def build(value: View) -> View | Lazy:
+        parameter = _parameter(lowering, weight, value.dtype)
+        if value.dtype == "float32":
+            return lowering.call(rms_norm(value, parameter, float(epsilon), lowering.target))[0]
+        last = len(value.shape) - 1
+        squares = Lazy(value.shape, value.dtype, (value,), lambda k, i: k.load(value, i) * k.load(value, i), flat=True)
+        count, end = product(value.shape[last:]), _inverse_root(float(epsilon))
+
+        def finish(kernel: Kernel, total: Any) -> Any:
+            return end(total / kernel.size(count).astype(value.dtype))
+
+        scale = reduce(lowering, squares, [last], value.dtype, "sum", finish)
+        return scaled(value, None, scale, parameter, None, last)
 
     return _over_last_axes(lowering, node, x, len(normalized), build)
 
 
 def _over_last_axes(lowering: Lowering, node: Node, x: Any, count: int, build: Callable[[View], Any]) -> Any:
     """Several normalised axes are one, since memory is contiguous."""
-    value = lowering.contiguous(_widened(lowering, node, x))
+    value = lowering.contiguous(_widened(lowering, x))
     shape = value.shape
     kept = len(shape) - count
     merged = lowering.contiguous(reshape(lowering, value, (*shape[:kept], product(shape[kept:]))))
-    (stored,) = lowering.call(build(merged))
-    return _narrowed(node, reshape(lowering, stored, shape))
+    return _narrowed(node, reshape(lowering, build(merged), shape))
 
 
 def _softmax(log: bool) -> Callable[[Lowering, Node], Any]:
     def lower(lowering: Lowering, node: Node) -> Any:
         x, axis, *_ = arguments(node).values()
-        value = _widened(lowering, node, x)
+        value = cast(lowering.tensor(x), computed_in(DTYPES[node.meta["val"].dtype]))
         rank = len(value.shape)
         if rank == 0:
             value, rank = reshape(lowering, value, (1,)), 1
+        if value.dtype != "float32":
+            wide = _wide_softmax(lowering, value, axis % rank, log)
+            return _narrowed(node, reshape(lowering, wide, shape_of(node.meta["val"])))
         order = [a for a in range(rank) if a != axis % rank] + [axis % rank]
         rows = value if order == list(range(rank)) else permuted(lowering.view(value), order)
         (stored,) = lowering.call(softmax(lowering.contiguous(rows), lowering.target, log=log))
@@ -93,6 +131,19 @@ def _softmax(log: bool) -> Callable[[Lowering, Node], Any]:
         return _narrowed(node, reshape(lowering, result, shape_of(node.meta["val"])))
 
     return lower
+
+
+def _wide_softmax(lowering: Lowering, value: Any, axis: int, log: bool) -> Lazy:
+    """In float64, by reductions; a row of nothing but -inf is NaN, as in PyTorch."""
+    stored = lowering.view(value)
+    total, top = exponentials(lowering, stored, [axis])
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        distance = kernel.load(stored, index) - kernel.load(top, index)
+        sum_ = kernel.load(total, index)
+        return distance - tirx.log(sum_) if log else tirx.exp(distance) / sum_
+
+    return Lazy(stored.shape, stored.dtype, (stored, total, top), element)
 
 
 def _group_norm(lowering: Lowering, node: Node) -> Any:
@@ -111,12 +162,11 @@ def _instance_norm(lowering: Lowering, node: Node) -> Any:
 
 
 def _in_groups(lowering: Lowering, node: Node, x: Any, groups: int, weight: Any, bias: Any, epsilon: float) -> Any:
-    value = lowering.contiguous(_widened(lowering, node, x))
+    value = lowering.contiguous(_widened(lowering, x))
     shape = value.shape
     rows = lowering.contiguous(reshape(lowering, value, (shape[0], groups, product(shape[1:]) // groups)))
-    (stored,) = lowering.call(layer_norm(rows, None, None, epsilon, lowering.target))
-    normalized = reshape(lowering, stored, shape)
-    scale, shift = _parameter(lowering, weight), _parameter(lowering, bias)
+    normalized = reshape(lowering, standardized(lowering, rows, None, None, epsilon), shape)
+    scale, shift = (_parameter(lowering, each, value.dtype) for each in (weight, bias))
 
     def element(kernel: Kernel, index: Index) -> Any:
         result, channel = kernel.load(normalized, index), index.axis(1)
@@ -124,7 +174,56 @@ def _in_groups(lowering: Lowering, node: Node, x: Any, groups: int, weight: Any,
         return result if shift is None else result + kernel.flat(shift.storage)[channel]
 
     operands = tuple(v for v in (normalized, scale, shift) if v is not None)
-    return _narrowed(node, Lazy(shape, "float32", operands, element))
+    return _narrowed(node, Lazy(shape, value.dtype, operands, element))
+
+
+def _native_layer_norm(lowering: Lowering, node: Node) -> tuple[Any, Any, Any]:
+    """The normalised tensor, the means and 1 / sqrt(variance + epsilon)."""
+    x, normalized, _, _, epsilon = arguments(node).values()
+    rank = len(shape_of(node.meta["val"][0]))
+    axes = list(range(rank - len(normalized), rank))
+    return _layer_norm(lowering, node), *_statistics(lowering, node, lambda: lowering.tensor(x), axes, float(epsilon))
+
+
+def _native_group_norm(lowering: Lowering, node: Node) -> tuple[Any, Any, Any]:
+    x, weight, bias, _, _, _, groups, epsilon = arguments(node).values()
+    result = _in_groups(lowering, node, x, int(groups), weight, bias, float(epsilon))
+
+    def rows() -> Any:
+        value = lowering.contiguous(x)
+        return reshape(lowering, value, (value.shape[0], int(groups), product(value.shape[1:]) // int(groups)))
+
+    return result, *_statistics(lowering, node, rows, [2], float(epsilon))
+
+
+def _statistics(
+    lowering: Lowering, node: Node, value: Callable[[], Any], axes: list[int], epsilon: float
+) -> tuple[Any, Any]:
+    """Means and inverse deviations, where anything reads them."""
+    if not any(user.args[1] in (1, 2) for user in node.users):
+        return None, None
+    source = cast(value(), computed_in(value().dtype))
+    scale, center = moments(lowering, source, axes, source.dtype, 0, _inverse_root(epsilon))
+    metas = node.meta["val"][1:]
+    results = (reshape(lowering, v, shape_of(m)) for v, m in zip((center, scale), metas, strict=True))
+    mean, deviation = (cast(v, DTYPES[m.dtype]) for v, m in zip(results, metas, strict=True))
+    return mean, deviation
+
+
+def _batch_statistics(lowering: Lowering, node: Node) -> tuple[Any, Any, Any]:
+    """Batch norm by the batch's own statistics, which it returns too; none are kept."""
+    x, weight, bias, training, _, epsilon = arguments(node).values()
+    if not training:
+        raise CompileError(f"{node.name} is a batch norm without any statistics; give it running ones")
+    value = lowering.view(_widened(lowering, x))
+    axes = [axis for axis in range(len(value.shape)) if axis != 1]
+    scale, center = moments(lowering, value, axes, value.dtype, 0, _inverse_root(float(epsilon)))
+    gain, shift = (_parameter(lowering, each, value.dtype) for each in (weight, bias))
+    metas = node.meta["val"]
+    results: list[Any] = [scaled(value, center, scale, gain, shift, 1)]
+    results += [reshape(lowering, v, shape_of(m)) for v, m in zip((center, scale), metas[1:], strict=True)]
+    first, second, third = (cast(v, DTYPES[m.dtype]) for v, m in zip(results, metas, strict=True))
+    return first, second, third
 
 
 def _batch_norm(lowering: Lowering, node: Node) -> Any:
@@ -157,6 +256,9 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.instance_norm.default: _instance_norm,
     aten.batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: lambda lowering, node: (_batch_norm(lowering, node),),
+    aten._native_batch_norm_legit.no_stats: _batch_statistics,
+    aten.native_layer_norm.default: _native_layer_norm,
+    aten.native_group_norm.default: _native_group_norm,
     aten.softmax.int: _softmax(log=False),
     aten._softmax.default: _softmax(log=False),
     aten.log_softmax.int: _softmax(log=True),

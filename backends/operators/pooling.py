@@ -9,15 +9,17 @@ import torch
 from torch.fx import Node
 from tvm import tirx
 
+from graphopt.backends.approximations import is_nan
 from graphopt.backends.kernel import Code, int64
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of
 from graphopt.backends.operators.reduction import mean
-from graphopt.backends.operators.windows import channels_last, each_axis
+from graphopt.backends.operators.windows import channels_last, each_axis, load_at
 from graphopt.backends.rules import pooling as rule
+from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.sizes import Shape, Size, product, shape_of
-from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.backends.values import Index, Lazy, Product, View, inverse, permuted
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -43,9 +45,46 @@ def _max_pool(spatial: int) -> Lower:
         def build(result: Product, end: Any) -> Code:
             return rule.pool(view, result, end, window, "max", f"max_pool{spatial}d", lowering.target)
 
-        return lowering.anchored(node, build, order=_order(node, spatial))
+        return lowering.anchored(node, build, order=_order(_rank(node), spatial))
 
     return lower
+
+
+def _max_pool_with_positions(spatial: int) -> Lower:
+    """The largest elements, and the place of the first of them in its plane, counted without padding."""
+
+    def lower(lowering: Lowering, node: Node) -> tuple[View, View | None]:
+        x, size, stride, padding, dilation, _ = arguments(node).values()
+        view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, dilation, spatial)
+        shape = shape_of(node.meta["val"][0])
+        order = _order(len(shape), spatial)
+        result = Product(tuple(shape[axis] for axis in inverse(order)), view.dtype)
+        code = rule.pool(view, result, result, window, "max", f"max_pool{spatial}d", lowering.target)
+        best = permuted(lowering.call(code)[0], order)
+        read = any(user.args[1] == 1 for user in node.users)
+        return best, _positions(lowering, permuted(view, order), best, window) if read else None
+
+    return lower
+
+
+def _positions(lowering: Lowering, x: View, best: View, window: Window) -> View:
+    lead = len(x.shape) - len(window.taps)
+
+    def element(kernel: Kernel, index: Index, taps: tuple[Any, ...]) -> Any:
+        place, inside = int64(0), []
+        axes = [index.axis(number) for number in range(lead)]
+        for n, tap in enumerate(taps):
+            at = index.axis(lead + n) * window.strides[n] - window.pads[n] + tap * window.dilations[n]
+            size = kernel.size(x.shape[lead + n])
+            inside += [at >= 0, at < size]
+            axes.append(tirx.max(tirx.min(at, size - 1), int64(0)))
+            place = place * size + axes[-1]
+        value = convert(load_at(kernel, x, tuple(axes)), computed_in(x.dtype))
+        wanted = convert(kernel.load(best, index), computed_in(x.dtype))
+        found = tirx.any(tirx.EQ(value, wanted), is_nan(value))
+        return tirx.Select(tirx.all(*inside, found), place, tirx.max_value("int64"))
+
+    return reduce_generic(lowering, "max_pool_positions", best.shape, "int64", window.taps, (x, best), element, "min")
 
 
 def _average_pool(spatial: int) -> Lower:
@@ -66,7 +105,7 @@ def _average_pool(spatial: int) -> Lower:
         def build(result: Product, end: Any) -> Code:
             return rule.pool(view, result, end, window, "sum", f"avg_pool{spatial}d", lowering.target)
 
-        return lowering.anchored(node, build, lambda total: _over(total, count, extents), _order(node, spatial))
+        return lowering.anchored(node, build, lambda total: _over(total, count, extents), _order(_rank(node), spatial))
 
     return lower
 
@@ -117,7 +156,9 @@ def _adaptive_average_pool(spatial: int) -> Lower:
 
         equal = int(product(_equal_windows(extents, counts)))
         divisor: int | Covered = equal if _equal_windows(extents, counts) else covered
-        return lowering.anchored(node, build, lambda total: _over(total, divisor, extents), _order(node, spatial))
+        return lowering.anchored(
+            node, build, lambda total: _over(total, divisor, extents), _order(_rank(node), spatial)
+        )
 
     return lower
 
@@ -149,9 +190,13 @@ def _image(lowering: Lowering, node: Node, argument: Any, spatial: int) -> View:
     return channels_last(lowering, value, spatial)
 
 
-def _order(node: Node, spatial: int) -> tuple[int, ...]:
+def _rank(node: Node) -> int:
+    return len(node.meta["val"].shape)
+
+
+def _order(rank: int, spatial: int) -> tuple[int, ...]:
     """The axes of the node in a kernel's result [N, spatial axes, C] or [spatial axes, C]."""
-    spatial_axes = range(len(node.meta["val"].shape) - 1 - spatial, len(node.meta["val"].shape) - 1)
+    spatial_axes = range(rank - 1 - spatial, rank - 1)
     return (*range(spatial_axes.start), spatial_axes.stop, *spatial_axes)
 
 
@@ -164,4 +209,9 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.avg_pool3d.default: _average_pool(3),
     aten.adaptive_avg_pool1d.default: _adaptive_average_pool(1),
     aten.adaptive_avg_pool2d.default: _adaptive_average_pool(2),
+    aten.adaptive_avg_pool3d.default: _adaptive_average_pool(3),
+    aten._adaptive_avg_pool2d.default: _adaptive_average_pool(2),
+    aten._adaptive_avg_pool3d.default: _adaptive_average_pool(3),
+    aten.max_pool2d_with_indices.default: _max_pool_with_positions(2),
+    aten.max_pool3d_with_indices.default: _max_pool_with_positions(3),
 }

@@ -14,7 +14,7 @@ from tvm import tirx
 from graphopt.backends import approximations
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import computed_in, constant, convert, dtype_of, is_float, like
+from graphopt.backends.operators.element_wise import cast, computed_in, constant, convert, dtype_of, is_float, like
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules import reduction as rule
 from graphopt.backends.rules.generic import reduce_generic
@@ -282,6 +282,15 @@ def _spread(lowering: Lowering, node: Node, root: bool) -> tuple[View, View]:
     given = arguments(node)
     correction = given["correction"] if "correction" in given else int(given["unbiased"])
     correction = 1 if correction is None else correction
+    last: Callable[[Any], Any] = tirx.sqrt if root else lambda variance: variance
+    spread, center = moments(lowering, value, axes, dtype, correction, last)
+    return _without(spread, axes, shape), _without(center, axes, shape)
+
+
+def moments(
+    lowering: Lowering, value: Any, axes: list[int], dtype: str, correction: float, last: Callable[[Any], Any]
+) -> tuple[View, View]:
+    """last(variance) and the mean over `axes`, which the results keep with size 1."""
     stored = lowering.view(value)
     center = reduce(lowering, stored, axes, dtype, "sum", _mean_of(stored, axes))
 
@@ -290,12 +299,10 @@ def _spread(lowering: Lowering, node: Node, root: bool) -> tuple[View, View]:
         return distance * distance
 
     def finish(kernel: Kernel, total: Any) -> Any:
-        result = _over(kernel, total, product(stored.shape[axis] for axis in axes), correction)
-        return tirx.sqrt(result) if root else result
+        return last(_over(kernel, total, product(stored.shape[axis] for axis in axes), correction))
 
     squares = Lazy(stored.shape, stored.dtype, (stored, center), element)
-    spread = reduce(lowering, squares, axes, dtype, "sum", finish)
-    return _without(spread, axes, shape), _without(center, axes, shape)
+    return reduce(lowering, squares, axes, dtype, "sum", finish), center
 
 
 def _variance(root: bool) -> Callable[[Lowering, Node], View]:
@@ -307,28 +314,36 @@ def _variance_and_mean(lowering: Lowering, node: Node) -> tuple[View, View]:
 
 
 def _log_sum_exp(lowering: Lowering, node: Node) -> Lazy:
-    """log(sum(e^x)) with the largest x taken out; infinite ones stay, since inf - inf is NaN."""
     value, axes, dtype = _prepared(lowering, node)
-    if dtype != "float32":
-        raise CompileError(f"{node.name} works on {dtype}; {node.target} is lowered for float32 only so far")
-    stored = lowering.view(value)
-    top = reduce(lowering, stored, axes, dtype, "max")
+    shape: Shape = shape_of(node.meta["val"])
+    total, top = (_without(each, axes, shape) for each in exponentials(lowering, value, axes))
+    end = Lazy(shape, total.dtype, (total, top), lambda k, i: tirx.log(k.load(total, i)) + finite(k, top, i), flat=True)
+    return cast(end, dtype)
 
-    def shift(kernel: Kernel, index: Index) -> Any:
-        largest = kernel.load(top, index)
-        return tirx.Select(tirx.EQ(tirx.abs(largest), like(largest, math.inf)), like(largest, 0), largest)
+
+def exponentials(lowering: Lowering, value: Any, axes: list[int]) -> tuple[View, View]:
+    """The sum of e^(x - largest x) over `axes`, which it keeps with size 1, and the largest x.
+
+    An infinite largest one stays where it is, since inf - inf is NaN.
+    """
+    stored = lowering.view(cast(value, computed_in(value.dtype)))
+    top = reduce(lowering, stored, axes, stored.dtype, "max")
 
     def element(kernel: Kernel, index: Index) -> Any:
-        return approximations.exp(kernel.load(stored, index) - shift(kernel, index))
+        return exponential(kernel.load(stored, index) - finite(kernel, top, index))
 
-    total = reduce(lowering, Lazy(stored.shape, dtype, (stored, top), element), axes, dtype, "sum")
-    shape: Shape = shape_of(node.meta["val"])
-    total, top = (_without(value, axes, shape) for value in (total, top))
+    terms = Lazy(stored.shape, stored.dtype, (stored, top), element)
+    return reduce(lowering, terms, axes, stored.dtype, "sum"), top
 
-    def logarithm(kernel: Kernel, index: Index) -> Any:
-        return tirx.log(kernel.load(total, index)) + shift(kernel, index)
 
-    return Lazy(shape, dtype, (total, top), logarithm, flat=True)
+def finite(kernel: Kernel, value: View, index: Index) -> Any:
+    """An element, 0 in place of infinities."""
+    x = kernel.load(value, index)
+    return tirx.Select(tirx.EQ(tirx.abs(x), like(x, math.inf)), like(x, 0), x)
+
+
+def exponential(x: Any) -> Any:
+    return approximations.exp(x) if dtype_of(x) == "float32" else tirx.exp(x)
 
 
 def _logical(combine: str) -> Callable[[Lowering, Node], Any]:

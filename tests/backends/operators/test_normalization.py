@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-from graphopt.errors import CompileError
 
 Check = Callable[..., None]
 
@@ -101,11 +99,12 @@ def test_special_values(agree: Check) -> None:
     agree(cases, [torch.tensor(rows).repeat(1, 7)])
 
 
-class Everything(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (4,))
-
-
-def test_float64_rows_are_refused(compiled: Callable[..., Any]) -> None:
-    with pytest.raises(CompileError, match="layer_norm works on float64"):
-        compiled(Everything(), [torch.randn(2, 4, dtype=torch.float64)])
+def test_float64(agree: Check) -> None:
+    names = ("softmax", "softmax_first", "softmax_rank_0", "log_softmax", "log_softmax_middle", "instance_norm")
+    cases = {name: CASES[name] for name in names}
+    cases["layer_norm"] = lambda x: F.layer_norm(x, (6,), x[0, 0], x[0, 1], 1e-3)
+    cases["rms_norm"] = lambda x: F.rms_norm(x, (4, 6), x[0])
+    cases["group_norm"] = lambda x: F.group_norm(x, 2, x[0, :, 0], x[0, :, 1])
+    cases["logsumexp"] = lambda x: x.logsumexp(1)
+    agree(cases, [torch.randn(3, 4, 6, dtype=torch.float64)])
+    agree(cases, [torch.randn(3, 4, 6, dtype=torch.float64)], [{0: "batch"}], [(torch.randn(5, 4, 6).double(),)])
