@@ -25,6 +25,7 @@ from graphopt.backends.operators import (
     pooling,
     reduction,
     resampling,
+    scattering,
     views,
 )
 
@@ -36,6 +37,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **views.TABLE,
     **indexing.TABLE,
     **padding.TABLE,
+    **scattering.TABLE,
     **linear.TABLE,
     **attention.TABLE,
     **normalization.TABLE,

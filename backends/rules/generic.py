@@ -32,6 +32,8 @@ def start_value(combine: str, dtype: str) -> Any:
         return tirx.const(0 if combine == "sum" else 1, dtype)
     if "float" in dtype:
         return tirx.const(-math.inf if combine == "max" else math.inf, dtype)
+    if dtype == "bool":
+        return tirx.const(combine == "min", "bool")
     return tirx.min_value(dtype) if combine == "max" else tirx.max_value(dtype)
 
 
