@@ -26,6 +26,7 @@ from graphopt.backends.operators import (
     reduction,
     resampling,
     scattering,
+    sorting,
     views,
 )
 
@@ -38,6 +39,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **indexing.TABLE,
     **padding.TABLE,
     **scattering.TABLE,
+    **sorting.TABLE,
     **linear.TABLE,
     **attention.TABLE,
     **normalization.TABLE,
