@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from graphopt.capture.exported import Known, from_exported
 from graphopt.capture.module import from_module
+from graphopt.capture.raising import raised_from_torch
 from graphopt.errors import CaptureError, UsageError
 from graphopt.optional import missing_extra
 from graphopt.program import Program
@@ -50,7 +51,8 @@ def capture(
         known = Known()
         return _exported(source, known, example_inputs, dynamic_shapes, name or "model", limits)
     if isinstance(source, torch.nn.Module):
-        return from_module(source, example_inputs, dynamic_shapes, name=name or type(source).__name__, limits=limits)
+        name = name or type(source).__name__
+        return raised_from_torch(from_module(source, example_inputs, dynamic_shapes, name=name, limits=limits))
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.suffix == ".onnx":
@@ -85,4 +87,5 @@ def _exported(
 ) -> Program:
     from graphopt.capture.exported import with_request
 
-    return from_exported(source, with_request(source, known, example_inputs, dynamic_shapes), name=name, limits=limits)
+    known = with_request(source, known, example_inputs, dynamic_shapes)
+    return raised_from_torch(from_exported(source, known, name=name, limits=limits))

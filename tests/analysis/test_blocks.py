@@ -56,10 +56,10 @@ SWIN_PAIRS = ("model.swin.encoder.layers.1", "model.swin.encoder.layers.1")
 ROTARY = ("aten.expand.default", "aten.mul.Tensor", "aten.mul.Tensor")
 EXPECTED = {
     "bert": [Expected(_layers("model.encoder.layer", 0, 1), 23, 16, 4, ("aten.expand.default",))],
-    "gpt2": [Expected(_layers("model.transformer.h", 0, 1), 40, 12, 2, ("aten.expand.default",))],
-    "llama": [Expected(_layers("model.model.layers", 0, 1, 2), 61, 9, 2, ROTARY)],
+    "gpt2": [Expected(_layers("model.transformer.h", 0, 1), 33, 12, 2, ("aten.expand.default",))],
+    "llama": [Expected(_layers("model.model.layers", 0, 1, 2), 51, 9, 2, ROTARY)],
     "t5_encoder": [
-        Expected(_layers("model.encoder.block", 0, 1, 2), 36, 8, 2, ("aten.expand.default", "aten.unsqueeze.default"))
+        Expected(_layers("model.encoder.block", 0, 1, 2), 26, 8, 2, ("aten.expand.default", "aten.unsqueeze.default"))
     ],
     "vit": [Expected(_layers("model.vit.layers", 0, 1, 2), 23, 16, 2, ("aten.expand.default",))],
     "swin": [Expected(SWIN_PAIRS, 123, 36, 4)],

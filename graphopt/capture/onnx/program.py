@@ -17,7 +17,6 @@ from graphopt.capture.least_sizes import raise_least_sizes
 from graphopt.capture.normal_form import Flat, remove_dead
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.importer import Importer, refuse_unknown, repeated
-from graphopt.capture.onnx.raising import raised
 from graphopt.capture.onnx.reading import opset_of, read_model
 from graphopt.capture.onnx.sizes import (
     Input,
@@ -30,6 +29,7 @@ from graphopt.capture.onnx.sizes import (
     size_names,
 )
 from graphopt.capture.quiet import quiet
+from graphopt.capture.raising import raised
 from graphopt.errors import CaptureError, FeedError
 from graphopt.program import Program, placeholder_name
 from graphopt.untrusted.limits import Limits

@@ -157,6 +157,11 @@ def pattern_rms_norm(x: Any, w: Any, two: Any, axes: Any, epsilon: Any) -> Any:
     return aten.mul.Tensor(w, aten.mul.Tensor(x, aten.reciprocal.default(root)))
 
 
+def pattern_rms_norm_rsqrt(x: Any, w: Any, two: Any, axes: Any, epsilon: Any) -> Any:
+    mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, two), axes, True)
+    return aten.mul.Tensor(w, aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(mean, epsilon))))
+
+
 def rewrite_rms_norm(x: Any, w: Any, two: Any, axes: Any, epsilon: Any) -> Any:
     return aten.rms_norm.default(x, [w.node.meta["val"].shape[0]], w, epsilon)
 
@@ -178,8 +183,26 @@ class RmsNorm(Rule):
 
 
 @dataclass(frozen=True)
+class RsqrtRmsNorm(RmsNorm):
+    """The same, by the reciprocal of the root in one operator."""
+
+    pattern: ClassVar[Any] = staticmethod(pattern_rms_norm_rsqrt)
+
+
+WRITTEN_OUT: tuple[type[Rule], ...] = (Gelu, HalvedGelu, TanhGelu, RmsNorm, RsqrtRmsNorm)
+
+
+@dataclass(frozen=True)
+class RaiseWrittenOut(RewritePass):
+    """GELU and RMS norm, which models wrote out before PyTorch had them."""
+
+    name: ClassVar[str] = "raising"
+    rules: ClassVar[tuple[type[Rule], ...]] = WRITTEN_OUT
+
+
+@dataclass(frozen=True)
 class RaiseComposites(RewritePass):
     """Bias and rows of linear layers first, as the others do not depend on them."""
 
     name: ClassVar[str] = "raising"
-    rules: ClassVar[tuple[type[Rule], ...]] = (LinearBias, FlatLinear, Gelu, HalvedGelu, TanhGelu, Silu, RmsNorm)
+    rules: ClassVar[tuple[type[Rule], ...]] = (LinearBias, FlatLinear, *WRITTEN_OUT, Silu)

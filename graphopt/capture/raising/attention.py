@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from graphopt.capture.onnx.raising.composites import near, rank
+from graphopt.capture.raising.composites import near, rank
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.program import Program

@@ -1,0 +1,68 @@
+"""Composites that torch modules write out are one node, as they are from ONNX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.capture import capture
+
+
+class RmsNorm(nn.Module):
+    """`shift` beside the weight is Gemma's way."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return y * (self.weight + self.shift) if self.shift else self.weight * y
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def erf_gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def other_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class Calls(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [
+        (RmsNorm(), ["aten.rms_norm.default"]),
+        (RmsNorm(1.0), ["aten.add.Tensor", "aten.rms_norm.default"]),
+        (Calls(tanh_gelu), ["aten.gelu.default"]),
+        (Calls(erf_gelu), ["aten.gelu.default"]),
+    ],
+    ids=["rms-norm", "shifted-rms-norm", "tanh-gelu", "erf-gelu"],
+)
+def test_one_node(module: nn.Module, wanted: list[str]) -> None:
+    x = torch.randn(3, 8)
+    program = capture(module, (x,), dynamic_shapes={"x": {0: "rows"}})
+    assert [str(node.target) for node in program.nodes() if node.op == "call_function"] == wanted
+    torch.testing.assert_close(program(x)[0], module(x))
+
+
+def test_other_numbers_stay() -> None:
+    program = capture(Calls(other_gelu), (torch.randn(3, 8),))
+    assert "aten.gelu.default" not in {str(node.target) for node in program.nodes()}
