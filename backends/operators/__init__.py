@@ -14,9 +14,13 @@ from torch.fx import Node
 from graphopt.backends.operators import (
     activations,
     attention,
+    columns,
     control_flow,
     convolution,
     creation,
+    distances,
+    embedding_bags,
+    grid_sampling,
     indexing,
     linear,
     normalization,
@@ -47,6 +51,10 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **convolution.TABLE,
     **pooling.TABLE,
     **resampling.TABLE,
+    **columns.TABLE,
+    **distances.TABLE,
+    **grid_sampling.TABLE,
+    **embedding_bags.TABLE,
     **control_flow.TABLE,
 }
 

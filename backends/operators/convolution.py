@@ -63,7 +63,9 @@ class _Call:
 
 
 def _call(lowering: Lowering, node: Node, spatial: int) -> _Call:
-    x, weight, bias, stride, padding, dilation, groups = arguments(node).values()
+    given = arguments(node)
+    x, weight, bias, groups = (given[name] for name in ("input", "weight", "bias", "groups"))
+    stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
     taps = [int(size) for size in weight.meta["val"].shape[2:]]
     strides, dilations = each_axis(stride, spatial), each_axis(dilation, spatial)
     before, after = _padding(node, padding, taps, dilations)
@@ -226,7 +228,9 @@ def _transposed(spatial: int) -> Lower:
     """conv_transpose: x [N, C, ...], weight [C, O / groups, ...]; each output gathers the taps that reach it."""
 
     def lower(lowering: Lowering, node: Node) -> Any:
-        x, weight, bias, stride, padding, _, groups, dilation = arguments(node).values()
+        given = arguments(node)
+        x, weight, bias, groups = (given[name] for name in ("input", "weight", "bias", "groups"))
+        stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
         filters = lowering.view(weight)
         source = _batched(lowering, lowering.view(x), spatial)
         strides, pads, dilations = (each_axis(v, spatial) for v in (stride, padding, dilation))
@@ -265,9 +269,18 @@ def _batched(lowering: Lowering, view: View, spatial: int) -> View:
     return view if len(view.shape) == spatial + 2 else lowering.view(reshape(lowering, view, (1, *view.shape)))
 
 
+def _either(lowering: Lowering, node: Node) -> Any:
+    """The form that all convolutions have after decomposition."""
+    given = arguments(node)
+    spatial = len(given["weight"].meta["val"].shape) - 2
+    return (_transposed if given["transposed"] else _convolution)(spatial)(lowering, node)
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
     **{getattr(aten, f"conv{n}d").default: _convolution(n) for n in (1, 2, 3)},
     **{getattr(aten, f"conv{n}d").padding: _convolution(n) for n in (1, 2, 3)},
     aten.conv_transpose1d.default: _transposed(1),
     aten.conv_transpose2d.input: _transposed(2),
+    aten.conv_transpose3d.input: _transposed(3),
+    aten.convolution.default: _either,
 }

@@ -12,7 +12,7 @@ import time
 import torch
 
 from tests.core_aten.check import cases_of, dynamic_cases_of, problems_in_parts
-from tests.core_aten.samples import EXCEPTIONS, EXCLUDED, core_overloads, name_of
+from tests.core_aten.samples import DTYPE_EXCEPTIONS, EXCEPTIONS, EXCLUDED, core_overloads, name_of
 
 
 def main() -> int:
@@ -40,6 +40,8 @@ def main() -> int:
             print(f"{name}: excluded: {EXCLUDED[name]}")
         elif name not in cases:
             print(f"{name}: exception: {EXCEPTIONS[name]}")
+        elif (name, dtype) in DTYPE_EXCEPTIONS:
+            print(f"{name}: exception in {options.dtype}: {DTYPE_EXCEPTIONS[name, dtype]}")
         elif not cases.get(name):
             print(f"{name}: no sample for {options.dtype}")
         elif not bad:

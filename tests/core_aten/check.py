@@ -15,13 +15,22 @@ from torch.utils import _pytree
 
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
-from tests.core_aten.samples import EXCEPTIONS, EXCLUDED, SAMPLES, UNSPECIFIED, core_overloads, name_of
+from tests.core_aten.samples import (
+    DTYPE_EXCEPTIONS,
+    EXCEPTIONS,
+    EXCLUDED,
+    FIRST_ONLY,
+    SAMPLES,
+    UNSPECIFIED,
+    core_overloads,
+    name_of,
+)
 from tests.core_aten.tensors import Call, Tensors
 
 _TOLERANCES = {  # relative and absolute
     torch.float64: (1e-11, 1e-12),
     torch.float32: (2e-5, 5e-6),
-    torch.float16: (2e-3, 2e-3),
+    torch.float16: (5e-3, 5e-3),
     torch.bfloat16: (1.6e-2, 1.6e-2),
 }
 
@@ -46,6 +55,7 @@ class Case:
         args, kwargs = _pytree.tree_unflatten([next(pending) if isinstance(v, Tensor) else v for v in leaves], form)
         result = self.overload(*args, **kwargs)
         results = result if isinstance(result, (tuple, list)) else [result]
+        results = results[:1] if name_of(self.overload) in FIRST_ONLY else results
         return [r if isinstance(r, Tensor) else torch.full((1,), r) for r in results]
 
 
@@ -54,7 +64,9 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 def cases_of(overload: torch._ops.OpOverload, dtype: torch.dtype, rows: int = 3) -> list[Case]:
-    """The samples of an overload that PyTorch itself computes in `dtype`."""
+    """The samples of an overload that PyTorch itself computes in `dtype`; none where that is an exception."""
+    if (name_of(overload), dtype) in DTYPE_EXCEPTIONS:
+        return []
     samples = SAMPLES[name_of(overload)](Tensors(dtype, rows))
     cases = [Case(f"{name_of(overload)}[{number}]", overload, call) for number, call in enumerate(samples)]
     return [case for case in cases if _is_computed(case)]
