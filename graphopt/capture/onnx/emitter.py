@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.onnx.values import SYMBOLIC, Known, Tensor
@@ -61,6 +61,7 @@ class Emitter:
         self._sizes: dict[Any, Node] = {}
         self._attributes: dict[str, Tensor] = {}
         self._transposed: dict[str, str] = {}
+        self._branches = 0
 
     def placeholder(self, name: str, fake: torch.Tensor) -> Tensor:
         node = self.graph.placeholder(name)
@@ -135,6 +136,32 @@ class Emitter:
         result: Tensor = self.call(aten.view.default, copy, list(sizes))
         return result
 
+    def local(self, value: Tensor) -> Tensor:
+        """A value of this graph, or of one around it, as a value of this graph."""
+        return value
+
+    def held(self, node: Node) -> torch.Tensor | None:
+        """The tensor that a node reads from the model; None for nodes that compute."""
+        return get_attribute(self.weights.root, str(node.target)) if node.op == "get_attr" else None
+
+    def holder(self) -> torch.nn.Module:
+        """The module that the graph's branches are attributes of."""
+        return self.weights.root
+
+    def cond(self, predicate: Tensor, branches: Sequence[GraphModule], operands: Sequence[Tensor]) -> list[Tensor]:
+        """`torch.cond`, whose branches give values of the same types; operands are those of their placeholders."""
+        graphs: list[Any] = []
+        for side, branch in zip(("true", "false"), branches, strict=True):
+            name = f"{side}_graph_{self._branches}"
+            setattr(self.holder(), name, branch)
+            graphs.append(self.graph.get_attr(name))
+        self._branches += 1
+        results = branches[0].graph.output_node().meta["val"]
+        nodes: Any = (self.local(predicate).node, *graphs, tuple(self.local(value).node for value in operands))
+        node = self.graph.call_function(torch.ops.higher_order.cond, nodes)
+        self._describe(node, results)
+        return self._items(node, results)
+
     def number(self, size: Any) -> Any:
         """A size as an argument of a node: a number, or the one node that computes its expression."""
         return self._expression(size.node.expr) if isinstance(size, SYMBOLIC) else size
@@ -144,6 +171,8 @@ class Emitter:
             return int(expression)
         if expression.is_Float or expression.is_Rational:
             return float(expression)
+        if expression not in self._sizes and expression.is_Symbol:
+            self._sizes[expression] = self._outer_size(expression)
         if expression not in self._sizes:
             function = _EXPRESSIONS.get(type(expression).__name__)
             if function is None:
@@ -151,6 +180,9 @@ class Emitter:
             parts = [self._expression(part) for part in expression.args]
             self._sizes[expression] = reduce(lambda left, right: self._combine(function, left, right), parts)
         return self._sizes[expression]
+
+    def _outer_size(self, symbol: Any) -> Node:
+        raise CaptureError(f"the size {symbol} belongs to no input")
 
     def _combine(self, function: Callable[..., Any], left: Any, right: Any) -> Node:
         node = self.graph.call_function(function, (left, right))
@@ -172,17 +204,18 @@ class Emitter:
         nodes, named = pytree.tree_map(self._argument, (args, kwargs))
         node = self.graph.create_node("call_function", target, nodes, named)
         self._describe(node, result)
-        if isinstance(result, torch.Tensor):
-            return Tensor(node, result)
+        return Tensor(node, result) if isinstance(result, torch.Tensor) else tuple(self._items(node, result))
+
+    def _items(self, node: Node, values: Sequence[torch.Tensor]) -> list[Tensor]:
         items = []
-        for index, item in enumerate(result):
+        for index, value in enumerate(values):
             part = self.graph.create_node("call_function", operator.getitem, (node, index))
-            self._describe(part, item)
-            items.append(Tensor(part, item))
-        return tuple(items)
+            self._describe(part, value)
+            items.append(Tensor(part, value))
+        return items
 
     def _argument(self, value: Any) -> Any:
-        return value.node if isinstance(value, Tensor) else self.number(value)
+        return self.local(value).node if isinstance(value, Tensor) else self.number(value)
 
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = value

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
+from graphopt.capture.onnx.control_flow import branch, loop
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
@@ -22,15 +23,15 @@ from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.tensors import read_tensor
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
 from graphopt.errors import CaptureError, GraphoptError
-from graphopt.program import get_attribute
 
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _SETTINGS = {("Resize", 1), ("Resize", 2), ("Clip", 1), ("Clip", 2), ("Pad", 2), ("OneHot", 2)}
-CONTROL_FLOW = ("If",)  # operators with graphs inside, which the importer reads itself
-_MAKES_VALUES = ("Range", "ConstantOfShape", "Shape", "Size", "If")
+_MAKES_VALUES = ("Range", "ConstantOfShape", "Shape", "Size")
 # What fake kernels and array arithmetic raise on arguments that do not go together.
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ArithmeticError)
 _FOLDED_ELEMENTS = 1 << 16  # of the largest value on the way to a folded one
+
+CONTROL_FLOW = {"If": branch, "Loop": loop}  # operators with graphs inside
 
 
 def refuse_unknown(model: Any, opset: int) -> None:
@@ -138,8 +139,8 @@ class Importer:
         attributes = Attributes(node, self.folder)
         name = operator_name(node)
         op = Operation(name, attributes, self.opset, max(used, default=-1) + 1, self.emitter)
-        if name == "If":
-            return self._branch(op, inputs)
+        if name in CONTROL_FLOW:
+            return CONTROL_FLOW[name](self, op, inputs)
         result: Any = None
         present = [value for value in inputs if value is not None]
         constant = bool(present) and all(isinstance(value, Known) for value in present)
@@ -175,9 +176,8 @@ class Importer:
 
         def value_of(node: Any) -> Any:
             if node not in real:
-                if node.op == "get_attr":
-                    real[node] = get_attribute(self.emitter.weights.root, str(node.target))
-                else:
+                real[node] = self.emitter.held(node)
+                if real[node] is None:
                     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
                     real[node] = node.target(*args, **kwargs)
             return real[node]
@@ -186,21 +186,11 @@ class Importer:
             done = [known_tensor(value_of(v.node)) if isinstance(v, Tensor) else v for v in results]
         return tuple(done) if isinstance(result, tuple) else done[0]
 
-    def _branch(self, op: Operation, inputs: list[Value]) -> tuple[Value, ...]:
-        """An If whose condition is known; the other branch is not part of the model."""
-        condition = op.scalar(inputs[0]) if inputs else None
-        then, otherwise = (op.attributes.graph(name) for name in ("then_branch", "else_branch"))
-        if then is None or otherwise is None:
-            raise CaptureError("an If needs then_branch and else_branch; the file is damaged")
-        if not isinstance(condition, bool):
-            raise CaptureError("an If on a value known only at run time is not imported; export the model to .pt2")
-        chosen = then if condition else otherwise
-        outer = dict(self.values)
-        self.initializers(chosen)
-        self.nodes(chosen)
-        results = tuple(self.values.get(output.name) for output in chosen.output)
-        self.values = outer
-        return results
+    def inside(self, emitter: Emitter) -> Importer:
+        """An importer of a graph within this one, which reads the values there are so far."""
+        inner = Importer(emitter, self.opset, self.folder)
+        inner.values, inner.ledger = dict(self.values), self.ledger
+        return inner
 
 
 def _inputs_at(graph: Any, places: set[tuple[str, int]]) -> set[str]:
