@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: one kernel that never stores the scores."""
+"""Scaled dot-product attention: in float32 one kernel that never stores the scores."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
+from tvm import tirx
 
+from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.views import PERMUTATIONS, RESHAPES, expand
+from graphopt.backends.operators.element_wise import cast, computed_in, convert, like
+from graphopt.backends.operators.reduction import exponential, exponentials, finite
+from graphopt.backends.operators.views import PERMUTATIONS, RESHAPES, expand, reshape
+from graphopt.backends.operators.windows import load_at, quotient
 from graphopt.backends.rules.attention import attention
+from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Lazy, Product, View
+from graphopt.backends.values import Index, Lazy, Product, View
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
-    from graphopt.backends.kernel import Code
+    from graphopt.backends.kernel import Code, Kernel
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
 
 
-def _attention(lowering: Lowering, node: Node) -> View:
+def _attention(lowering: Lowering, node: Node) -> Any:
     """q [B, H, S, D], k and v [B, G, T, D] with H a multiple of G; the result's memory is [B, S, H, D].
 
     Its epilogue, such as a gate, is computed in the kernel.
@@ -43,20 +49,63 @@ def _attention(lowering: Lowering, node: Node) -> View:
     groups = max(key.shape[1], value.shape[1]) if grouped else heads
     query = expand(lowering, query, (batch, heads, *query.shape[2:]))
     key, value = (expand(lowering, x, (batch, groups, *x.shape[2:])) for x in (key, value))
-    if len(shape) not in (3, 4) or query.dtype != "float32":
-        raise CompileError(
-            f"{node.name} attends over {query.dtype} of rank {len(shape)}; float32 of rank 3 or 4 has a lowering"
-        )
+    if len(shape) not in (3, 4):
+        raise CompileError(f"{node.name} attends over rank {len(shape)}; rank 3 or 4 has a lowering")
     scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     bias = None if mask is None else lowering.view(mask)
     if bias is not None and flat and len(bias.shape) == 3 and not grouped:
         bias = _with_one_head(bias)
+    if query.dtype != "float32":
+        result = _in_parts(lowering, query, key, value, bias, float(scale), bool(causal))
+        return reshape(lowering, cast(result, DTYPES[node.meta["val"].dtype]), shape)
 
     def build(result: Product, end: Any) -> Code:
         return attention(query, key, value, bias, float(scale), bool(causal), result, end, lowering.target)
 
     order = (0, 2, 1, 3) if not flat else (1, 0, 2) if grouped else ()
     return lowering.anchored(node, build, order=order, joins=True, ends=_ends)
+
+
+def _in_parts(
+    lowering: Lowering, query: View, key: View, value: View, bias: View | None, scale: float, causal: bool
+) -> View:
+    """float64 and float16 by plain products and reductions, with the scores in memory; a row of no keys is 0."""
+    (batch, heads, rows, depth), columns = query.shape, key.shape[2]
+    dtype, shared = computed_in(query.dtype), int(heads) // int(key.shape[1])
+
+    def at(kernel: Kernel, view: View, index: Index, *last: Any) -> Any:
+        head = index.axis(1) if view is query else quotient(index.axis(1), shared)
+        return convert(load_at(kernel, view, (index.axis(0), head, *last)), dtype)
+
+    def score(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
+        left = at(kernel, query, index, index.axis(2), reduced[0])
+        return left * at(kernel, key, index, index.axis(3), reduced[0]) * tirx.const(scale, dtype)
+
+    shape = (batch, heads, rows, columns)
+    scores = reduce_generic(lowering, "attention_scores", shape, dtype, (depth,), (query, key), score, "sum")
+
+    def masked(kernel: Kernel, index: Index) -> Any:
+        x = kernel.load(scores, index)
+        if bias is not None:
+            y = kernel.load(bias, index)
+            x = tirx.Select(y, x, like(x, -math.inf)) if bias.dtype == "bool" else x + convert(y, dtype)
+        return tirx.Select(index.axis(3) <= index.axis(2), x, like(x, -math.inf)) if causal else x
+
+    seen = lowering.store(Lazy(shape, dtype, (scores, *(() if bias is None else (bias,))), masked))
+    total, top = exponentials(lowering, seen, [3])
+
+    def weight(kernel: Kernel, index: Index) -> Any:
+        x, sum_ = exponential(kernel.load(seen, index) - finite(kernel, top, index)), kernel.load(total, index)
+        return tirx.Select(tirx.EQ(sum_, like(x, 0)), like(x, 0), x / sum_)
+
+    weights = lowering.store(Lazy(shape, dtype, (seen, top, total), weight))
+
+    def term(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
+        left = load_at(kernel, weights, (index.axis(0), index.axis(1), index.axis(2), reduced[0]))
+        return left * at(kernel, value, index, reduced[0], index.axis(3))
+
+    result = (batch, heads, rows, value.shape[3])
+    return reduce_generic(lowering, "attention", result, dtype, (columns,), (weights, value), term, "sum")
 
 
 def _ends(node: Node) -> bool:

@@ -71,10 +71,19 @@ def test_a_dynamic_number_of_heads_or_depth_is_refused(axis: int, compiled: Call
         compiled({"attention": lambda q: attend(q, q, q)}, [torch.randn(1, 3, 5, 8)], [{axis: "size"}])
 
 
-def test_float64_is_refused(compiled: Callable[..., Any]) -> None:
-    x = torch.randn(1, 1, 2, 4, dtype=torch.float64)
-    with pytest.raises(CompileError, match="attends over float64"):
-        compiled({"attention": lambda q: attend(q, q, q)}, [x])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_other_floats(agree: Check, dtype: torch.dtype) -> None:
+    cases = {
+        "plain": lambda q, k: attend(q, q, q),
+        "causal": lambda q, k: attend(q, q, q, is_causal=True),
+        "grouped": lambda q, k: attend(q, k, k, enable_gqa=True),
+        "mask": lambda q, k: attend(q, q, k.repeat(1, 2, 1, 1), attn_mask=q[0, 0] @ q[0, 0].mT > 0, scale=0.3),
+        "bias": lambda q, k: attend(q, q, q, attn_mask=q @ q.mT),
+        "rank_3": lambda q, k: attend(q[0], q[0], q[0]),
+    }
+    axes = {0: "batch", 2: "seq"}
+    more = [(torch.randn(3, 4, 7, 8).to(dtype), torch.randn(3, 2, 7, 8).to(dtype))]
+    agree(cases, [torch.randn(2, 4, 6, 8).to(dtype), torch.randn(2, 2, 6, 8).to(dtype)], [axes, axes], more)
 
 
 class Rotary(torch.nn.Module):
