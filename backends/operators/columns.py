@@ -12,12 +12,12 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.kernel import int64
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of
+from graphopt.backends.operators.element_wise import cast, computed_in, convert, dtype_of
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.operators.windows import each_axis, load_at, quotient, surrounded
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, shape_of
-from graphopt.backends.values import Index, Lazy, View
+from graphopt.backends.values import Index, Lazy
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -51,12 +51,12 @@ def _to_columns(lowering: Lowering, node: Node) -> Any:
     return reshape(lowering, Lazy(shape, source.dtype, (source,), element), shape_of(node.meta["val"]))
 
 
-def _to_image(lowering: Lowering, node: Node) -> View | Lazy:
+def _to_image(lowering: Lowering, node: Node) -> Any:
     """col2im: x [N, C kh kw, windows] or [C kh kw, windows] to [N, C, H, W]; every pixel gathers what covers it."""
     x, _, *options = arguments(node).values()
     taps, dilations, pads, strides = (each_axis(option, 2) for option in options)
     meta = node.meta["val"]
-    shape, dtype = shape_of(meta), DTYPES[meta.dtype]
+    shape, dtype = shape_of(meta), "int32" if meta.dtype is torch.bool else DTYPES[meta.dtype]
     counts = tuple(_count(*each) for each in zip(shape[-2:], taps, dilations, pads, strides, strict=True))
     columns = lowering.contiguous(x)
     source = lowering.view(reshape(lowering, columns, (*shape[:-2], *taps, *counts)))
@@ -73,7 +73,8 @@ def _to_image(lowering: Lowering, node: Node) -> View | Lazy:
         value = convert(load_at(kernel, source, (*outer, *reduced, *at)), computed_in(dtype))
         return tirx.Select(tirx.all(*reached), value, tirx.const(0, dtype_of(value)))
 
-    return reduce_generic(lowering, "col2im", shape, dtype, tuple(taps), (source,), element, "sum")
+    total = reduce_generic(lowering, "col2im", shape, dtype, tuple(taps), (source,), element, "sum")
+    return cast(total, DTYPES[meta.dtype])
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

@@ -13,6 +13,7 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, like, not_equal
+from graphopt.backends.operators.pointwise import whole_power
 from graphopt.backends.operators.views import expand
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import shape_of
@@ -38,7 +39,7 @@ def _norm(lowering: Lowering, node: Node, reads: tuple[View, ...], rows: Rows, o
             return tirx.Select(not_equal(distance, like(distance, 0)), like(distance, 1), like(distance, 0))
         if order in (1, math.inf):
             return distance
-        return distance * distance if order == 2 else tirx.power(distance, like(distance, order))
+        return whole_power(distance, int(order)) if order in range(17) else tirx.power(distance, like(distance, order))
 
     def finish(_: Kernel, total: Any) -> Any:
         if order in (0, 1, math.inf):

@@ -258,7 +258,7 @@ def _power(lowering: Lowering, node: Node) -> Lazy:
         number = number.item()
     whole = isinstance(number, (int, float)) and number == int(number) and abs(number) <= 64
     if whole and (number >= 0 or node.meta["val"].dtype.is_floating_point):
-        return element_wise(lowering, node, [base], lambda x: _whole_power(x, int(number)))
+        return element_wise(lowering, node, [base], lambda x: whole_power(x, int(number)))
     if not node.meta["val"].dtype.is_floating_point:
         raise CompileError(f"{node.name} raises integers to a power that varies; convert them to float first")
     if isinstance(number, float) and number in (0.5, -0.5):
@@ -267,7 +267,7 @@ def _power(lowering: Lowering, node: Node) -> Lazy:
     return element_wise(lowering, node, [base, exponent], tirx.power)
 
 
-def _whole_power(x: Any, exponent: int) -> Any:
+def whole_power(x: Any, exponent: int) -> Any:
     """By repeated squaring."""
     result, square, left = None, x, abs(exponent)
     while left:

@@ -16,7 +16,7 @@ from graphopt.backends.operators.element_wise import computed_in, convert, dtype
 from graphopt.backends.operators.reduction import mean
 from graphopt.backends.operators.windows import channels_last, each_axis, load_at
 from graphopt.backends.rules import pooling as rule
-from graphopt.backends.rules.generic import reduce_generic
+from graphopt.backends.rules.generic import reduce_generic, start_value
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.sizes import Shape, Size, product, shape_of
 from graphopt.backends.values import Index, Lazy, Product, View, inverse, permuted
@@ -40,6 +40,9 @@ def _window(size: Any, stride: Any, padding: Any, dilation: Any, spatial: int) -
 def _max_pool(spatial: int) -> Lower:
     def lower(lowering: Lowering, node: Node) -> View:
         x, size, stride, padding, dilation, _ = arguments(node).values()
+        if not node.meta["val"].is_floating_point():
+            window = _window(size, stride, padding, dilation, spatial)
+            return _pool_of_integers(lowering, lowering.view(x), shape_of(node.meta["val"]), window, "max")
         view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, dilation, spatial)
 
         def build(result: Product, end: Any) -> Code:
@@ -55,33 +58,60 @@ def _max_pool_with_positions(spatial: int) -> Lower:
 
     def lower(lowering: Lowering, node: Node) -> tuple[View, View | None]:
         x, size, stride, padding, dilation, _ = arguments(node).values()
-        view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, dilation, spatial)
-        shape = shape_of(node.meta["val"][0])
+        window, shape = _window(size, stride, padding, dilation, spatial), shape_of(node.meta["val"][0])
+        read = any(user.args[1] == 1 for user in node.users)
+        if not node.meta["val"][0].is_floating_point():
+            plain = lowering.view(x)
+            best = _pool_of_integers(lowering, plain, shape, window, "max")
+            return best, _positions(lowering, plain, best, window) if read else None
+        view = _image(lowering, node, x, spatial)
         order = _order(len(shape), spatial)
         result = Product(tuple(shape[axis] for axis in inverse(order)), view.dtype)
         code = rule.pool(view, result, result, window, "max", f"max_pool{spatial}d", lowering.target)
         best = permuted(lowering.call(code)[0], order)
-        read = any(user.args[1] == 1 for user in node.users)
         return best, _positions(lowering, permuted(view, order), best, window) if read else None
 
     return lower
+
+
+def _pool_of_integers(lowering: Lowering, x: View, shape: Shape, window: Window, combine: str) -> View:
+    """ "max" or "sum" over windows, as plain loops: the pooling rule is for floats."""
+    lead = len(shape) - len(window.taps)
+
+    def element(kernel: Kernel, index: Index, taps: tuple[Any, ...]) -> Any:
+        axes, inside = _tap(kernel, x, index, taps, window)
+        return tirx.Select(tirx.all(*inside), load_at(kernel, x, axes), start_value(combine, x.dtype))
+
+    name = f"{combine}_pool{len(shape) - lead}d"
+    return reduce_generic(lowering, name, shape, x.dtype, window.taps, (x,), element, combine)
+
+
+def _tap(
+    kernel: Kernel, x: View, index: Index, taps: tuple[Any, ...], window: Window
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """Where a tap of the window at `index` reads, kept inside `x`, and the conditions under which it is inside."""
+    lead, inside = len(x.shape) - len(taps), []
+    axes = [index.axis(number) for number in range(lead)]
+    for n, tap in enumerate(taps):
+        at = index.axis(lead + n) * window.strides[n] - window.pads[n] + tap * window.dilations[n]
+        last = kernel.size(x.shape[lead + n]) - 1
+        inside += [at >= 0, at <= last]
+        axes.append(tirx.max(tirx.min(at, last), int64(0)))
+    return tuple(axes), inside
 
 
 def _positions(lowering: Lowering, x: View, best: View, window: Window) -> View:
     lead = len(x.shape) - len(window.taps)
 
     def element(kernel: Kernel, index: Index, taps: tuple[Any, ...]) -> Any:
-        place, inside = int64(0), []
-        axes = [index.axis(number) for number in range(lead)]
-        for n, tap in enumerate(taps):
-            at = index.axis(lead + n) * window.strides[n] - window.pads[n] + tap * window.dilations[n]
-            size = kernel.size(x.shape[lead + n])
-            inside += [at >= 0, at < size]
-            axes.append(tirx.max(tirx.min(at, size - 1), int64(0)))
-            place = place * size + axes[-1]
-        value = convert(load_at(kernel, x, tuple(axes)), computed_in(x.dtype))
+        axes, inside = _tap(kernel, x, index, taps, window)
+        place = int64(0)
+        for number in range(lead, len(axes)):
+            place = place * kernel.size(x.shape[number]) + axes[number]
+        value = convert(load_at(kernel, x, axes), computed_in(x.dtype))
         wanted = convert(kernel.load(best, index), computed_in(x.dtype))
-        found = tirx.any(tirx.EQ(value, wanted), is_nan(value))
+        found = tirx.EQ(value, wanted)
+        found = tirx.any(found, is_nan(value)) if x.dtype in _FLOATS else found
         return tirx.Select(tirx.all(*inside, found), place, tirx.max_value("int64"))
 
     return reduce_generic(lowering, "max_pool_positions", best.shape, "int64", window.taps, (x, best), element, "min")
@@ -90,17 +120,21 @@ def _positions(lowering: Lowering, x: View, best: View, window: Window) -> View:
 def _average_pool(spatial: int) -> Lower:
     """Windows that stick out divide by what they cover, with the padding or without."""
 
-    def lower(lowering: Lowering, node: Node) -> View:
+    def lower(lowering: Lowering, node: Node) -> View | Lazy:
         x, size, stride, padding, ceil, include, *divisor = arguments(node).values()
-        view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, 1, spatial)
-        lead = len(view.shape) - spatial
-        extents = view.shape[lead - 1 : -1]
+        window, lead = _window(size, stride, padding, 1, spatial), _rank(node) - spatial
+        whole = not node.meta["val"].is_floating_point()
+        view = lowering.view(x) if whole else _image(lowering, node, x, spatial)
+        extents = view.shape[lead:] if whole else view.shape[lead - 1 : -1]
         if divisor and divisor[0]:
             count: int | Covered = int(divisor[0])
         elif not ceil and (include or not any(window.pads)):
             count = int(product(window.taps))
         else:
             count = _covered(window, extents, bool(include), lead)
+        if whole:
+            total = _pool_of_integers(lowering, view, shape_of(node.meta["val"]), window, "sum")
+            return _over(total, count, extents)
 
         def build(result: Product, end: Any) -> Code:
             return rule.pool(view, result, end, window, "sum", f"avg_pool{spatial}d", lowering.target)
@@ -177,7 +211,8 @@ def _over(total: Any, count: int | Covered, sizes: tuple[Size, ...]) -> Lazy:
     def element(kernel: Kernel, index: Index) -> Any:
         value = convert(kernel.load(total, index), computed_in(total.dtype))
         number = int64(count) if isinstance(count, int) else count(kernel, index)
-        return convert(value / number.astype(dtype_of(value)), total.dtype)
+        number = number.astype(dtype_of(value))
+        return convert(value / number if total.dtype in _FLOATS else tirx.truncdiv(value, number), total.dtype)
 
     return Lazy(total.shape, total.dtype, (total,), element, sizes=sizes)
 

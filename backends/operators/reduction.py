@@ -14,7 +14,16 @@ from tvm import tirx
 from graphopt.backends import approximations
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import cast, computed_in, constant, convert, dtype_of, is_float, like
+from graphopt.backends.operators.element_wise import (
+    cast,
+    computed_in,
+    constant,
+    convert,
+    dtype_of,
+    is_float,
+    like,
+    not_equal,
+)
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules import reduction as rule
 from graphopt.backends.rules.generic import reduce_generic
@@ -60,6 +69,9 @@ def reduce(
     lowering: Lowering, value: Any, axes: list[int], dtype: str, combine: str, finish: Finish = _unchanged
 ) -> View:
     """Reduce `axes` of `value`, computing in `dtype`; the result keeps them with size 1."""
+    if dtype == "bool":  # LLVM cannot order flags
+        whole_numbers = reduce(lowering, cast(value, "uint8"), axes, "uint8", combine, finish)
+        return lowering.store(cast(whole_numbers, "bool"))
     if 0 in value.shape:
         return _of_nothing(lowering, value.shape, axes, dtype, combine, finish)
     source, kept, parts = _innermost_last(lowering, value, axes)
@@ -244,7 +256,7 @@ def _first_position(lowering: Lowering, value: Any, best: View, axes: list[int])
 
     def element(kernel: Kernel, index: Index) -> Any:
         here, wanted = (convert(kernel.load(v, index), computed_in(value.dtype)) for v in (value, best))
-        found = tirx.EQ(here, wanted)
+        found = tirx.Not(not_equal(here, wanted)) if value.dtype == "bool" else tirx.EQ(here, wanted)
         if is_float(dtype_of(here)):
             found = tirx.any(found, approximations.is_nan(here))
         position = index.axis(axes[0]) if axes else constant(0, "int64")
@@ -364,11 +376,11 @@ def _logical(combine: str) -> Callable[[Lowering, Node], Any]:
     return lower
 
 
-def _running_sum(lowering: Lowering, node: Node) -> View:
+def _running_sum(lowering: Lowering, node: Node) -> Any:
     given = arguments(node)
     source = lowering.view(given["self"])
     if not source.shape:
-        return source
+        return cast(source, DTYPES[node.meta["val"].dtype])
     order = tuple(range(len(source.shape))) if 0 in source.strides else memory_order(source)
     axis = order.index(int(given["dim"]) % len(order))
     code = running_sum(permuted(source, order), axis, DTYPES[node.meta["val"].dtype], lowering.target)

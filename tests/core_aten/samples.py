@@ -36,7 +36,10 @@ EXCLUDED: dict[str, str] = {
     "resize_.default": IN_PLACE,
 }
 EXCEPTIONS: dict[str, str] = {}  # supported overloads without a lowering, each with the reason
+_INTEGER_POWER = "raises integers to a power that varies: repeated squaring has no expression without variables"
+_INTEGERS = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 DTYPE_EXCEPTIONS: dict[tuple[str, torch.dtype], str] = {
+    **{(name, dtype): _INTEGER_POWER for name in ("pow.Scalar", "pow.Tensor_Tensor") for dtype in _INTEGERS},
     ("grid_sampler_2d.default", torch.float16): "PyTorch rounds positions to float16 and reads elsewhere",
 }
 UNSPECIFIED = frozenset({"empty.memory_format", "empty_strided.default"})  # only shape and dtype can be compared
