@@ -35,7 +35,7 @@ _TOLERANCES = {  # relative and absolute
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One call of one overload; `others` holds its tensors at another number of rows, if it is compiled dynamically."""
 

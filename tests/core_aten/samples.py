@@ -114,7 +114,7 @@ SAMPLES: dict[str, Samples] = {
     "arange.start_step": lambda t: [
         call(0, 7, 1, dtype=t.dtype),
         call(3, -4, -2, dtype=t.dtype),
-        call(0.5, 3.25, 0.5, dtype=t.dtype),
+        call(0.5, 3.25, 0.5, dtype=t.dtype if t.dtype.is_floating_point else torch.float32),
         call(0, 6),
         call(0.0, 6, 2),
     ],
