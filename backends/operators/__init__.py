@@ -27,6 +27,7 @@ from graphopt.backends.operators import (
     padding,
     pointwise,
     pooling,
+    quantization,
     reduction,
     resampling,
     scattering,
@@ -34,7 +35,7 @@ from graphopt.backends.operators import (
     views,
 )
 
-ELEMENT_WISE: dict[Any, Callable[..., Any]] = {**pointwise.TABLE, **activations.TABLE}
+ELEMENT_WISE: dict[Any, Callable[..., Any]] = {**pointwise.TABLE, **activations.TABLE, **quantization.TABLE}
 
 OPERATORS: dict[Any, Callable[..., Any]] = {
     **ELEMENT_WISE,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
+import graphopt.operators  # noqa: F401  defines what programs and files may call
 from graphopt.capture.exported import Known, from_exported
 from graphopt.capture.module import from_module
 from graphopt.capture.raising import raised_from_torch

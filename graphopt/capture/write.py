@@ -95,6 +95,8 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
 
 
 def _onnx_model(program: Program) -> Any:
+    from graphopt.capture import write_quantized
+
     try:
         with quiet():
             converted = torch.onnx.export(
@@ -103,11 +105,16 @@ def _onnx_model(program: Program) -> Any:
                 dynamo=True,
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
+                opset_version=write_quantized.OPSET if write_quantized.has_codes(program) else None,
+                custom_translation_table=write_quantized.TRANSLATIONS,
             )
             assert converted is not None and converted.exported_program is not None
             model = converted.model_proto
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UsageError):  # of a translation of ours
+            cause = cause.__cause__
+        lines = [line for line in str(cause or error).splitlines() if line.strip()]
         reason = lines[-1].strip()[:200] if lines else type(error).__name__
         raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
     write_provenance(model, converted.exported_program.graph_module)

@@ -83,10 +83,37 @@ class Emitter:
         return self._attributes[target]
 
     def transposed(self, value: Tensor) -> Tensor | None:
-        """The weight of a linear layer, [out, in], for one that the file holds as [in, out]; None for other values."""
-        if value.node.op != "get_attr" or value.ndim != 2 or not value.dtype.is_floating_point:
+        """The weight of a linear layer, [out, in], for one that the file holds as [in, out]; None for other values.
+
+        Codes that are dequantized are turned, not the numbers.
+        """
+        node = value.node
+        if node.target is torch.ops.graphopt.dequantize.default and value.ndim == 2:
+            return self._transposed_codes(node)
+        return self._turned(node) if node.op == "get_attr" and value.dtype.is_floating_point else None
+
+    def _transposed_codes(self, node: Node) -> Tensor | None:
+        tensors: list[Tensor | None] = []
+        for part in node.args:
+            if not isinstance(part, Node):
+                tensors.append(None)
+            elif part.meta["val"].ndim < 2:
+                tensors.append(Tensor(part, part.meta["val"]))
+            elif (turned := self._turned(part)) is not None:
+                tensors.append(turned)
+            else:
+                return None
+        settings: dict[str, Any] = dict(node.kwargs)
+        if settings.get("axis") is not None:
+            settings["axis"] = 1 - settings["axis"]
+        result: Tensor = self.call(node.target, *tensors, **settings)
+        return result
+
+    def _turned(self, node: Node) -> Tensor | None:
+        """The transpose of a matrix that the file holds, held once."""
+        if node.op != "get_attr" or node.meta["val"].ndim != 2:
             return None
-        name = str(value.node.target)
+        name = str(node.target)
         if name not in self._transposed:
             held = get_attribute(self.weights.root, name)
             turned = held.detach().t().contiguous()

@@ -20,13 +20,15 @@ from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
-from graphopt.capture.onnx.tensors import read_tensor
+from graphopt.capture.onnx.tensors import FOUR_BITS, read_four_bits, read_tensor
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
 from graphopt.errors import CaptureError, GraphoptError
 
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _SETTINGS = {("Resize", 1), ("Resize", 2), ("Clip", 1), ("Clip", 2), ("Pad", 2), ("OneHot", 2)}
 _MAKES_VALUES = ("Range", "ConstantOfShape", "Shape", "Size")
+_READS_CODES = {("DequantizeLinear", 0), ("DequantizeLinear", 2)}
+_KEEPS_CODES = ("QuantizeLinear", "DequantizeLinear")  # what is stored small stays so, whatever its size
 # What fake kernels and array arithmetic raise on arguments that do not go together.
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ArithmeticError)
 _FOLDED_ELEMENTS = 1 << 16  # of the largest value on the way to a folded one
@@ -71,6 +73,9 @@ class Importer:
         for proto in graph.initializer:
             if proto.name in self.values:
                 raise CaptureError(f"two values of the ONNX graph are called {proto.name!r}; names must be unique")
+            if proto.data_type in FOUR_BITS:
+                self._codes(graph, proto, {role for name, role in roles if name == proto.name})
+                continue
             tensor = read_tensor(proto, self.folder)
             floating = tensor.is_floating_point()
             if tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings):
@@ -79,6 +84,15 @@ class Importer:
             trainable = floating and proto.name not in statistics
             target = self.emitter.weights.add(proto.name, tensor, trainable=trainable)
             self.values[proto.name] = self.emitter.attribute(target)
+
+    def _codes(self, graph: Any, proto: Any, roles: set[tuple[str, int]]) -> None:
+        """Codes of 4 bits in bytes, for readers that do not tell them from codes of 8."""
+        if not roles <= _READS_CODES or proto.name in {value.name for value in graph.output}:
+            name, other = proto.name, next(iter(sorted(roles - _READS_CODES)), ("the output", 0))[0]
+            raise CaptureError(f"{other} reads {name!r} of 4-bit type, which is only imported for DequantizeLinear")
+        target = self.emitter.weights.add(proto.name, read_four_bits(proto, self.folder), trainable=False)
+        self.emitter.weights.codes[target] = FOUR_BITS[proto.data_type][1]
+        self.values[proto.name] = self.emitter.attribute(target)
 
     def nodes(self, graph: Any) -> None:
         produced = {name for node in graph.node for name in node.output if name}
@@ -147,7 +161,7 @@ class Importer:
         if constant and name in SHAPE_OPERATORS:
             result = _run(SHAPE_OPERATORS[name], op, inputs)
         if result is None:
-            result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES)
+            result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES + _KEEPS_CODES)
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)

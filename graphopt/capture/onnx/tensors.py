@@ -26,6 +26,12 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 
+FOUR_BITS: dict[int, tuple[torch.dtype, tuple[int, int]]] = {
+    TensorProto.UINT4: (torch.uint8, (0, 15)),
+    TensorProto.INT4: (torch.int8, (-8, 7)),
+}
+"""The type that holds the codes once they are unpacked, and the lowest and highest of them."""
+
 
 def dtype_of(code: int, what: str) -> torch.dtype:
     """The torch type of an ONNX element type; `what` has it, for the error. Raises CaptureError."""
@@ -60,6 +66,30 @@ def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
         bits = np.array(proto.int32_data, dtype=np.uint16)
         return torch.from_numpy(bits.view(np.int16)).view(dtype).reshape(shape)
     return torch.from_numpy(np.array(numpy_helper.to_array(proto))).reshape(shape)
+
+
+def read_four_bits(proto: Any, folder: Path | None) -> torch.Tensor:
+    """The values of a TensorProto of two codes a byte, the first in the lower bits, each as a byte of its own.
+
+    Raises CaptureError as `read_tensor` does.
+    """
+    dtype, _ = FOUR_BITS[proto.data_type]
+    what, shape = f"tensor {proto.name!r}", tuple(proto.dims)
+    if any(size < 0 for size in shape):
+        raise CaptureError(f"{what} has the shape {list(shape)}; a size must be 0 or more")
+    count = math.prod(shape)
+    size = (count + 1) // 2
+    if proto.data_location == TensorProto.EXTERNAL:
+        packed = _external(proto, what, folder, size)
+    else:
+        data = proto.raw_data if proto.HasField("raw_data") else bytes(byte & 255 for byte in proto.int32_data)
+        if len(data) != size:
+            raise CaptureError(f"{what} of shape {list(shape)} holds {len(data)} bytes; the file is damaged")
+        packed = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
+    codes = torch.stack([packed & 15, packed >> 4], -1).reshape(-1)[:count]
+    if dtype == torch.int8:
+        codes = ((codes ^ 8).to(torch.int8) - 8).to(torch.int8)
+    return codes.reshape(shape)
 
 
 def _external(proto: Any, what: str, folder: Path | None, size: int) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""graphopt::quantize and graphopt::dequantize as element-wise expressions, which fuse with what is around them.
+
+Codes that are constants are dequantized when the program is compiled: their products then are those of float weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+from tvm import tirx
+
+from graphopt.backends.dtypes import DTYPES
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import convert, dtype_of, element_wise, like, operand
+from graphopt.backends.operators.views import reshape
+from graphopt.backends.sizes import shape_of
+from graphopt.backends.values import Index, Lazy, View
+from graphopt.operators.quantization import computed_in
+
+if TYPE_CHECKING:
+    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.lowering import Lowering
+
+
+def _quantize(lowering: Lowering, node: Node) -> Lazy:
+    """NaN becomes qmin: it is not above it."""
+    x, scale, zero, axis, block, qmin, qmax, _, reciprocal = arguments(node).values()
+    compute = DTYPES[computed_in(x.meta["val"].dtype)]
+
+    def expression(value: Any, step: Any, *zeros: Any) -> Any:
+        whole = tirx.nearbyint(value * (like(step, 1) / step) if reciprocal else value / step)
+        whole = whole + zeros[0] if zeros else whole
+        least, most = like(whole, qmin), like(whole, qmax)
+        whole = tirx.Select(whole > least, whole, least)
+        return tirx.Select(whole < most, whole, most)
+
+    given = [x, *(_spread(lowering, part, x, axis, block) for part in (scale, zero) if part is not None)]
+    return element_wise(lowering, node, given, expression, compute)
+
+
+def _dequantize(lowering: Lowering, node: Node) -> Any:
+    x, scale, zero, axis, block, _, _, dtype = arguments(node).values()
+    held = [lowering.value(part) for part in (x, scale, zero)]
+    if all(part is None or isinstance(part, torch.Tensor) for part in held):
+        with torch.no_grad():
+            return node.target(*held, **node.kwargs)  # type: ignore[operator]
+    compute = DTYPES[computed_in(dtype)]
+    types = [DTYPES[x.meta["val"].dtype], compute]
+    if zero is not None:
+        floating = zero.meta["val"].dtype.is_floating_point
+        types = [compute if floating else "int32", compute, compute if floating else "int32"]
+
+    def expression(code: Any, step: Any, *zeros: Any) -> Any:
+        return convert(code - zeros[0] if zeros else code, compute) * step
+
+    given = [x, *(_spread(lowering, part, x, axis, block) for part in (scale, zero) if part is not None)]
+    return element_wise(lowering, node, given, expression, types)
+
+
+def _spread(lowering: Lowering, parameter: Node, x: Node, axis: int | None, block: int) -> Any:
+    """A scale or zero point as an operand that broadcasts against x."""
+    value = operand(lowering, parameter)
+    if axis is None or not isinstance(value, (View, Lazy)):
+        return value
+    shape = shape_of(x.meta["val"])
+    if not block:
+        return reshape(lowering, value, tuple(value.shape) + (1,) * (len(shape) - axis - 1))
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(shape))]
+        axes[axis] = tirx.truncdiv(axes[axis], tirx.const(block, dtype_of(axes[axis])))
+        return kernel.load(value, Index(value.shape, kernel.sizes, axes=tuple(axes)))
+
+    return Lazy(shape, value.dtype, (value,), element)
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    torch.ops.graphopt.quantize.default: _quantize,
+    torch.ops.graphopt.dequantize.default: _dequantize,
+}

@@ -1,0 +1,232 @@
+"""Quantized operators of the standard domain.
+
+Those on codes become dequantize -> operator on numbers -> quantize, so that files in QOperator and in QDQ format have
+one form. Where ONNX Runtime adds integers and rounds once, this adds float32 products: a code differs by one where the
+value before rounding is within float32's error of a half.
+
+Integer products (MatMulInteger, ConvInteger) are float products of code - zero_point, and exact: see `_exact_type`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from graphopt.capture.onnx.operation import Operation
+from graphopt.capture.onnx.operators.convolution import conv
+from graphopt.capture.onnx.operators.linear import matmul
+from graphopt.capture.onnx.registry import operator
+from graphopt.capture.onnx.tensors import dtype_of
+from graphopt.capture.onnx.values import Known, Present, Tensor, Value, known
+from graphopt.operators.quantization import CODES
+from graphopt.program import get_attribute
+
+aten = torch.ops.aten
+_QUANTIZE = torch.ops.graphopt.quantize.default
+_DEQUANTIZE = torch.ops.graphopt.dequantize.default
+_EXACT = {torch.float32: 2**24, torch.float64: 2**53}  # up to which every integer is a value of the type
+
+
+@operator("QuantizeLinear", "com.microsoft.QuantizeLinear")
+def quantize_linear(op: Operation, value: Present, scale: Present, zero: Present | None = None) -> Tensor:
+    op.attributes.ignore("saturate")  # of 8-bit floats
+    axis, block = op.attributes.integer("axis", 1), op.attributes.integer("block_size")
+    if op.attributes.integer("precision") not in (0, 1):
+        raise op.refuse("QuantizeLinear with a precision other than float is not imported")
+    asked = op.attributes.integer("output_dtype")
+    dtype = dtype_of(asked, "the result of QuantizeLinear") if asked else torch.uint8
+    return quantized(op, value, scale, zero, axis, block, dtype if zero is None else zero.dtype)
+
+
+@operator("DequantizeLinear", "com.microsoft.DequantizeLinear")
+def dequantize_linear(op: Operation, value: Present, scale: Present, zero: Present | None = None) -> Tensor:
+    axis, block = op.attributes.integer("axis", 1), op.attributes.integer("block_size")
+    asked = op.attributes.integer("output_dtype")
+    dtype = dtype_of(asked, "the result of DequantizeLinear") if asked else None
+    return dequantized(op, value, scale, zero, axis, block, dtype)
+
+
+def quantized(
+    op: Operation, value: Present, scale: Present, zero: Value, axis: int = 1, block: int = 0,
+    dtype: torch.dtype = torch.uint8,
+) -> Tensor:  # fmt: skip
+    """The codes of a tensor; the type of the zero point, where there is one, decides theirs."""
+    value, dtype = op.tensor(value), dtype if zero is None else zero.dtype
+    if dtype not in (torch.uint8, torch.int8, torch.int16):
+        raise op.refuse(f"quantization to {str(dtype).removeprefix('torch.')} is not imported; use 8 bits")
+    if not value.dtype.is_floating_point:
+        value = op.cast(value, torch.float32)
+    low, high = CODES[dtype]
+    scale, zero, where = parameters(op, value, scale, zero, axis, block)
+    return op.call(_QUANTIZE, value, scale, zero, **where, qmin=low, qmax=high, dtype=dtype)
+
+
+def dequantized(
+    op: Operation, value: Present, scale: Present, zero: Value, axis: int = 1, block: int = 0,
+    dtype: torch.dtype | None = None, codes: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """The numbers that codes stand for, by default in the type of the scale; `codes`: the lowest and highest one."""
+    value = op.tensor(value)
+    if value.dtype not in CODES:
+        raise op.refuse(f"codes of type {str(value.dtype).removeprefix('torch.')} are not imported; use 8 bits")
+    low, high = codes or op.emitter.weights.codes.get(str(value.node.target)) or CODES[value.dtype]
+    dtype = scale.dtype if dtype is None else dtype
+    scale, zero, where = parameters(op, value, scale, zero, axis, block)
+    return op.call(_DEQUANTIZE, value, scale, zero, **where, qmin=low, qmax=high, dtype=dtype)
+
+
+def parameters(
+    op: Operation, value: Tensor, scale: Present, zero: Value, axis: int, block: int
+) -> tuple[Present, Value, dict[str, Any]]:
+    """Scale and zero point as graphopt has them, and `axis` and `block`; a vector of one element is for the whole."""
+    if scale.ndim == 0 or (scale.ndim == 1 and scale.shape[0] == 1 and (value.ndim == 0 or not block)):
+        return _alone(op, scale), None if zero is None else _alone(op, zero), {}
+    if not block and scale.ndim != 1:
+        raise op.refuse(f"a scale with {scale.ndim} axes needs a block_size")
+    axis = op.axis(axis, value.ndim)
+    return scale, zero, {"axis": axis, "block": block} if block else {"axis": axis}
+
+
+def _alone(op: Operation, value: Present) -> Present:
+    if value.ndim == 0:
+        return value
+    if isinstance(value, Known):
+        return known(value.items(), value.dtype, ())
+    held = held_tensor(op, value)
+    if held is None:
+        return op.reshape(value, [])
+    return op.emitter.attribute(op.emitter.weights.constant(held.reshape(())))
+
+
+def held_tensor(op: Operation, value: Value) -> torch.Tensor | None:
+    """The elements of a value that the file holds."""
+    if isinstance(value, Known):
+        return None if value.symbolic else value.tensor()
+    if value is None or value.node.op != "get_attr":
+        return None
+    held: torch.Tensor = get_attribute(op.emitter.weights.root, str(value.node.target)).detach()
+    return held
+
+
+def product_of(op: Operation, left: Present, right: Present) -> Present:
+    """Of two scales: the scale of what is added to a product, computed now where the file holds both."""
+    a, b = held_tensor(op, left), held_tensor(op, right)
+    if a is None or b is None:
+        return op.call(aten.mul.Tensor, op.tensor(left), right)
+    return op.emitter.attribute(op.emitter.weights.constant(a * b))
+
+
+@operator("DynamicQuantizeLinear")
+def dynamic_quantize_linear(op: Operation, value: Present) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero point such that 0 and all elements lie between code 0 and code 255."""
+    return dynamically_quantized(op, op.tensor(value))
+
+
+def dynamically_quantized(op: Operation, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = (
+        op.call(aten.clamp.default, op.call(packet.default, value, list(range(value.ndim)), False), *bounds)
+        for packet, bounds in ((aten.amin, (None, 0.0)), (aten.amax, (0.0, None)))
+    )
+    width = op.call(aten.sub.Tensor, high, low)
+    scale = op.call(aten.div.Tensor, width, 255.0)
+    scale = op.call(aten.masked_fill.Scalar, scale, op.call(aten.eq.Scalar, width, 0.0), 1.0)
+    exact = op.call(aten.neg.default, op.call(aten.div.Tensor, low, scale))
+    whole = op.call(aten.round.default, op.call(aten.clamp.default, exact, 0.0, 255.0))
+    zero = op.cast(whole, torch.uint8)
+    return quantized(op, value, scale, zero), scale, zero
+
+
+@operator("QLinearMatMul")
+def quantized_matmul(
+    op: Operation, a: Present, a_scale: Present, a_zero: Present, b: Present, b_scale: Present, b_zero: Present,
+    scale: Present, zero: Present,
+) -> Tensor:  # fmt: skip
+    """Scales of the left side may be given for each row, of the right side for each column."""
+    left = dequantized(op, a, a_scale, a_zero, axis=-2)
+    right = dequantized(op, b, b_scale, b_zero, axis=-1)
+    return quantized(op, matmul(op, left, right), scale, zero)
+
+
+@operator("QLinearConv")
+def quantized_convolution(
+    op: Operation, x: Present, x_scale: Present, x_zero: Present, w: Present, w_scale: Present, w_zero: Present,
+    scale: Present, zero: Present, bias: Present | None = None,
+) -> Tensor:  # fmt: skip
+    """The bias counts in steps of x_scale * w_scale."""
+    value, weight = dequantized(op, x, x_scale, x_zero), dequantized(op, w, w_scale, w_zero, axis=0)
+    added = None if bias is None else dequantized(op, bias, product_of(op, x_scale, w_scale), None, axis=0)
+    return quantized(op, conv(op, value, weight, added), scale, zero)
+
+
+@operator("MatMulInteger")
+def integer_matmul(
+    op: Operation, left: Present, right: Present, left_zero: Present | None = None, right_zero: Present | None = None
+) -> Tensor:
+    """Zero points of the left side may be given for each row, of the right side for each column."""
+    depth = left.shape[-1] if left.ndim else 1
+    sums = _largest_sum(op, right, right_zero, -1, [0])
+    dtype = _exact_type(depth, _largest(op, left, left_zero), _largest(op, right, right_zero), sums)
+    sides = _centered(op, left, left_zero, -2, dtype), _centered(op, right, right_zero, -1, dtype)
+    return _whole(op, matmul(op, *sides), depth)
+
+
+@operator("ConvInteger")
+def integer_convolution(
+    op: Operation, value: Present, weight: Present, zero: Present | None = None, weight_zero: Present | None = None
+) -> Tensor:
+    """Padding stands for 0, as if it held the zero point."""
+    depth = math.prod(weight.shape[1:])
+    sums = _largest_sum(op, weight, weight_zero, 0, list(range(1, weight.ndim)))
+    dtype = _exact_type(depth, _largest(op, value, zero), _largest(op, weight, weight_zero), sums)
+    sides = _centered(op, value, zero, 1, dtype), _centered(op, weight, weight_zero, 0, dtype)
+    return _whole(op, conv(op, *sides), depth)
+
+
+def _centered(op: Operation, value: Present, zero: Value, axis: int, dtype: torch.dtype) -> Tensor:
+    """code - zero_point: what a scale of 1 makes of the codes."""
+    scale = known(1.0, dtype)
+    if zero is None or zero.ndim == 0 or tuple(zero.shape) == (1,):
+        return dequantized(op, value, scale, zero, axis, dtype=dtype)
+    if zero.ndim != 1 or not isinstance(zero.shape[0], int):
+        raise op.refuse("zero points with more than one axis are not imported; give one for each row or column")
+    ones = op.emitter.attribute(op.emitter.weights.constant(torch.ones(zero.shape[0], dtype=dtype)))
+    return dequantized(op, value, ones, zero, axis, dtype=dtype)
+
+
+def _largest(op: Operation, value: Present, zero: Value) -> int:
+    """The largest absolute value of code - zero_point."""
+    low, high = CODES[value.dtype]
+    held = torch.zeros(()) if zero is None else held_tensor(op, zero)
+    if held is None or held.numel() == 0:
+        return high - low
+    return max(high - int(held.min()), int(held.max()) - low)
+
+
+def _largest_sum(op: Operation, weight: Present, zero: Value, axis: int, summed: list[int]) -> int | None:
+    """The largest sum of absolute values that one element of the result is made from; None where it is not known."""
+    held, at = held_tensor(op, weight), torch.zeros(()) if zero is None else held_tensor(op, zero)
+    if held is None or at is None or held.ndim < 2 or (axis == -1 and held.ndim > 2) or held.numel() == 0:
+        return None
+    if at.ndim:
+        at = at.reshape([-1 if number == axis % held.ndim else 1 for number in range(held.ndim)])
+    return int((held.to(torch.int64) - at.to(torch.int64)).abs().sum(summed).max())
+
+
+def _exact_type(depth: Any, left: int, right: int, weight_sum: int | None) -> torch.dtype:
+    """A type in which the product is exact, in whatever order and with whatever fusing it is added up.
+
+    Factors are integers. Where the sum of the absolute values of all products is at most 2^24, so is every partial sum,
+    and each is a float32. The weight's own values give the sum for most layers, otherwise the types and `depth`, the
+    number of products, do. float64 has room for all that fit a machine: 2^53 of 255 * 255 in a sum of 2^37 products.
+    """
+    bounds = [] if weight_sum is None else [weight_sum * left]
+    bounds += [depth * left * right] if isinstance(depth, int) else []
+    return torch.float32 if any(bound <= _EXACT[torch.float32] for bound in bounds) else torch.float64
+
+
+def _whole(op: Operation, product: Tensor, depth: Any) -> Tensor:
+    """As int32; sums that it cannot hold wrap around, which int64 on the way defines."""
+    fits = isinstance(depth, int) and depth * 255 * 255 < 2**31
+    return op.cast(product if fits else op.cast(product, torch.int64), torch.int32)

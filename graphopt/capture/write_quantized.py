@@ -1,0 +1,79 @@
+"""How graphopt::quantize and graphopt::dequantize are written in ONNX, opset 21."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir
+import torch
+from onnxscript import opset21 as op
+
+from graphopt.errors import UsageError
+from graphopt.operators.quantization import CODES, along
+from graphopt.program import Program
+
+OPSET = 21  # the first with blocks and 16 bits
+_FLOATS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
+_BOUNDS = {getattr(onnx_ir.DataType, str(dtype).removeprefix("torch.").upper()): CODES[dtype] for dtype in CODES}
+
+
+def has_codes(program: Program) -> bool:
+    return any(node.target in TRANSLATIONS for _, graph in program.graphs() for node in graph.graph.nodes)
+
+
+def _quantize(
+    x: Any, scale: Any, zero_point: Any = None, axis: int | None = None, block: int = 0, qmin: int = 0, qmax: int = 0,
+    dtype: int = 0, reciprocal: bool = False,
+) -> Any:  # fmt: skip
+    """`dtype` is ONNX's number of the type. Bounds within it are a Clip of the codes."""
+    if reciprocal or x.dtype not in _FLOATS:
+        raise UsageError("graphopt::quantize by a reciprocal, or of float64, has no ONNX form")
+    if x.dtype != scale.dtype:
+        x, scale = (op.Cast(side, to=onnx_ir.DataType.FLOAT) for side in (x, scale))
+    if zero_point is not None and zero_point.dtype != dtype:
+        zero_point = op.Cast(zero_point, to=dtype)
+    at = 1 if axis is None else axis
+    if zero_point is None:
+        codes = op.QuantizeLinear(x, scale, axis=at, block_size=block, output_dtype=dtype)
+    else:
+        codes = op.QuantizeLinear(x, scale, zero_point, axis=at, block_size=block)
+    if (qmin, qmax) == _BOUNDS[onnx_ir.DataType(dtype)]:
+        return codes
+    return op.Clip(codes, *(op.Cast(op.Constant(value_int=bound), to=dtype) for bound in (qmin, qmax)))
+
+
+def _dequantize(
+    x: Any, scale: Any, zero_point: Any = None, axis: int | None = None, block: int = 0, qmin: int = 0, qmax: int = 0,
+    dtype: int = 0,
+) -> Any:  # fmt: skip
+    if dtype not in _FLOATS or (zero_point is not None and zero_point.dtype != x.dtype):
+        return _spelled_out(x, scale, zero_point, axis, block, dtype)
+    if scale.dtype != onnx_ir.DataType.FLOAT and scale.dtype != dtype:
+        scale = op.Cast(scale, to=onnx_ir.DataType.FLOAT)
+    given = (x, scale) if zero_point is None else (x, scale, zero_point)
+    number = op.DequantizeLinear(*given, axis=1 if axis is None else axis, block_size=block)
+    return number if scale.dtype == dtype else op.Cast(number, to=dtype)
+
+
+def _spelled_out(x: Any, scale: Any, zero_point: Any, axis: int | None, block: int, dtype: int) -> Any:
+    """Where DequantizeLinear does not have the types: to float64, or from a zero point of a type of its own."""
+    if block:
+        raise UsageError("graphopt::dequantize in blocks with floating zero points has no ONNX form")
+    compute = dtype if dtype == onnx_ir.DataType.DOUBLE else onnx_ir.DataType.FLOAT
+    shape = None if axis is None else op.Constant(value_ints=along(axis, len(x.shape)))
+    floating = zero_point is not None and zero_point.dtype in (*_FLOATS, onnx_ir.DataType.DOUBLE)
+    steps, zeros = (
+        value if value is None or shape is None else op.Reshape(value, shape) for value in (scale, zero_point)
+    )
+    wide = op.Cast(x, to=compute if floating else onnx_ir.DataType.INT32)
+    if zeros is not None:
+        wide = op.Sub(wide, op.Cast(zeros, to=compute if floating else onnx_ir.DataType.INT32))
+    number = op.Mul(op.Cast(wide, to=compute), op.Cast(steps, to=compute))
+    return number if compute == dtype else op.Cast(number, to=dtype)
+
+
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.graphopt.quantize.default: _quantize,
+    torch.ops.graphopt.dequantize.default: _dequantize,
+}
