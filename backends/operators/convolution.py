@@ -135,7 +135,8 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
         return packed_product(lowering, node, x, weight.flatten(1), begin, order)
     outputs = tuple(shape[axis] for axis in inverse(order))
     outputs = (*(outputs[:1] if batched else (1,)), *((1,) if spatial == 1 else ()), *outputs[-1 - spatial :])
-    if winograd.suits(outputs, tuple(filters.shape), call.groups, window, lowering.target) and x.strides[3] == 1:
+    minimal = winograd.suits(outputs, tuple(filters.shape), call.groups, window, lowering.target)
+    if minimal and x.strides[3] == 1 and not _becomes_integer(node):
         return _minimal(lowering, node, x, filters, outputs, window, name, begin, order)
     choice = configure(outputs, tuple(filters.shape), call.groups, window, lowering.target)
     columns, inner = choice.tile.vectors * lowering.target.lanes, channels_inner(x)
@@ -145,6 +146,12 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
     return lowering.anchored(
         node, lambda result, end: convolution(direct, result, end, name, lowering.target), begin, order
     )
+
+
+def _becomes_integer(node: Node) -> bool:
+    """Whether somebody casts the result: sums of integers, which minimal filtering would round off."""
+    casts = [user.meta["val"].dtype for user in node.users if user.target is aten._to_copy.default]
+    return any(not dtype.is_floating_point for dtype in casts)
 
 
 def _minimal(

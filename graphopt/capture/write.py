@@ -95,7 +95,7 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
 
 
 def _onnx_model(program: Program) -> Any:
-    from graphopt.capture import write_quantized
+    from graphopt.capture.onnx import write_quantization
 
     try:
         with quiet():
@@ -105,8 +105,8 @@ def _onnx_model(program: Program) -> Any:
                 dynamo=True,
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
-                opset_version=write_quantized.OPSET if write_quantized.has_codes(program) else None,
-                custom_translation_table=write_quantized.TRANSLATIONS,
+                opset_version=write_quantization.OPSET if write_quantization.has_codes(program) else None,
+                custom_translation_table=write_quantization.TRANSLATIONS,
             )
             assert converted is not None and converted.exported_program is not None
             model = converted.model_proto

@@ -366,3 +366,17 @@ def test_files(name: str, how: str, tmp_path: Path) -> None:
         assert not wrong(answers(tmp_path / "again.onnx", feed), wanted, ["written again"])
         if session is not None:
             assert not wrong(session.run(None, feed), wanted, ["compiled"])
+
+
+@pytest.mark.slow
+def test_compiled_integer_convolutions_are_exact() -> None:
+    """At a size where float convolutions go through minimal filtering, which rounds."""
+    nodes = Nodes({"image": unsigned(1, 64, 20, 20)})
+    zero = np.array(120, np.uint8)
+    weight = signed(64, 64, 3, 3) // 4
+    nodes.add("ConvInteger", "image", weight, zero, dtype=TensorProto.INT32, domain="", pads=[1, 1, 1, 1])
+    program = capture(nodes.model())
+    session = graphopt.compile(program, "cpu").session()
+    wanted = answers(nodes.model(), nodes.inputs)
+    assert not wrong(results(program, nodes.inputs), wanted, ["eager"])
+    assert not wrong(session.run(None, nodes.inputs), wanted, ["compiled"])
