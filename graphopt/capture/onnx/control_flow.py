@@ -151,7 +151,7 @@ def loop(importer: Importer, op: Operation, inputs: list[Value]) -> tuple[Value,
     if body is None:
         raise CaptureError("a Loop needs a body; the file is damaged")
     trips, going, *carried = [*inputs, None, None][: max(2, len(inputs))]
-    count = MOST_TRIPS + 1 if trips is None else op.scalar(trips)
+    count = MOST_TRIPS + 1 if trips is None else op.scalar(trips)  # `going` ends a Loop that does not say
     if not isinstance(count, int):
         raise CaptureError("the number of trips of a Loop must be a constant; export the model to .pt2")
     if len(body.input) != len(carried) + 2 or len(body.output) < len(carried) + 1:

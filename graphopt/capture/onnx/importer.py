@@ -74,7 +74,7 @@ class Importer:
             if proto.name in self.values:
                 raise CaptureError(f"two values of the ONNX graph are called {proto.name!r}; names must be unique")
             if proto.data_type in FOUR_BITS:
-                self._codes(graph, proto, {role for name, role in roles if name == proto.name})
+                self._codes(graph, proto)
                 continue
             tensor = read_tensor(proto, self.folder)
             floating = tensor.is_floating_point()
@@ -85,8 +85,10 @@ class Importer:
             target = self.emitter.weights.add(proto.name, tensor, trainable=trainable)
             self.values[proto.name] = self.emitter.attribute(target)
 
-    def _codes(self, graph: Any, proto: Any, roles: set[tuple[str, int]]) -> None:
+    def _codes(self, graph: Any, proto: Any) -> None:
         """Codes of 4 bits in bytes, for readers that do not tell them from codes of 8."""
+        readers = ((node.op_type, place, name) for node in graph.node for place, name in enumerate(node.input))
+        roles = {(operator, place) for operator, place, name in readers if name == proto.name}
         if not roles <= _READS_CODES or proto.name in {value.name for value in graph.output}:
             name, other = proto.name, next(iter(sorted(roles - _READS_CODES)), ("the output", 0))[0]
             raise CaptureError(f"{other} reads {name!r} of 4-bit type, which is only imported for DequantizeLinear")
