@@ -147,7 +147,7 @@ def _merge_matrices(graph: Any) -> None:
 
 
 def _name_outputs(graph: Any, names: Sequence[str]) -> None:
-    """Give outputs their names; an inner value that has one of them steps aside.
+    """Give outputs their names; an inner value or a weight that has one of them steps aside.
 
     The exporter's own renaming leaves two values of one name, which ONNX Runtime refuses.
     """
@@ -155,9 +155,12 @@ def _name_outputs(graph: Any, names: Sequence[str]) -> None:
     inner = {name for node in graph.node for name in node.output}
     current = [value.name for value in graph.output]
     direct = [own not in outer and current.count(own) == 1 for own in current]
-    renamed = {name: _free(f"{name}_inner", outer | inner) for name in names if name in inner}
+    weights = {value.name for value in graph.initializer}
+    renamed = {name: _free(f"{name}_inner", outer | inner) for name in names if name in inner | weights}
     renamed |= {own: name for own, name, is_direct in zip(current, names, direct, strict=True) if is_direct}
     _rename(graph, renamed)
+    for tensor in graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
     for value, own, name, is_direct in zip(graph.output, current, names, direct, strict=True):
         if not is_direct:  # an input, a weight, or the same value twice
             graph.node.add(op_type="Identity", input=[renamed.get(own, own)], output=[name])

@@ -71,12 +71,16 @@ def test_onnx_agrees_with_onnxruntime(name: str, tmp_path: Path) -> None:
 
 
 class Collisions(torch.nn.Module):
-    """Outputs named like inner values, a value twice, an input as it came."""
+    """Outputs named like inner values and like a weight, a value twice, an input and a weight as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(4, requires_grad=False))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         y = x * 2
         z = torch.relu(y)
-        return {"mul": z, "relu": y, "again": z, "same": x.clone(), "add": z + 1}
+        return {"mul": z, "relu": y, "again": z, "same": x.clone(), "scale": self.scale + z, "held": self.scale}
 
 
 def test_onnx_outputs_may_be_named_like_inner_values(tmp_path: Path) -> None:
@@ -86,9 +90,9 @@ def test_onnx_outputs_may_be_named_like_inner_values(tmp_path: Path) -> None:
     program = capture(Collisions(), (x,))
     program.to_onnx(str(tmp_path / "m.onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    assert [item.name for item in session.get_outputs()] == ["mul", "relu", "again", "same", "add"]
+    assert [item.name for item in session.get_outputs()] == ["mul", "relu", "again", "same", "scale", "held"]
     for result, wanted in zip(session.run(None, {"x": x.numpy()}), program(x), strict=True):
-        np.testing.assert_array_equal(result, wanted.numpy())
+        np.testing.assert_array_equal(result, wanted.detach().numpy())
 
 
 def test_onnx_has_no_state(tmp_path: Path) -> None:
