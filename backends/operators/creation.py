@@ -43,7 +43,10 @@ def _arange(lowering: Lowering, node: Node) -> Lazy:
 
     def element(kernel: Kernel, index: Index) -> Any:
         first, distance = (read(kernel, number, index, compute) for number in (start, step))
-        return convert(first + convert(index.axis(0), compute) * distance, dtype)
+        value = first + convert(index.axis(0), compute) * distance
+        if dtype == "uint8" and compute == "int64":
+            value = value & tirx.const(255, compute)  # TVM folds no negative number into an unsigned one
+        return convert(value, dtype)
 
     sizes = tuple(number for number in (start, step) if isinstance(number, sympy.Expr))
     return Lazy(shape_of(meta), dtype, (), element, sizes=sizes)

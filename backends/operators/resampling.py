@@ -12,10 +12,11 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import computed_in, convert
+from graphopt.backends.operators.element_wise import computed_in, convert, is_float
 from graphopt.backends.rules.resampling import Read, Sample, resample
 from graphopt.backends.sizes import Shape, shape_of
 from graphopt.backends.values import Index, Lazy, View, permuted
+from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -57,6 +58,8 @@ def _interpolated(lowering: Lowering, node: Node, taps: Taps, clamp: bool) -> Vi
     x, _, corners, factors = arguments(node).values()
     view, shape = lowering.view(x), shape_of(node.meta["val"])
     each = list(factors) if factors else [None] * (len(shape) - 2)
+    if not is_float(view.dtype):
+        raise CompileError(f"{node.name} interpolates {view.dtype}; convert it to float32 first")
     compute = computed_in(view.dtype)
     zero, half = (tirx.const(number, compute) for number in (0.0, 0.5))
 

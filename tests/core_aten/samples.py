@@ -40,6 +40,7 @@ _INTEGER_POWER = "raises integers to a power that varies: repeated squaring has 
 _INTEGERS = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 DTYPE_EXCEPTIONS: dict[tuple[str, torch.dtype], str] = {
     **{(name, dtype): _INTEGER_POWER for name in ("pow.Scalar", "pow.Tensor_Tensor") for dtype in _INTEGERS},
+    ("upsample_bilinear2d.vec", torch.uint8): "PyTorch interpolates by weights of 16 bits; refused, not approximated",
     ("grid_sampler_2d.default", torch.float16): "PyTorch rounds positions to float16 and reads elsewhere",
 }
 UNSPECIFIED = frozenset({"empty.memory_format", "empty_strided.default"})  # only shape and dtype can be compared
