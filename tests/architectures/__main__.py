@@ -22,7 +22,7 @@ def main(names: list[str]) -> int:
                 failed += 1
                 print(f"{name:18} {form:12} {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
                 continue
-            wrong = found.error >= TOLERANCE
+            wrong = not found.error < TOLERANCE
             failed += wrong
             said = "WRONG" if wrong else "ok"
             listed = ", ".join(f"{count} {operator}" for operator, count in found.operators.items())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.architectures.forms import CANNOT, FORMS, TOLERANCE, Outcome, outcome
+from tests.architectures.forms import CANNOT, COUNTS_DIFFER, FORMS, TOLERANCE, Outcome, outcome
 from tests.architectures.zoo import ARCHITECTURES
 
 QUICK = ("distilbert", "llama_with_cache")
@@ -31,7 +31,8 @@ def test_equal_answers_and_operators(name: str) -> None:
     for form in forms:
         found = done(name, form)
         assert found.error < TOLERANCE, f"{name} from {form}: {found.error}"
-        assert found.operators == done(name, "torch").operators, f"{name} from {form}"
+        same = found.operators == done(name, "torch").operators
+        assert same == ((name, form) not in COUNTS_DIFFER), f"{name} from {form}: {found.operators}"
 
 
 def test_there_are_enough() -> None:

@@ -62,12 +62,15 @@ def ids(batch: int = 2, length: int = 8) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def floats(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def floats(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def text() -> dict[str, Tensor]:
-    return {"input_ids": ids(), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    """The second row is padded."""
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 6:] = 0
+    return {"input_ids": ids(), "attention_mask": mask}
 
 
 def image(size: int = 32) -> dict[str, Tensor]:
@@ -138,13 +141,17 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     # The other forms of experts are calls of transformers' own operators, or loops over what a token chooses.
     config._experts_implementation = "batched_mm"
     model = getattr(transformers, architecture.model)(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:  # norms begin equal, and exporters merge what is equal
+                weight += 0.1 * torch.randn_like(weight)
     inputs = architecture.inputs()
     module = Cached(model) if architecture.cache else OneOutput(model, architecture, list(inputs))
     return module.eval(), tuple(inputs.values())
 
 
 def _past(heads: int) -> Callable[[], dict[str, Tensor]]:
-    kept = {f"past_{place}": floats(2, heads, 5, 8) for place in range(4)}
+    kept = {f"past_{place}": floats(2, heads, 5, 8, seed=place) for place in range(4)}
     return lambda: {"input_ids": ids(2, 3), **kept}
 
 

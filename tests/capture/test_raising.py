@@ -29,6 +29,10 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+def tanh_gelu_by_products(x: Tensor) -> Tensor:
+    return 0.5 * (x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * (x * (x * x))))))
+
+
 def erf_gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
@@ -52,9 +56,10 @@ class Calls(nn.Module):
         (RmsNorm(), ["aten.rms_norm.default"]),
         (RmsNorm(1.0), ["aten.add.Tensor", "aten.rms_norm.default"]),
         (Calls(tanh_gelu), ["aten.gelu.default"]),
+        (Calls(tanh_gelu_by_products), ["aten.gelu.default"]),
         (Calls(erf_gelu), ["aten.gelu.default"]),
     ],
-    ids=["rms-norm", "shifted-rms-norm", "tanh-gelu", "erf-gelu"],
+    ids=["rms-norm", "shifted-rms-norm", "tanh-gelu", "tanh-gelu-by-products", "erf-gelu"],
 )
 def test_one_node(module: nn.Module, wanted: list[str]) -> None:
     x = torch.randn(3, 8)

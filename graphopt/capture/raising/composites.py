@@ -135,6 +135,30 @@ class TanhGelu(Rule):
         return None if numbers and near(root, math.sqrt(2 / math.pi)) else "the numbers are not those of GELU"
 
 
+def pattern_tanh_gelu_by_products(x: Any, half: Any, cubic: Any, root: Any, one: Any) -> Any:
+    cube = aten.mul.Tensor(x, aten.mul.Tensor(x, x))
+    inner = aten.add.Tensor(x, aten.mul.Tensor(cube, cubic))
+    return aten.mul.Tensor(
+        aten.mul.Tensor(x, aten.add.Tensor(aten.tanh.default(aten.mul.Tensor(inner, root)), one)), half
+    )
+
+
+def rewrite_tanh_gelu_by_products(x: Any, half: Any, cubic: Any, root: Any, one: Any) -> Any:
+    return aten.gelu.default(x, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class TanhGeluByProducts(Rule):
+    """The same as TorchScript's exporter writes it, the cube as products and the half last."""
+
+    pattern: ClassVar[Any] = staticmethod(pattern_tanh_gelu_by_products)
+    rewrite: ClassVar[Any] = staticmethod(rewrite_tanh_gelu_by_products)
+
+    def check(self, x: Any, half: Any, cubic: Any, root: Any, one: Any) -> str | None:
+        numbers = near(half, 0.5) and near(cubic, 0.044715) and near(one, 1)
+        return None if numbers and near(root, math.sqrt(2 / math.pi)) else "the numbers are not those of GELU"
+
+
 def pattern_silu(x: Any) -> Any:
     return aten.mul.Tensor(x, aten.sigmoid.default(x))
 
@@ -189,7 +213,7 @@ class RsqrtRmsNorm(RmsNorm):
     pattern: ClassVar[Any] = staticmethod(pattern_rms_norm_rsqrt)
 
 
-WRITTEN_OUT: tuple[type[Rule], ...] = (Gelu, HalvedGelu, TanhGelu, RmsNorm, RsqrtRmsNorm)
+WRITTEN_OUT: tuple[type[Rule], ...] = (Gelu, HalvedGelu, TanhGelu, TanhGeluByProducts, RmsNorm, RsqrtRmsNorm)
 
 
 @dataclass(frozen=True)
