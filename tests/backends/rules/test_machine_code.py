@@ -58,6 +58,8 @@ EXPECTED = {
     "column-reduction": Expected(),
     "transpose": Expected(),
     "pointwise": Expected(),
+    "sort": Expected(workspace=True, wide=False),  # compares one pair at a time
+    "scatter": Expected(wide=False),  # writes where the indices say
     "generic": Expected(wide=False),
 }
 
@@ -108,6 +110,8 @@ def programs() -> dict[str, Program]:
         "resampling": (Case(lambda x: F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2)), (r(1, 8, 8, 96),)),
         "transposed": (Case(lambda x: (x.t().contiguous(), torch.relu(x).t() * 2)), (r(256, 384),)),
         "double": (Case(torch.matmul), (r(8, 16).double(), r(16, 8).double())),
+        "sorted": (Case(lambda x: x.sort(-1)[0]), (r(16, 96),)),
+        "scattered": (Case(lambda x, i: x.index_add(0, i, x)), (r(16, 96), torch.arange(16))),
         "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
     }
     return {name: capture(module.eval(), inputs) for name, (module, inputs) in cases.items()}
