@@ -201,8 +201,10 @@ class RmsNorm(Rule):
         last = rank(x) - 1
         if not near(two, 2) or list(axes) not in ([last], [-1]) or not isinstance(epsilon, float):
             return "it is no mean of squares over the last axis"
-        if rank(w) != 1 or w.meta["val"].shape[0] != x.meta["val"].shape[-1]:
+        if rank(w) != 1 or shape_key(w.meta["val"])[0] != shape_key(x.meta["val"])[-1]:
             return "the weight is not one of the last axis"
+        if not isinstance(shape_key(w.meta["val"])[0], int):
+            return "the length of the last axis is dynamic"
         return None
 
 
