@@ -105,6 +105,10 @@ CASES = [
     Case("MultiHeadAttention", (WHOLE, WHOLE, WHOLE, None, None, None, ("n", 2, "p", 4), ("n", 2, "p", 4)), (), HEADS,
          ("r", "key", "value"), label="past"),
     Case("RotaryEmbedding", (("n", 2, "m", 8), ("n", "m")), (floats(16, 4),) * 2, dtypes=("float32", "int64")),
+    Case("RotaryEmbedding", (("n", "m", 16), ("n", "m")), (floats(16, 4),) * 2, {"interleaved": 1},
+         dtypes=("float32", "int64"), label="interleaved"),
+    Case("RotaryEmbedding", (("n", "m", 16), (1,)), (floats(16, 2),) * 2, {"num_heads": 2, "rotary_embedding_dim": 4},
+         dtypes=("float32", "int64"), label="partial"),
 ]  # fmt: skip
 
 

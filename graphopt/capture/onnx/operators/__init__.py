@@ -18,6 +18,7 @@ from graphopt.capture.onnx.operators import (
     quantization,
     reduction,
     resizing,
+    rotary,
 )
 
 FAMILIES = (
@@ -37,5 +38,6 @@ FAMILIES = (
     quantization,
     reduction,
     resizing,
+    rotary,
     shape_domain,
 )

@@ -47,21 +47,3 @@ def attention(
 def split_heads(op: Operation, value: Tensor, count: int) -> Tensor:
     batch, length, width = value.shape
     return op.call(aten.transpose.int, op.reshape(value, [batch, length, count, width // count]), 1, 2)
-
-
-@operator("RotaryEmbedding")
-def rotary(op: Operation, value: Present, cos: Present, sin: Present) -> Tensor:
-    """The form of split halves over [batch, heads, seq, width]; cos and sin are [batch, seq, width / 2]."""
-    op.attributes.ignore("num_heads")  # of inputs with three axes
-    if value.ndim != 4 or op.attributes.integer("interleaved") or op.attributes.integer("rotary_embedding_dim"):
-        raise op.refuse("RotaryEmbedding is only imported over four axes, in halves and whole")
-    value = op.tensor(value)
-    left, right = op.parts(aten.split.Tensor, value, value.shape[-1] // 2, -1)
-    cos, sin = op.call(aten.unsqueeze.default, cos, 1), op.call(aten.unsqueeze.default, sin, 1)
-
-    def times(a: Present, b: Present) -> Any:
-        return op.call(aten.mul.Tensor, a, b)
-
-    first = op.call(aten.sub.Tensor, times(left, cos), times(right, sin))
-    second = op.call(aten.add.Tensor, times(right, cos), times(left, sin))
-    return op.call(aten.cat.default, [first, second], -1)

@@ -109,37 +109,6 @@ def _later(op: Operation, rows: Any, columns: Any) -> Tensor:
     return op.call(aten.where.self, kept, zero, op.call(aten.full.default, [], _LOWEST, dtype=torch.float32))
 
 
-@operator("com.microsoft.RotaryEmbedding")
-def rotary(op: Operation, value: Present, position_ids: Present, cos: Present, sin: Present) -> Tensor:
-    """value [B, S, H E] or [B, H, S, E]; position_ids [B, S] or that of the first token; cos, sin [M, E / 2]."""
-    _refuse(op, "interleaved", "is_packed_batching", "rotary_embedding_dim")
-    if op.attributes.number("scale", 1.0) != 1:
-        raise op.refuse("RotaryEmbedding with a scale is not imported")
-    op.attributes.ignore("num_heads")
-    cos, value, positions = op.tensor(cos), op.tensor(value), op.tensor(position_ids)
-    flat, half = value.ndim == 3, cos.shape[-1]
-    if flat:
-        value = split_heads(op, value, value.shape[-1] // (2 * half))
-    if positions.ndim == 1:
-        numbers = op.call(aten.arange.default, value.shape[2], dtype=torch.int64)
-        positions = op.call(aten.unsqueeze.default, op.call(aten.add.Tensor, numbers, positions), 0)
-    waves = [
-        op.call(aten.unsqueeze.default, op.call(aten.embedding.default, rows, positions), 1) for rows in (cos, sin)
-    ]
-    left, right = op.parts(aten.split.Tensor, value, half, -1)
-
-    def times(a: Tensor, b: Tensor) -> Tensor:
-        return op.call(aten.mul.Tensor, a, b)
-
-    first = op.call(aten.sub.Tensor, times(left, waves[0]), times(right, waves[1]))
-    second = op.call(aten.add.Tensor, times(right, waves[0]), times(left, waves[1]))
-    result = op.call(aten.cat.default, [first, second], -1)
-    if not flat:
-        return result
-    turned = op.call(aten.transpose.int, result, 1, 2)
-    return op.reshape(turned, [turned.shape[0], turned.shape[1], turned.shape[2] * turned.shape[3]])
-
-
 def _refuse(op: Operation, *attributes: str) -> None:
     for name in attributes:
         if op.attributes.integer(name):
