@@ -41,6 +41,22 @@ def other_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+class Product(nn.Module):
+    """x Wt + b spelled by the transpose, its rows put into one axis where asked."""
+
+    def __init__(self, *, rows: bool = False, bias: bool = True, turn: tuple[int, ...] = (1, 0)) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8, 8))
+        self.bias = nn.Parameter(torch.rand(8)) if bias else None
+        self.rows = rows
+        self.turn = turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x.view(-1, 8) if self.rows else x) @ self.weight.permute(self.turn)
+        y = y if self.bias is None else y + self.bias
+        return y.view(x.shape) if self.rows else y
+
+
 class Calls(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -58,8 +74,16 @@ class Calls(nn.Module):
         (Calls(tanh_gelu), ["aten.gelu.default"]),
         (Calls(tanh_gelu_by_products), ["aten.gelu.default"]),
         (Calls(erf_gelu), ["aten.gelu.default"]),
+        (Calls(lambda x: x * torch.sigmoid(x)), ["aten.silu.default"]),
+        (Calls(lambda x: x * nn.functional.hardsigmoid(x)), ["aten.hardswish.default"]),
+        (Product(), ["aten.linear.default"]),
+        (Product(bias=False), ["aten.linear.default"]),
+        (Product(rows=True), ["aten.linear.default"]),
     ],
-    ids=["rms-norm", "shifted-rms-norm", "tanh-gelu", "tanh-gelu-by-products", "erf-gelu"],
+    ids=[
+        *("rms-norm", "shifted-rms-norm", "tanh-gelu", "tanh-gelu-by-products", "erf-gelu", "silu", "hardswish"),
+        *("transposed", "transposed-without-bias", "transposed-of-rows"),
+    ],
 )
 def test_one_node(module: nn.Module, wanted: list[str]) -> None:
     x = torch.randn(3, 8)
@@ -71,3 +95,15 @@ def test_one_node(module: nn.Module, wanted: list[str]) -> None:
 def test_other_numbers_stay() -> None:
     program = capture(Calls(other_gelu), (torch.randn(3, 8),))
     assert "aten.gelu.default" not in {str(node.target) for node in program.nodes()}
+
+
+def test_other_products_stay() -> None:
+    program = capture(Product(turn=(0, 1), bias=False), (torch.randn(3, 8),))
+    assert "aten.linear.default" not in {str(node.target) for node in program.nodes()}
+    program = capture(Calls(lambda x: x @ x.permute(1, 0)), (torch.randn(3, 8),))
+    assert "aten.linear.default" not in {str(node.target) for node in program.nodes()}
+
+
+def test_other_gates_stay() -> None:
+    program = capture(Calls(lambda x: (x + 1) * torch.sigmoid(x)), (torch.randn(3, 8),))
+    assert "aten.silu.default" not in {str(node.target) for node in program.nodes()}

@@ -6,7 +6,7 @@ A pass written for one form of a model fires on the others, and a composite has 
 from __future__ import annotations
 
 from graphopt.capture.raising.attention import RaiseAttention
-from graphopt.capture.raising.composites import RaiseComposites, RaiseWrittenOut
+from graphopt.capture.raising.composites import RaiseComposites
 from graphopt.contract import Pass, PassContext
 from graphopt.program import Program
 
@@ -17,8 +17,8 @@ def raised(program: Program) -> Program:
 
 
 def raised_from_torch(program: Program) -> Program:
-    """A program from PyTorch with GELU and RMS norm in one node each; it has the other composites as they are."""
-    return _after(program, RaiseWrittenOut())
+    """The same but for attention, which a program from PyTorch keeps as it was written."""
+    return _after(program, RaiseComposites())
 
 
 def _after(program: Program, *steps: Pass) -> Program:

@@ -1,4 +1,4 @@
-"""Linear layers with bias, GELU, SiLU and RMS norm, as exporters write them out."""
+"""Linear layers with bias, activations and RMS norm, as models and exporters write them out."""
 
 from __future__ import annotations
 
@@ -43,6 +43,28 @@ class LinearBias(Rule):
     def check(self, x: Any, w: Any, b: Any) -> str | None:
         if rank(b) != 1 or b.op != "get_attr" or b.meta["val"].shape[0] != w.meta["val"].shape[0]:
             return "what is added is no bias of the layer"
+        return None
+
+
+def pattern_linear_by_transpose(x: Any, w: Any, axes: Any) -> Any:
+    return aten.matmul.default(x, aten.permute.default(w, axes))
+
+
+def rewrite_linear_by_transpose(x: Any, w: Any, axes: Any) -> Any:
+    return aten.linear.default(x, w)
+
+
+@dataclass(frozen=True)
+class LinearByTranspose(Rule):
+    """x Wt, as `x @ weight.T` writes it."""
+
+    pattern: ClassVar[Any] = staticmethod(pattern_linear_by_transpose)
+    rewrite: ClassVar[Any] = staticmethod(rewrite_linear_by_transpose)
+
+    def check(self, x: Any, w: Any, axes: Any) -> str | None:
+        turned = [axis % 2 for axis in axes] == [1, 0]
+        if w.op != "get_attr" or rank(w) != 2 or not turned or not w.meta["val"].dtype.is_floating_point:
+            return "the second factor is no transposed weight"
         return None
 
 
@@ -175,6 +197,22 @@ class Silu(Rule):
     rewrite: ClassVar[Any] = staticmethod(rewrite_silu)
 
 
+def pattern_hard_swish(x: Any) -> Any:
+    return aten.mul.Tensor(x, aten.hardsigmoid.default(x))
+
+
+def rewrite_hard_swish(x: Any) -> Any:
+    return aten.hardswish.default(x)
+
+
+@dataclass(frozen=True)
+class HardSwish(Rule):
+    """x hardsigmoid(x), as exporters write it for opsets before 14."""
+
+    pattern: ClassVar[Any] = staticmethod(pattern_hard_swish)
+    rewrite: ClassVar[Any] = staticmethod(rewrite_hard_swish)
+
+
 def pattern_rms_norm(x: Any, w: Any, two: Any, axes: Any, epsilon: Any) -> Any:
     mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, two), axes, True)
     root = aten.sqrt.default(aten.add.Tensor(mean, epsilon))
@@ -215,20 +253,13 @@ class RsqrtRmsNorm(RmsNorm):
     pattern: ClassVar[Any] = staticmethod(pattern_rms_norm_rsqrt)
 
 
-WRITTEN_OUT: tuple[type[Rule], ...] = (Gelu, HalvedGelu, TanhGelu, TanhGeluByProducts, RmsNorm, RsqrtRmsNorm)
-
-
-@dataclass(frozen=True)
-class RaiseWrittenOut(RewritePass):
-    """GELU and RMS norm, which models wrote out before PyTorch had them."""
-
-    name: ClassVar[str] = "raising"
-    rules: ClassVar[tuple[type[Rule], ...]] = WRITTEN_OUT
-
-
 @dataclass(frozen=True)
 class RaiseComposites(RewritePass):
     """Bias and rows of linear layers first, as the others do not depend on them."""
 
     name: ClassVar[str] = "raising"
-    rules: ClassVar[tuple[type[Rule], ...]] = (LinearBias, FlatLinear, *WRITTEN_OUT, Silu)
+    rules: ClassVar[tuple[type[Rule], ...]] = (
+        *(LinearByTranspose, LinearBias, FlatLinear),
+        *(Gelu, HalvedGelu, TanhGelu, TanhGeluByProducts, Silu, HardSwish),
+        *(RmsNorm, RsqrtRmsNorm),
+    )
