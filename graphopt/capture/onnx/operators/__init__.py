@@ -7,10 +7,13 @@ from graphopt.capture.onnx.operators import (
     convolution,
     creation,
     elementwise,
+    group_query_attention,
     indexing,
     linear,
     microsoft,
     microsoft_attention,
+    microsoft_images,
+    microsoft_position_bias,
     microsoft_quantization,
     movement,
     normalization,
@@ -18,6 +21,7 @@ from graphopt.capture.onnx.operators import (
     quantization,
     reduction,
     resizing,
+    rotary,
 )
 
 FAMILIES = (
@@ -26,10 +30,13 @@ FAMILIES = (
     convolution,
     creation,
     elementwise,
+    group_query_attention,
     indexing,
     linear,
     microsoft,
     microsoft_attention,
+    microsoft_images,
+    microsoft_position_bias,
     microsoft_quantization,
     movement,
     normalization,
@@ -37,5 +44,6 @@ FAMILIES = (
     quantization,
     reduction,
     resizing,
+    rotary,
     shape_domain,
 )

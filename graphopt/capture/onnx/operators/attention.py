@@ -39,29 +39,17 @@ def attention(
         extra["enable_gqa"] = True
     result = op.call(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, **extra)
     if flat:
-        turned = op.call(aten.transpose.int, result, 1, 2)
-        result = op.reshape(turned, [turned.shape[0], turned.shape[1], turned.shape[2] * turned.shape[3]])
+        result = merge_heads(op, result)
     return (result, k, v) if op.outputs > 1 else result
 
 
 def split_heads(op: Operation, value: Tensor, count: int) -> Tensor:
+    """[B, H, S, E] of [B, S, H E]."""
     batch, length, width = value.shape
     return op.call(aten.transpose.int, op.reshape(value, [batch, length, count, width // count]), 1, 2)
 
 
-@operator("RotaryEmbedding")
-def rotary(op: Operation, value: Present, cos: Present, sin: Present) -> Tensor:
-    """The form of split halves over [batch, heads, seq, width]; cos and sin are [batch, seq, width / 2]."""
-    op.attributes.ignore("num_heads")  # of inputs with three axes
-    if value.ndim != 4 or op.attributes.integer("interleaved") or op.attributes.integer("rotary_embedding_dim"):
-        raise op.refuse("RotaryEmbedding is only imported over four axes, in halves and whole")
-    value = op.tensor(value)
-    left, right = op.parts(aten.split.Tensor, value, value.shape[-1] // 2, -1)
-    cos, sin = op.call(aten.unsqueeze.default, cos, 1), op.call(aten.unsqueeze.default, sin, 1)
-
-    def times(a: Present, b: Present) -> Any:
-        return op.call(aten.mul.Tensor, a, b)
-
-    first = op.call(aten.sub.Tensor, times(left, cos), times(right, sin))
-    second = op.call(aten.add.Tensor, times(right, cos), times(left, sin))
-    return op.call(aten.cat.default, [first, second], -1)
+def merge_heads(op: Operation, value: Tensor) -> Tensor:
+    """[B, S, H E] of [B, H, S, E]."""
+    turned = op.call(aten.transpose.int, value, 1, 2)
+    return op.reshape(turned, [turned.shape[0], turned.shape[1], turned.shape[2] * turned.shape[3]])
