@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.operators.attention import merge_heads, split_heads
 from graphopt.capture.onnx.operators.microsoft import sum_of
-from graphopt.capture.onnx.operators.quantization import dequantized
+from graphopt.capture.onnx.operators.quantization import dequantized, held_tensor
 from graphopt.capture.onnx.registry import operator
 from graphopt.capture.onnx.values import Present, Tensor, Value
 
@@ -44,20 +45,38 @@ def quantized_attention(
 def _self_attention(
     op: Operation, value: Tensor, weight: Tensor, bias: Value, mask: Value, past: Value, added: Value
 ) -> Any:
-    heads = op.attributes.integer("num_heads")
-    linear = op.emitter.transposed(weight)
-    if linear is None:
-        linear = op.call(aten.permute.default, weight, [1, 0])
-    given = () if bias is None else (op.tensor(bias),)
-    projected = op.call(aten.linear.default, value, linear, *given)
-    width = projected.shape[-1] // 3
+    heads, width = op.attributes.integer("num_heads"), weight.shape[1] // 3
     widths = op.attributes.integers("qkv_hidden_sizes") or [width] * 3
-    q, k, v = (split_heads(op, part, heads) for part in op.parts(aten.split_with_sizes.default, projected, widths, -1))
+    q, k, v = (split_heads(op, part, heads) for part in _projections(op, value, weight, bias, widths))
     if past is not None:
         past = op.tensor(past)
         k, v = (_behind(op, op.call(aten.select.int, past, 0, n), x) for n, x in enumerate((k, v)))
     result = _attended(op, q, k, v, mask, added, past is not None)
     return (result, op.call(aten.stack.default, [k, v])) if op.outputs > 1 else result
+
+
+def _projections(op: Operation, value: Tensor, weight: Tensor, bias: Value, widths: list[int]) -> Sequence[Tensor]:
+    """Three linear layers, which is what the optimizers put together; a causal model had one, as GPT-2."""
+    if weight.node.op != "get_attr" or op.attributes.integer("unidirectional"):
+        return op.parts(aten.split_with_sizes.default, _linear(op, value, weight, bias), widths, -1)
+    biases = [None] * 3 if bias is None else _split(op, op.tensor(bias), widths)
+    return [_linear(op, value, part, added) for part, added in zip(_split(op, weight, widths), biases, strict=True)]
+
+
+def _linear(op: Operation, value: Tensor, weight: Tensor, bias: Value) -> Tensor:
+    turned = op.emitter.transposed(weight) or op.call(aten.permute.default, weight, [1, 0])
+    return op.call(aten.linear.default, value, turned, *(() if bias is None else (op.tensor(bias),)))
+
+
+def _split(op: Operation, value: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Parts of the last axis, each held by itself where the file holds the whole, so that passes see three weights."""
+    held = held_tensor(op, value)
+    if held is None:
+        return list(op.parts(aten.split_with_sizes.default, value, sizes, -1))
+    names = [f"{value.node.target}_{part}" for part in ("query", "key", "value")]
+    parts = zip(names, held.split(sizes, -1), strict=True)
+    targets = [op.emitter.weights.add(name, part.contiguous(), trainable=True) for name, part in parts]
+    return [op.emitter.attribute(target) for target in targets]
 
 
 @operator("com.microsoft.MultiHeadAttention")
@@ -75,7 +94,7 @@ def multi_head_attention(
     q, k, v = _unpacked(op, op.tensor(query), key, value)
     if bias is not None:
         sizes = [q.shape[-1], q.shape[-1], v.shape[-1] if v.ndim == 3 else q.shape[-1]]
-        biases = op.parts(aten.split_with_sizes.default, op.tensor(bias), sizes, 0)
+        biases = _split(op, op.tensor(bias), sizes)
         q, k, v = (x if x.ndim == 4 else sum_of(op, x, b) for x, b in zip((q, k, v), biases, strict=True))
     q, k, v = (x if x.ndim == 4 else split_heads(op, x, heads) for x in (q, k, v))
     if past_key is not None and past_value is not None:

@@ -122,16 +122,15 @@ def embedding(
     weight_zero: Present, bias_zero: Present,
 ) -> Any:  # fmt: skip
     """The operator on numbers with all tables and both weights as codes."""
-    tables = [
+    rows = [
         dequantized(op, words, words_scale, words_zero),
         dequantized(op, positions, positions_scale, positions_zero),
-        None
-        if segment_rows is None or segment_scale is None
-        else dequantized(op, segment_rows, segment_scale, segment_zero),
-        dequantized(op, weight, weight_scale, weight_zero),
-        dequantized(op, bias, bias_scale, bias_zero),
     ]
-    return embedding_layer_norm(op, ids, segments, *tables, mask)
+    third = None
+    if segment_rows is not None and segment_scale is not None:
+        third = dequantized(op, segment_rows, segment_scale, segment_zero)
+    norm = [dequantized(op, weight, weight_scale, weight_zero), dequantized(op, bias, bias_scale, bias_zero)]
+    return embedding_layer_norm(op, ids, segments, rows[0], rows[1], third, norm[0], norm[1], mask)
 
 
 @operator("com.microsoft.GatherBlockQuantized")
