@@ -33,6 +33,13 @@ _KEEPS_CODES = ("QuantizeLinear", "DequantizeLinear")  # what is stored small st
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ArithmeticError)
 _FOLDED_ELEMENTS = 1 << 16  # of the largest value on the way to a folded one
 
+# What to do about operators of a domain, by the start of their names, the first that fits.
+_ADVICE = {
+    "com.microsoft.nchwc.": "their layout is that of the processor it was saved on: save it with ORT_ENABLE_EXTENDED",
+    "com.microsoft.": "take the model from before ONNX Runtime optimized it, or save it with ORT_ENABLE_BASIC",
+    "": "export the model to .pt2 with torch.export.save instead",
+}
+
 CONTROL_FLOW = {"If": branch, "Loop": loop}  # operators with graphs inside
 
 
@@ -45,9 +52,9 @@ def refuse_unknown(model: Any, opset: int) -> None:
             unknown.setdefault(name, []).append(node.name or next(iter(node.output), ""))
     if unknown:
         listed = "; ".join(f"{name} ({_some(nodes)})" for name, nodes in sorted(unknown.items()))
+        advice = next((text for domain, text in _ADVICE.items() if any(name.startswith(domain) for name in unknown)))
         raise CaptureError(
-            f"the ONNX model (opset {opset}) has operators that graphopt does not import: {listed}; "
-            "export the model to .pt2 with torch.export.save instead"
+            f"the ONNX model (opset {opset}) has operators that graphopt does not import: {listed}; {advice}"
         )
 
 

@@ -112,6 +112,15 @@ def integer_nodes() -> Nodes:
     nodes.add("QLinearGlobalAveragePool", *image, scale(0.01), zero, dtype=u, channels_last=0)
     weight = signed(8, 4, 3, 3), scales(8), np.zeros(8, np.int8)
     nodes.add("QLinearConv", *image, *weight, scale(0.5), zero, biases(8), dtype=u, domain="", pads=[1, 1, 1, 1])
+    weight = signed(8, 9, 3, 3), scales(8), np.zeros(8, np.int8)
+    nodes.add("QLinearConv", *image, *weight, scale(0.5), zero, biases(8), dtype=u, pads=[1, 1, 1, 1], channels_last=1)
+    nodes.add("NhwcMaxPool", "image", dtype=u, kernel_shape=[2, 3], strides=[2, 2], pads=[0, 1, 1, 1])
+    nodes.add("MaxPool", "image", dtype=u, domain="", kernel_shape=[2, 3], strides=[2, 2], pads=[0, 1, 1, 1])
+    nodes.add("QLinearGlobalAveragePool", *image, np.float32(0.0137), zero, dtype=u, channels_last=1)
+    where = np.arange(240).reshape(6, 40) % 3 > 0
+    nodes.add(
+        "QLinearWhere", where, "u", scale(0.02), zero, unsigned(6, 40), scale(0.03), zero, scale(0.05), zero, dtype=u
+    )
     settings: dict[str, Any] = {"dtype": TensorProto.INT32, "domain": "", "strides": [2, 2], "pads": [1, 1, 1, 1]}
     nodes.add("ConvInteger", "image", unsigned(8, 4, 3, 3), zero, zero, **settings)
     nodes.add("ConvInteger", "image", signed(8, 2, 3, 3), **settings, group=2)
@@ -122,7 +131,9 @@ def float_nodes() -> Nodes:
     """Results that are numbers."""
     f = TensorProto.FLOAT
     zero = np.array(120, np.uint8)
-    nodes = Nodes({"u": unsigned(3, 6, 72), "x": floats(3, 6, 72), "flat": unsigned(3, 40)})
+    ids, segments = (np.arange(18, dtype=np.int32).reshape(3, 6) % rows for rows in (50, 2))
+    inputs = {"u": unsigned(3, 6, 72), "x": floats(3, 6, 72), "v": floats(3, 6, 64), "flat": unsigned(3, 40)}
+    nodes = Nodes({**inputs, "ids": ids, "segments": segments, "counts": np.array([4, 6, 1], np.int32)})
     x = "flat", scale(0.02), np.array(120, np.uint8)
     nodes.add("QGemm", *x, signed(50, 40), scales(50), signed(50) // 8, biases(50), dtype=f, transB=1, alpha=0.5)
     nodes.add("QGemm", *x, signed(40, 50), scale(0.1), np.array(5, np.int8), dtype=f)
@@ -130,11 +141,25 @@ def float_nodes() -> Nodes:
     nodes.add("MatMulIntegerToFloat", *given, dtype=f)
     nodes.add("DequantizeLinear", "u", scale(0.1), zero, dtype=f)
     nodes.add("DequantizeLinear", "u", scales(6), unsigned(6), dtype=f, axis=1, domain="")
-    for bits in (4, 8):
+    projection = "u", signed(72, 48), floats(48), scale(0.02), scales(48)
+    for counts, causal in ((None, 0), ("counts", 1)):
+        rest = counts, zero, np.zeros(48, np.int8)
+        nodes.add("QAttention", *projection, *rest, dtype=f, num_heads=2, unidirectional=causal)
+    tables = unsigned(50, 16), unsigned(20, 16), unsigned(2, 16), unsigned(16), unsigned(16)
+    found = [item for table in tables for item in (scale(0.02), zero)]
+    nodes.add("QEmbedLayerNormalization", "ids", "segments", *tables, None, *found[::2], *found[1::2], dtype=f)
+    nodes.nodes[-1].output.append("kept")  # which must be there
+    for bits, at in ((4, None), (4, unsigned(50, 2)), (8, unsigned(50, 3))):
+        table = unsigned(50, 96 * bits // 8), "ids", scales(50, 3), at
+        nodes.add("GatherBlockQuantized", *table, dtype=f, bits=bits, block_size=32, quantize_axis=1, gather_axis=0)
+    order = np.random.default_rng(5).permutation(np.arange(64) // 32).astype(np.int32)
+    grouped = "v", unsigned(40, 2, 16), scales(80), None, order
+    nodes.add("MatMulNBits", *grouped, dtype=f, K=64, N=40, bits=4, block_size=32)
+    for bits in (2, 4, 8):
         blocks = 3
         width = -(-blocks * bits // 8)
         for zeros in (None, unsigned(40 * width), unsigned(40, width), floats(40 * blocks) + 8):
-            if bits == 4 or zeros is None or zeros.dtype == np.uint8:  # ONNX Runtime has no floating ones for 8 bits
+            if bits == 4 or zeros is None or zeros.dtype == np.uint8:  # ONNX Runtime has floating ones for 4 bits only
                 packed = "x", unsigned(40, blocks, 4 * bits), scales(40 * blocks), zeros, None, floats(40)
                 nodes.add("MatMulNBits", *packed, dtype=f, K=72, N=40, bits=bits, block_size=32)
     return nodes
@@ -257,9 +282,9 @@ def test_four_bits() -> None:
 
 def test_refusals() -> None:
     nodes = Nodes({"x": floats(3, 6, 32)})
-    given = "x", unsigned(40, 1, 16), scales(40), None, np.zeros(32, np.int32)
-    nodes.add("MatMulNBits", *given, dtype=TensorProto.FLOAT, K=32, N=40, bits=4, block_size=32)
-    with pytest.raises(CaptureError, match="g_idx"):
+    given = "x", unsigned(40, 2, 8), scales(80), None, np.arange(32, dtype=np.int32) // 20
+    nodes.add("MatMulNBits", *given, dtype=TensorProto.FLOAT, K=32, N=40, bits=4, block_size=16)
+    with pytest.raises(CaptureError, match="g_idx is only imported with 4 bits, without zero points"):
         capture(nodes.model())
     nodes = Nodes({"x": floats(3, 6, 32)})
     nodes.add("DynamicQuantizeLSTM", "x", dtype=TensorProto.FLOAT)

@@ -39,11 +39,17 @@ def attention(
         extra["enable_gqa"] = True
     result = op.call(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, causal, **extra)
     if flat:
-        turned = op.call(aten.transpose.int, result, 1, 2)
-        result = op.reshape(turned, [turned.shape[0], turned.shape[1], turned.shape[2] * turned.shape[3]])
+        result = merge_heads(op, result)
     return (result, k, v) if op.outputs > 1 else result
 
 
 def split_heads(op: Operation, value: Tensor, count: int) -> Tensor:
+    """[B, H, S, E] of [B, S, H E]."""
     batch, length, width = value.shape
     return op.call(aten.transpose.int, op.reshape(value, [batch, length, count, width // count]), 1, 2)
+
+
+def merge_heads(op: Operation, value: Tensor) -> Tensor:
+    """[B, S, H E] of [B, H, S, E]."""
+    turned = op.call(aten.transpose.int, value, 1, 2)
+    return op.reshape(turned, [turned.shape[0], turned.shape[1], turned.shape[2] * turned.shape[3]])

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 @operator("Gather")
 def gather(op: Operation, value: Present, index: Present) -> Tensor:
-    """Rows of a floating table are an embedding; elsewhere a negative index counts from the end.
+    """Rows of a held table of numbers or codes are an embedding; elsewhere a negative index counts from the end.
 
     ONNX allows negative ids of an embedding too, which no exporter writes and PyTorch refuses at run time.
     """
@@ -23,7 +23,8 @@ def gather(op: Operation, value: Present, index: Present) -> Tensor:
     axis = op.axis(op.attributes.integer("axis"), value.ndim)
     if index.ndim == 0 and (number := op.scalar(index)) is not None:
         return op.call(aten.select.int, value, axis, number)
-    is_table = axis == 0 and value.ndim == 2 and value.dtype.is_floating_point and value.node.op == "get_attr"
+    held = value.node.op == "get_attr" or value.node.target is torch.ops.graphopt.dequantize.default
+    is_table = axis == 0 and value.ndim == 2 and value.dtype.is_floating_point and held
     if is_table and isinstance(index, Tensor) and index.ndim and index.dtype in (torch.int64, torch.int32):
         return op.call(aten.embedding.default, value, index)
     return op.call(aten.index.Tensor, value, [None] * axis + [op.tensor(index)])

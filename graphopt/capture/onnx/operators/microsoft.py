@@ -41,7 +41,7 @@ def quick_gelu(op: Operation, value: Present) -> Tensor:
     return op.call(aten.mul.Tensor, value, op.call(aten.sigmoid.default, scaled))
 
 
-@operator("com.microsoft.FusedMatMul")
+@operator("com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul")
 def fused_matmul(op: Operation, left: Present, right: Present) -> Tensor:
     """alpha times the product; either side may be given with its last two axes exchanged."""
     if op.attributes.integer("transBatchA") or op.attributes.integer("transBatchB"):
@@ -52,6 +52,24 @@ def fused_matmul(op: Operation, left: Present, right: Present) -> Tensor:
     )
     product, alpha = matmul(op, left, right), op.attributes.number("alpha", 1.0)
     return product if alpha == 1 else op.call(aten.mul.Tensor, product, alpha)
+
+
+@operator("com.microsoft.GemmFastGelu")
+def product_and_fast_gelu(op: Operation, left: Present, right: Present, bias: Present | None = None) -> Tensor:
+    return fast_gelu(op, matmul(op, left, right), bias)
+
+
+@operator("com.microsoft.BiasSplitGelu")
+def split_gelu(op: Operation, value: Present, bias: Present) -> Tensor:
+    """The left half of the last axis times the GELU of the right one."""
+    total = sum_of(op, value, bias)
+    left, right = op.parts(aten.split.Tensor, total, total.shape[-1] // 2, -1)
+    return op.call(aten.mul.Tensor, left, op.call(aten.gelu.default, right))
+
+
+@operator("com.microsoft.BiasAdd")
+def bias_add(op: Operation, value: Present, bias: Present, skip: Present) -> Tensor:
+    return sum_of(op, value, bias, skip)
 
 
 @operator("com.microsoft.FusedGemm")

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from graphopt.capture.onnx.operation import Operation
+from graphopt.capture.onnx.operators.indexing import gather
 from graphopt.capture.onnx.operators.linear import matmul
+from graphopt.capture.onnx.operators.microsoft import embedding_layer_norm
+from graphopt.capture.onnx.operators.microsoft_images import channels_first, channels_last
 from graphopt.capture.onnx.operators.pooling import average_pool
 from graphopt.capture.onnx.operators.quantization import (
     dequantized,
@@ -18,6 +21,7 @@ from graphopt.capture.onnx.operators.quantization import (
     held_tensor,
     product_of,
     quantized,
+    quantized_convolution,
 )
 from graphopt.capture.onnx.registry import operator
 from graphopt.capture.onnx.values import Present, Tensor, Value, known
@@ -54,10 +58,41 @@ def concat(op: Operation, scale: Present, zero: Present, *given: Present) -> Ten
 def unary(
     op: Operation, x: Present, x_scale: Present, x_zero: Value, scale: Present, zero: Present | None = None
 ) -> Tensor:
-    if op.attributes.integer("channels_last"):
-        raise op.refuse(f"{op.name} with channels_last is not imported")
-    value = _UNARY[op.name.removeprefix("com.microsoft.QLinear")](op, dequantized(op, x, x_scale, x_zero))
+    last, value = op.attributes.integer("channels_last"), dequantized(op, x, x_scale, x_zero)
+    value = channels_first(op, value) if last else value
+    value = _UNARY[op.name.removeprefix("com.microsoft.QLinear")](op, value)
+    return quantized(op, channels_last(op, value) if last else value, scale, zero, dtype=x.dtype)
+
+
+@operator("com.microsoft.QLinearConv")
+def convolution(
+    op: Operation, x: Present, x_scale: Present, x_zero: Present, w: Present, w_scale: Present, w_zero: Present,
+    scale: Present, zero: Present, bias: Present | None = None,
+) -> Tensor:  # fmt: skip
+    """The operator of the standard domain, whose channels may be the last axis."""
+    last = op.attributes.integer("channels_last")
+    value = channels_first(op, x) if last else x
+    result = quantized_convolution(op, value, x_scale, x_zero, w, w_scale, w_zero, scale, zero, bias)
+    return channels_last(op, result) if last else result
+
+
+@operator("com.microsoft.QLinearReduceMean")
+def mean(
+    op: Operation, x: Present, x_scale: Present, x_zero: Value, scale: Present, zero: Present | None = None
+) -> Tensor:
+    axes = op.attributes.integers("axes") or list(range(x.ndim))
+    keep = bool(op.attributes.integer("keepdims", 1))
+    value = op.call(aten.mean.dim, dequantized(op, x, x_scale, x_zero), axes, keep)
     return quantized(op, value, scale, zero, dtype=x.dtype)
+
+
+@operator("com.microsoft.QLinearWhere")
+def where(
+    op: Operation, condition: Present, x: Present, x_scale: Present, x_zero: Present, y: Present, y_scale: Present,
+    y_zero: Present, scale: Present, zero: Present,
+) -> Tensor:  # fmt: skip
+    sides = dequantized(op, x, x_scale, x_zero), dequantized(op, y, y_scale, y_zero)
+    return quantized(op, op.call(aten.where.self, condition, *sides), scale, zero, dtype=x.dtype)
 
 
 def _softmax(op: Operation, value: Tensor) -> Tensor:
@@ -77,6 +112,50 @@ _UNARY: dict[str, Any] = {
     "AveragePool": average_pool,
     "GlobalAveragePool": lambda op, value: op.call(aten.mean.dim, value, list(range(2, value.ndim)), True),
 }
+
+
+@operator("com.microsoft.QEmbedLayerNormalization")
+def embedding(
+    op: Operation, ids: Present, segments: Value, words: Present, positions: Present, segment_rows: Value,
+    weight: Present, bias: Present, mask: Value, words_scale: Present, positions_scale: Present, segment_scale: Value,
+    weight_scale: Present, bias_scale: Present, words_zero: Present, positions_zero: Present, segment_zero: Value,
+    weight_zero: Present, bias_zero: Present,
+) -> Any:  # fmt: skip
+    """The operator on numbers with all tables and both weights as codes."""
+    rows = [
+        dequantized(op, words, words_scale, words_zero),
+        dequantized(op, positions, positions_scale, positions_zero),
+    ]
+    third = None
+    if segment_rows is not None and segment_scale is not None:
+        third = dequantized(op, segment_rows, segment_scale, segment_zero)
+    norm = [dequantized(op, weight, weight_scale, weight_zero), dequantized(op, bias, bias_scale, bias_zero)]
+    return embedding_layer_norm(op, ids, segments, rows[0], rows[1], third, norm[0], norm[1], mask)
+
+
+@operator("com.microsoft.GatherBlockQuantized")
+def gather_rows(op: Operation, data: Present, index: Present, scales: Present, zeros: Present | None = None) -> Tensor:
+    """Rows of a table [M, K] of codes with one scale for `block_size` columns, two or more codes a byte."""
+    bits, block = op.attributes.integer("bits", 4), op.attributes.integer("block_size", 128)
+    axes = op.attributes.integer("gather_axis"), op.attributes.integer("quantize_axis", 1)
+    held = held_tensor(op, data)
+    if held is None or held.ndim != 2 or axes[0] != 0 or axes[1] not in (1, -1) or data.dtype != torch.uint8:
+        raise op.refuse(
+            "it is only imported for an initializer of uint8 with two axes, gather_axis 0 and quantize_axis 1; "
+            "quantize the embedding that way"
+        )
+    if bits not in (2, 4, 8) or block < 1:
+        raise op.refuse(f"blocks of {block} of {bits} bits are not imported; use 2, 4 or 8 bits")
+    rows, name = held.shape[0], f"{data.node.target}_codes" if isinstance(data, Tensor) else "codes"
+    table = _held(op, name, unpacked(held, bits))
+    blocks = scales.shape[1]
+    packed = torch.full((rows, blocks), 1 << (bits - 1), dtype=torch.uint8) if zeros is None else held_tensor(op, zeros)
+    if packed is None:
+        raise op.refuse("zero points that are computed are not imported; make them an initializer")
+    if zeros is not None:
+        packed = unpacked(packed, bits)[:, :blocks].contiguous()
+    numbers = dequantized(op, table, scales, _held(op, f"{name}_zero", packed), 1, block, None, (0, 2**bits - 1))
+    return gather(op, numbers, index)
 
 
 @operator("com.microsoft.QGemm")
@@ -136,16 +215,19 @@ def matmul_of_few_bits(
     op.attributes.ignore("accuracy_level")
     bits, block = op.attributes.integer("bits", 4), op.attributes.integer("block_size")
     rows, columns = op.attributes.integer("N"), op.attributes.integer("K")
-    if groups is not None:
-        raise op.refuse("MatMulNBits with g_idx is not imported; quantize the model without an order of activations")
-    if bits not in (4, 8) or block < 1 or rows < 1 or columns < 1:
+    if bits not in (2, 4, 8) or block < 1 or rows < 1 or columns < 1:
         raise op.refuse(f"MatMulNBits of {rows}x{columns} in blocks of {block} of {bits} bits is not imported")
     held = held_tensor(op, codes)
     if held is None:
         raise op.refuse("MatMulNBits with a weight that is computed is not imported; make it an initializer")
     blocks = -(-columns // block)
     name = f"{codes.node.target}_codes" if isinstance(codes, Tensor) else "codes"
-    weight = _held(op, name, unpacked(held.reshape(rows, -1), bits)[:, :columns].contiguous())
+    unpacked_codes = unpacked(held.reshape(rows, -1), bits)[:, :columns]
+    if groups is not None:
+        order = _order(op, groups, columns, block, plain=bits == 4 and zeros is None)
+        a = op.call(aten.index_select.default, op.tensor(a), -1, _held(op, f"{name}_order", order))
+        unpacked_codes = unpacked_codes[:, order]
+    weight = _held(op, name, unpacked_codes.contiguous())
     scales = _shaped(op, scales, rows, blocks)
     if zeros is None:
         zeros = _held(op, f"{name}_zero", torch.full((rows, blocks), 1 << (bits - 1), dtype=torch.uint8))
@@ -159,6 +241,18 @@ def matmul_of_few_bits(
     right = dequantized(op, weight, scales, zeros, 1, block, a.dtype, (0, 2**bits - 1))
     added = () if bias is None else (op.tensor(bias),)
     return op.call(aten.linear.default, a, right, *added)
+
+
+def _order(op: Operation, groups: Present, columns: int, block: int, *, plain: bool) -> torch.Tensor:
+    """The columns sorted by `groups`, g_idx [K], so that the block of a column is the group that it had."""
+    held = held_tensor(op, groups)
+    order = torch.zeros(0) if held is None else torch.argsort(held, stable=True)
+    if held is None or not plain or not torch.equal(held[order].long(), torch.arange(columns) // block):
+        raise op.refuse(
+            "g_idx is only imported with 4 bits, without zero points and with block_size columns in every group; "
+            "quantize the model without an order of activations"
+        )
+    return order
 
 
 def unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:

@@ -26,13 +26,16 @@ def max_pool(op: Operation, value: Present) -> Tensor:
     op.attributes.ignore("storage_order")  # of the second output
     if op.outputs > 1:
         raise op.refuse("the indices of MaxPool are not imported")
-    if not value.dtype.is_floating_point:
-        raise op.refuse("MaxPool over integers is not imported; cast to float around it")
+    dtype = value.dtype
+    if dtype in (torch.uint8, torch.int8):
+        value = op.cast(value, torch.float32)
+    elif not dtype.is_floating_point:
+        raise op.refuse("MaxPool over integers of over 8 bits is not imported; cast to float around it")
     if any(2 * pad > width for pad, width in zip(before, kernel, strict=True)):
         value, pads = _always_pad(op, value, before, after)
     else:
         value, pads = pad_first(op, value, before, after, float("-inf"))
-    return op.call(_MAX[rank - 1], value, kernel, strides, pads, dilations, ceil)
+    return op.cast(op.call(_MAX[rank - 1], value, kernel, strides, pads, dilations, ceil), dtype)
 
 
 def _always_pad(op: Operation, value: Tensor, before: list[int], after: list[int]) -> tuple[Tensor, list[int]]:
