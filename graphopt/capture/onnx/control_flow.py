@@ -161,6 +161,7 @@ def loop(importer: Importer, op: Operation, inputs: list[Value]) -> tuple[Value,
     collected: list[list[Tensor]] = [[] for _ in body.output[len(carried) + 1 :]]
     names = [value.name for value in body.input]
     for trip in range(count):
+        importer.steps.count()
         if going is not None and not _goes_on(op, going):
             break
         if trip == MOST_TRIPS:

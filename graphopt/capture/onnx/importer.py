@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
 from graphopt.capture.onnx.control_flow import branch, loop
 from graphopt.capture.onnx.emitter import Emitter
+from graphopt.capture.onnx.external_data import ExternalData
+from graphopt.capture.onnx.graphs import all_nodes, operator_name
 from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
-from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.tensors import FOUR_BITS, read_four_bits, read_tensor
-from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
+from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor, stays_known
 from graphopt.errors import CaptureError, GraphoptError
+from graphopt.untrusted.limits import Limits
 
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _SETTINGS = {("Resize", 1), ("Resize", 2), ("Clip", 1), ("Clip", 2), ("Pad", 2), ("OneHot", 2)}
@@ -55,13 +57,31 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+@dataclass
+class Steps:
+    """How many nodes were read, those of a loop's body once for each trip."""
+
+    limits: Limits
+    done: int = 0
+
+    def count(self) -> None:
+        """One more. Raises CaptureError where they are too many."""
+        self.done += 1
+        if self.done > self.limits.max_nodes:
+            raise CaptureError(
+                f"the model has over {self.limits.max_nodes} nodes once its loops are written out; "
+                "raise Limits.max_nodes"
+            )
+
+
 class Importer:
     """Turns nodes into calls of `emitter`; `values` holds what every ONNX name stands for."""
 
-    def __init__(self, emitter: Emitter, opset: int, folder: Path | None) -> None:
+    def __init__(self, emitter: Emitter, opset: int, external: ExternalData, steps: Steps) -> None:
         self.emitter = emitter
         self.opset = opset
-        self.folder = folder
+        self.external = external
+        self.steps = steps
         self.values: dict[str, Value] = {"": None}
         self.ledger: dict[str, list[str]] = {}  # node -> guards on sizes that it brought
 
@@ -76,7 +96,7 @@ class Importer:
             if proto.data_type in FOUR_BITS:
                 self._codes(graph, proto)
                 continue
-            tensor = read_tensor(proto, self.folder)
+            tensor = read_tensor(proto, self.external)
             floating = tensor.is_floating_point()
             if tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings):
                 self.values[proto.name] = known_tensor(tensor)
@@ -92,7 +112,7 @@ class Importer:
         if not roles <= _READS_CODES or proto.name in {value.name for value in graph.output}:
             name, other = proto.name, next(iter(sorted(roles - _READS_CODES)), ("the output", 0))[0]
             raise CaptureError(f"{other} reads {name!r} of 4-bit type, which is only imported for DequantizeLinear")
-        target = self.emitter.weights.add(proto.name, read_four_bits(proto, self.folder), trainable=False)
+        target = self.emitter.weights.add(proto.name, read_four_bits(proto, self.external), trainable=False)
         self.emitter.weights.codes[target] = FOUR_BITS[proto.data_type][1]
         self.values[proto.name] = self.emitter.attribute(target)
 
@@ -108,6 +128,7 @@ class Importer:
         return self.emitter.tensor(value)
 
     def _node(self, node: Any, produced: set[str]) -> None:
+        self.steps.count()
         label = f"{node.op_type} {(node.name or next(iter(node.output), ''))!r}"
         inputs = [self._input(name, label, produced) for name in node.input]
         while inputs and inputs[-1] is None:
@@ -152,7 +173,7 @@ class Importer:
 
     def _results(self, node: Any, inputs: list[Value]) -> tuple[Value, ...]:
         used = [index for index, name in enumerate(node.output) if name]
-        attributes = Attributes(node, self.folder)
+        attributes = Attributes(node, self.external)
         name = operator_name(node)
         op = Operation(name, attributes, self.opset, max(used, default=-1) + 1, self.emitter)
         if name in CONTROL_FLOW:
@@ -162,6 +183,9 @@ class Importer:
         constant = bool(present) and all(isinstance(value, Known) for value in present)
         if constant and name in SHAPE_OPERATORS:
             result = _run(SHAPE_OPERATORS[name], op, inputs)
+            results = result if isinstance(result, tuple) else (result,)
+            if any(isinstance(value, Known) and not stays_known(value) for value in results):
+                result = None
         if result is None:
             result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES + _KEEPS_CODES)
         if unread := attributes.unread():
@@ -204,7 +228,7 @@ class Importer:
 
     def inside(self, emitter: Emitter) -> Importer:
         """An importer of a graph within this one, which reads the values there are so far."""
-        inner = Importer(emitter, self.opset, self.folder)
+        inner = Importer(emitter, self.opset, self.external, self.steps)
         inner.values, inner.ledger = dict(self.values), self.ledger
         return inner
 

@@ -16,7 +16,8 @@ from graphopt.capture.inputs import draw_inputs
 from graphopt.capture.least_sizes import raise_least_sizes
 from graphopt.capture.normal_form import Flat, remove_dead
 from graphopt.capture.onnx.emitter import Emitter
-from graphopt.capture.onnx.importer import Importer, refuse_unknown, repeated
+from graphopt.capture.onnx.external_data import ExternalData
+from graphopt.capture.onnx.importer import Importer, Steps, refuse_unknown, repeated
 from graphopt.capture.onnx.reading import opset_of, read_model
 from graphopt.capture.onnx.sizes import (
     Input,
@@ -59,7 +60,7 @@ def from_onnx(
     for hints in hint_choices(names, given):
         try:
             with quiet():
-                flat, symbols, fakes = _read_graph(model, folder, opset, inputs, hints)
+                flat, symbols, fakes = _read_graph(model, folder, opset, inputs, hints, limits)
             break
         except CaptureError as error:
             failures.append(error)
@@ -71,11 +72,11 @@ def from_onnx(
 
 
 def _read_graph(
-    model: Any, folder: Any, opset: int, inputs: Sequence[Input], hints: Mapping[str, int]
+    model: Any, folder: Any, opset: int, inputs: Sequence[Input], hints: Mapping[str, int], limits: Limits
 ) -> tuple[Flat, Symbols, dict[str, torch.Tensor]]:
     symbols = make_symbols(hints)
     emitter = Emitter(symbols.mode)
-    importer = Importer(emitter, opset, folder)
+    importer = Importer(emitter, opset, ExternalData(folder, limits), Steps(limits))
     fakes = {item.name: fake_input(item, symbols) for item in inputs}
     tensors = {name: emitter.placeholder(placeholder_name(name), fake) for name, fake in fakes.items()}
     importer.values.update(tensors)
