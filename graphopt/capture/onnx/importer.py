@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
-from graphopt.capture.onnx.control_flow import branch, loop
+from graphopt.capture.onnx.control_flow import MOST_TRIPS_TOGETHER, branch, loop
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.capture.onnx.graphs import all_nodes, operator_name
@@ -22,7 +22,7 @@ from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.tensors import FOUR_BITS, read_four_bits, read_tensor
-from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor, stays_known
+from graphopt.capture.onnx.values import KNOWN_ELEMENTS, MOST_KNOWN, Known, Tensor, Value, known_tensor, stays_known
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.untrusted.limits import Limits
 
@@ -59,18 +59,27 @@ def _some(names: list[str]) -> str:
 
 @dataclass
 class Steps:
-    """How many nodes were read, those of a loop's body once for each trip."""
+    """What reading a graph takes: its nodes, those of a loop's body once for each trip."""
 
     limits: Limits
-    done: int = 0
+    nodes: int = 0
+    trips: int = 0
 
-    def count(self) -> None:
-        """One more. Raises CaptureError where they are too many."""
-        self.done += 1
-        if self.done > self.limits.max_nodes:
+    @property
+    def too_many(self) -> bool:
+        return self.nodes > self.limits.max_nodes or self.trips > MOST_TRIPS_TOGETHER
+
+    def count(self, *, nodes: int = 0, trips: int = 0) -> None:
+        """Raises CaptureError where they are too many."""
+        self.nodes, self.trips = self.nodes + nodes, self.trips + trips
+        if self.nodes > self.limits.max_nodes:
             raise CaptureError(
                 f"the model has over {self.limits.max_nodes} nodes once its loops are written out; "
                 "raise Limits.max_nodes"
+            )
+        if self.too_many:
+            raise CaptureError(
+                f"the loops of the model take over {MOST_TRIPS_TOGETHER} trips together; export the model to .pt2"
             )
 
 
@@ -128,7 +137,7 @@ class Importer:
         return self.emitter.tensor(value)
 
     def _node(self, node: Any, produced: set[str]) -> None:
-        self.steps.count()
+        self.steps.count(nodes=1)
         label = f"{node.op_type} {(node.name or next(iter(node.output), ''))!r}"
         inputs = [self._input(name, label, produced) for name in node.input]
         while inputs and inputs[-1] is None:
@@ -183,14 +192,19 @@ class Importer:
         constant = bool(present) and all(isinstance(value, Known) for value in present)
         if constant and name in SHAPE_OPERATORS:
             result = _run(SHAPE_OPERATORS[name], op, inputs)
-            results = result if isinstance(result, tuple) else (result,)
-            if any(isinstance(value, Known) and not stays_known(value) for value in results):
+            if not self._stay_known(result if isinstance(result, tuple) else (result,)):
                 result = None
         if result is None:
             result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES + _KEEPS_CODES)
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)
+
+    def _stay_known(self, results: tuple[Any, ...]) -> bool:
+        arrays = [value for value in results if isinstance(value, Known)]
+        for item in (item for value in arrays if value.array.size <= MOST_KNOWN for item in value.array.flat):
+            self.emitter.refuse_long(item)
+        return all(map(stays_known, arrays))
 
     def _emitted(self, op: Operation, inputs: list[Value], fold: bool) -> Any:
         if fold and any(value.symbolic for value in inputs if isinstance(value, Known)):

@@ -25,6 +25,14 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 
+_FIELDS = {
+    TensorProto.FLOAT: "float_data",
+    TensorProto.DOUBLE: "double_data",
+    TensorProto.INT64: "int64_data",
+    TensorProto.UINT32: "uint64_data",
+    TensorProto.UINT64: "uint64_data",
+}  # all others: int32_data
+
 FOUR_BITS: dict[int, tuple[torch.dtype, tuple[int, int]]] = {
     TensorProto.UINT4: (torch.uint8, (0, 15)),
     TensorProto.INT4: (torch.int8, (-8, 7)),
@@ -58,7 +66,7 @@ def read_tensor(proto: Any, external: ExternalData) -> torch.Tensor:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(proto.raw_data), dtype=torch.uint8).view(dtype).reshape(shape)
-    held = max(len(getattr(proto, field)) for field in ("float_data", "int32_data", "int64_data", "double_data"))
+    held = len(getattr(proto, _FIELDS.get(proto.data_type, "int32_data")))
     if held != count:
         raise CaptureError(f"{what} of shape {list(shape)} holds {held} values; the file is damaged")
     if dtype == torch.bfloat16:
