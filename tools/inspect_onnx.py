@@ -11,8 +11,9 @@ from graphopt.tools.table import format_shape, format_table
 def describe_file(path: str) -> dict[str, Any]:
     """JSON-able; nothing is imported, so that it also serves for files that cannot be. Raises CaptureError."""
     import graphopt.capture.onnx.operators  # noqa: F401  fills the table
+    from graphopt.capture.onnx.graphs import all_nodes, operator_name
     from graphopt.capture.onnx.importer import CONTROL_FLOW
-    from graphopt.capture.onnx.reading import all_nodes, operator_name, read_model
+    from graphopt.capture.onnx.reading import read_model
     from graphopt.capture.onnx.registry import OPERATORS
     from graphopt.untrusted.limits import Limits
 

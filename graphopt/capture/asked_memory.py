@@ -1,4 +1,5 @@
-"""Refuses models that ask for more memory than allowed in a few bytes: filled constants, and inputs to be drawn."""
+"""Refuses models that ask for more memory than allowed in a few bytes: filled constants, repeated
+values, and inputs to be drawn."""
 
 from __future__ import annotations
 
@@ -15,29 +16,42 @@ from graphopt.program import Program, evaluate_size
 from graphopt.untrusted.limits import Limits
 
 
-def refuse_large_constants(module: GraphModule, limits: Limits) -> None:
-    """Raise CaptureError where a value computed from no input is over `Limits.max_constant_bytes`.
+def refuse_large_values(module: GraphModule, limits: Limits) -> None:
+    """Raise CaptureError for a value over `Limits.max_value_bytes`, or over `max_constant_bytes` and of no input.
 
     Views, such as an expanded number, take no memory of their own.
     """
     for graph in (child for child in module.modules() if isinstance(child, GraphModule)):
         constant: set[Node] = set()
         for node in graph.graph.nodes:
-            if node.op not in ("get_attr", "call_function") or not constant.issuperset(node.all_input_nodes):
+            if node.op not in ("get_attr", "call_function"):
                 continue
-            constant.add(node)
-            if node.op == "call_function" and not is_view(node) and (size := _bytes(node)) > limits.max_constant_bytes:
-                raise CaptureError(
-                    f"{node.name} ({node.target}) fills {size} bytes from no input, over the limit of "
-                    f"{limits.max_constant_bytes}; raise Limits.max_constant_bytes"
-                )
+            if constant.issuperset(node.all_input_nodes):
+                constant.add(node)
+            if node.op == "call_function" and not is_view(node):
+                _refuse_large(node, node in constant, limits)
 
 
-def _bytes(node: Node) -> int:
-    """Bytes of the tensors in a node's value whose sizes are known."""
+def _refuse_large(node: Node, constant: bool, limits: Limits) -> None:
     tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
     known = [tensor for tensor in tensors if all(isinstance(size, int) for size in tensor.shape)]
-    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in known)
+    size = sum(map(_bytes, known))
+    if constant and size > limits.max_constant_bytes:
+        raise CaptureError(
+            f"{node.name} ({node.target}) fills {size} bytes from no input, over the limit of "
+            f"{limits.max_constant_bytes}; raise Limits.max_constant_bytes"
+        )
+    if (size := sum(map(_bytes, tensors))) > limits.max_value_bytes:
+        raise CaptureError(
+            f"{node.name} ({node.target}) takes {size} bytes, over the limit of {limits.max_value_bytes}; "
+            "raise Limits.max_value_bytes"
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """At the sizes of the examples where some are symbolic."""
+    sizes = [(size.node.hint or 0) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+    return math.prod(sizes) * tensor.element_size()
 
 
 def refuse_large_inputs(program: Program, sizes: Mapping[str, int], limits: Limits) -> None:

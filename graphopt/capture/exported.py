@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from graphopt.capture.asked_memory import refuse_large_constants, refuse_large_inputs
+from graphopt.capture.asked_memory import refuse_large_inputs, refuse_large_values
 from graphopt.capture.domains import infer_domains
 from graphopt.capture.dynamic import name_axes, read_request
 from graphopt.capture.expressions import size_range, size_text
@@ -62,7 +62,7 @@ def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits:
 def assemble(flat: Flat, known: Known, *, name: str, limits: Limits) -> Program:
     """A Program without examples around a graph in normal form: specs, sizes with their bounds, domains."""
     _refuse_nodes(flat.graph_module, limits)
-    refuse_large_constants(flat.graph_module, limits)
+    refuse_large_values(flat.graph_module, limits)
     symbols, sizes = _sizes(flat, known)
     sizes = limit_by_tables(flat.graph_module, symbols, sizes)
     specs = [_spec(n, v, symbols) for n, v in zip((*flat.inputs, *flat.state), _placeholders(flat), strict=True)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from onnx import AttributeProto
 
+from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.capture.onnx.tensors import read_tensor
 from graphopt.capture.onnx.values import rounded
 from graphopt.errors import CaptureError
@@ -25,9 +25,9 @@ _FIELDS = {
 
 
 class Attributes:
-    def __init__(self, node: Any, folder: Path | None) -> None:
+    def __init__(self, node: Any, external: ExternalData) -> None:
         self._entries = {entry.name: entry for entry in node.attribute}
-        self._folder = folder
+        self._external = external
         self._read: set[str] = set()
 
     def unread(self) -> list[str]:
@@ -74,7 +74,7 @@ class Attributes:
 
     def tensor(self, name: str) -> torch.Tensor | None:
         value = self._value(name, AttributeProto.TENSOR)
-        return None if value is None else read_tensor(value, self._folder)
+        return None if value is None else read_tensor(value, self._external)
 
     def graph(self, name: str) -> Any:
         return self._value(name, AttributeProto.GRAPH)

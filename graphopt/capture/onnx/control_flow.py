@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 MOST_TRIPS = 1000  # of a loop: each one is written out
+MOST_TRIPS_TOGETHER = 10_000  # of all loops, those within others included
 
 
 class BranchEmitter(Emitter):
@@ -31,7 +32,7 @@ class BranchEmitter(Emitter):
         self.weights = outer.weights
         self.origin, self.provenance = outer.origin, outer.provenance
         self._outer = outer
-        self._interned, self._results = outer._interned, outer._results
+        self._interned, self._results, self._terms = outer._interned, outer._results, outer._terms
         self._transposed = outer._transposed
         self._holder = torch.nn.Module()
         self.operands: dict[Node, Tensor] = {}  # a node outside -> its placeholder here
@@ -161,6 +162,7 @@ def loop(importer: Importer, op: Operation, inputs: list[Value]) -> tuple[Value,
     collected: list[list[Tensor]] = [[] for _ in body.output[len(carried) + 1 :]]
     names = [value.name for value in body.input]
     for trip in range(count):
+        importer.steps.count(trips=1)
         if going is not None and not _goes_on(op, going):
             break
         if trip == MOST_TRIPS:

@@ -47,6 +47,9 @@ _EXPRESSIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+MOST_TERMS = 1000  # of the expression of a size; sympy takes time exponential in its depth
+
+
 class Emitter:
     """Builds one graph; `origin`, the ONNX node at hand, and `provenance` are written on every node."""
 
@@ -59,6 +62,7 @@ class Emitter:
         self._interned: dict[Any, torch.Tensor] = {}
         self._results: dict[Any, Any] = {}
         self._sizes: dict[Any, Node] = {}
+        self._terms: dict[Any, int] = {}  # of every expression seen
         self._attributes: dict[str, Tensor] = {}
         self._transposed: dict[str, str] = {}
         self._branches = 0
@@ -250,8 +254,20 @@ class Emitter:
         if self.provenance is not None:
             node.meta["custom"][PROVENANCE] = self.provenance
 
+    def refuse_long(self, size: Any) -> None:
+        """Raise CaptureError for a symbolic size whose expression takes too long to work with."""
+        if isinstance(size, SYMBOLIC) and self._count_terms(size.node.expr) > MOST_TERMS:
+            raise CaptureError(f"a size is computed from others in over {MOST_TERMS} steps; give its axes numbers")
+
+    def _count_terms(self, expression: Any) -> int:
+        if expression not in self._terms:
+            self._terms[expression] = 1 + sum(self._count_terms(part) for part in expression.args)
+        return self._terms[expression]
+
     def _intern(self, fake: torch.Tensor) -> torch.Tensor:
         sizes = tuple(map(size_key, fake.shape))
+        for size in fake.shape:
+            self.refuse_long(size)
         return self._interned.setdefault((fake.dtype, sizes, tuple(map(size_key, fake.stride()))), fake)
 
 

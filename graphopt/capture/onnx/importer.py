@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +14,17 @@ from torch.utils import _pytree as pytree
 
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
-from graphopt.capture.onnx.control_flow import branch, loop
+from graphopt.capture.onnx.control_flow import MOST_TRIPS_TOGETHER, branch, loop
 from graphopt.capture.onnx.emitter import Emitter
+from graphopt.capture.onnx.external_data import ExternalData
+from graphopt.capture.onnx.graphs import all_nodes, operator_name
 from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
-from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.tensors import FOUR_BITS, read_four_bits, read_tensor
-from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
+from graphopt.capture.onnx.values import KNOWN_ELEMENTS, MOST_KNOWN, Known, Tensor, Value, known_tensor, stays_known
 from graphopt.errors import CaptureError, GraphoptError
+from graphopt.untrusted.limits import Limits
 
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _SETTINGS = {("Resize", 1), ("Resize", 2), ("Clip", 1), ("Clip", 2), ("Pad", 2), ("OneHot", 2)}
@@ -62,13 +64,40 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+@dataclass
+class Steps:
+    """What reading a graph takes: its nodes, those of a loop's body once for each trip."""
+
+    limits: Limits
+    nodes: int = 0
+    trips: int = 0
+
+    @property
+    def too_many(self) -> bool:
+        return self.nodes > self.limits.max_nodes or self.trips > MOST_TRIPS_TOGETHER
+
+    def count(self, *, nodes: int = 0, trips: int = 0) -> None:
+        """Raises CaptureError where they are too many."""
+        self.nodes, self.trips = self.nodes + nodes, self.trips + trips
+        if self.nodes > self.limits.max_nodes:
+            raise CaptureError(
+                f"the model has over {self.limits.max_nodes} nodes once its loops are written out; "
+                "raise Limits.max_nodes"
+            )
+        if self.too_many:
+            raise CaptureError(
+                f"the loops of the model take over {MOST_TRIPS_TOGETHER} trips together; export the model to .pt2"
+            )
+
+
 class Importer:
     """Turns nodes into calls of `emitter`; `values` holds what every ONNX name stands for."""
 
-    def __init__(self, emitter: Emitter, opset: int, folder: Path | None) -> None:
+    def __init__(self, emitter: Emitter, opset: int, external: ExternalData, steps: Steps) -> None:
         self.emitter = emitter
         self.opset = opset
-        self.folder = folder
+        self.external = external
+        self.steps = steps
         self.values: dict[str, Value] = {"": None}
         self.ledger: dict[str, list[str]] = {}  # node -> guards on sizes that it brought
 
@@ -83,7 +112,7 @@ class Importer:
             if proto.data_type in FOUR_BITS:
                 self._codes(graph, proto)
                 continue
-            tensor = read_tensor(proto, self.folder)
+            tensor = read_tensor(proto, self.external)
             floating = tensor.is_floating_point()
             if tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings):
                 self.values[proto.name] = known_tensor(tensor)
@@ -99,7 +128,7 @@ class Importer:
         if not roles <= _READS_CODES or proto.name in {value.name for value in graph.output}:
             name, other = proto.name, next(iter(sorted(roles - _READS_CODES)), ("the output", 0))[0]
             raise CaptureError(f"{other} reads {name!r} of 4-bit type, which is only imported for DequantizeLinear")
-        target = self.emitter.weights.add(proto.name, read_four_bits(proto, self.folder), trainable=False)
+        target = self.emitter.weights.add(proto.name, read_four_bits(proto, self.external), trainable=False)
         self.emitter.weights.codes[target] = FOUR_BITS[proto.data_type][1]
         self.values[proto.name] = self.emitter.attribute(target)
 
@@ -115,6 +144,7 @@ class Importer:
         return self.emitter.tensor(value)
 
     def _node(self, node: Any, produced: set[str]) -> None:
+        self.steps.count(nodes=1)
         label = f"{node.op_type} {(node.name or next(iter(node.output), ''))!r}"
         inputs = [self._input(name, label, produced) for name in node.input]
         while inputs and inputs[-1] is None:
@@ -159,7 +189,7 @@ class Importer:
 
     def _results(self, node: Any, inputs: list[Value]) -> tuple[Value, ...]:
         used = [index for index, name in enumerate(node.output) if name]
-        attributes = Attributes(node, self.folder)
+        attributes = Attributes(node, self.external)
         name = operator_name(node)
         op = Operation(name, attributes, self.opset, max(used, default=-1) + 1, self.emitter)
         if name in CONTROL_FLOW:
@@ -169,11 +199,19 @@ class Importer:
         constant = bool(present) and all(isinstance(value, Known) for value in present)
         if constant and name in SHAPE_OPERATORS:
             result = _run(SHAPE_OPERATORS[name], op, inputs)
+            if not self._stay_known(result if isinstance(result, tuple) else (result,)):
+                result = None
         if result is None:
             result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES + _KEEPS_CODES)
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)
+
+    def _stay_known(self, results: tuple[Any, ...]) -> bool:
+        arrays = [value for value in results if isinstance(value, Known)]
+        for item in (item for value in arrays if value.array.size <= MOST_KNOWN for item in value.array.flat):
+            self.emitter.refuse_long(item)
+        return all(map(stays_known, arrays))
 
     def _emitted(self, op: Operation, inputs: list[Value], fold: bool) -> Any:
         if fold and any(value.symbolic for value in inputs if isinstance(value, Known)):
@@ -211,7 +249,7 @@ class Importer:
 
     def inside(self, emitter: Emitter) -> Importer:
         """An importer of a graph within this one, which reads the values there are so far."""
-        inner = Importer(emitter, self.opset, self.folder)
+        inner = Importer(emitter, self.opset, self.external, self.steps)
         inner.values, inner.ledger = dict(self.values), self.ledger
         return inner
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 import graphopt
-from graphopt.capture.onnx.reading import all_graphs, all_nodes
+from graphopt.capture.onnx.graphs import all_graphs, all_nodes
 from graphopt.program import provenance
 
 RULE, FROM, MODULE, RULES = "graphopt.rule", "graphopt.from", "graphopt.module", "graphopt.rules"

@@ -16,7 +16,8 @@ from graphopt.capture.inputs import draw_inputs
 from graphopt.capture.least_sizes import raise_least_sizes
 from graphopt.capture.normal_form import Flat, remove_dead
 from graphopt.capture.onnx.emitter import Emitter
-from graphopt.capture.onnx.importer import Importer, refuse_unknown, repeated
+from graphopt.capture.onnx.external_data import ExternalData
+from graphopt.capture.onnx.importer import Importer, Steps, refuse_unknown, repeated
 from graphopt.capture.onnx.reading import opset_of, read_model
 from graphopt.capture.onnx.sizes import (
     Input,
@@ -57,12 +58,15 @@ def from_onnx(
     given = {} if examples is None else _given_sizes(inputs, names, examples)
     failures: list[CaptureError] = []
     for hints in hint_choices(names, given):
+        steps = Steps(limits)
         try:
             with quiet():
-                flat, symbols, fakes = _read_graph(model, folder, opset, inputs, hints)
+                flat, symbols, fakes = _read_graph(model, folder, opset, inputs, hints, steps)
             break
         except CaptureError as error:
             failures.append(error)
+            if steps.too_many:  # whatever the sizes are
+                raise
     else:
         raise failures[0]
     known = _known(symbols, examples, dynamic_shapes, fakes)
@@ -71,11 +75,11 @@ def from_onnx(
 
 
 def _read_graph(
-    model: Any, folder: Any, opset: int, inputs: Sequence[Input], hints: Mapping[str, int]
+    model: Any, folder: Any, opset: int, inputs: Sequence[Input], hints: Mapping[str, int], steps: Steps
 ) -> tuple[Flat, Symbols, dict[str, torch.Tensor]]:
     symbols = make_symbols(hints)
     emitter = Emitter(symbols.mode)
-    importer = Importer(emitter, opset, folder)
+    importer = Importer(emitter, opset, ExternalData(folder, steps.limits), steps)
     fakes = {item.name: fake_input(item, symbols) for item in inputs}
     tensors = {name: emitter.placeholder(placeholder_name(name), fake) for name, fake in fakes.items()}
     importer.values.update(tensors)

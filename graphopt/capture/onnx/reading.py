@@ -1,8 +1,13 @@
-"""The ONNX model behind a path or a ModelProto, checked for what every later step takes for granted."""
+"""The ONNX model behind a path or a ModelProto, checked for what every later step takes for granted.
+
+A file is first walked through in a limited child process (see `graphopt.untrusted.onnx_file`).
+"""
 
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +15,14 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from graphopt.capture.onnx.functions import inlined
+from graphopt.capture.onnx.graphs import DOMAINS, all_nodes
 from graphopt.errors import CaptureError
+from graphopt.untrusted.child import run_child
 from graphopt.untrusted.limits import Limits
+from graphopt.untrusted.onnx_file import MOST_BYTES
 
 LEAST_OPSET = 11
-DOMAINS = ("", "ai.onnx")
 
 
 def read_model(source: Any, limits: Limits) -> tuple[Any, Path | None]:
@@ -29,7 +37,7 @@ def read_model(source: Any, limits: Limits) -> tuple[Any, Path | None]:
     if not all(isinstance(text, str) for text in _texts(model.graph)):
         raise CaptureError("a name in the ONNX model is no text; the file is damaged")
     if model.functions:
-        model = _inline(model)
+        model = inlined(model, limits)
     count = sum(1 for _ in all_nodes(model.graph))
     if count > limits.max_nodes:
         raise CaptureError(f"the model has {count} nodes, over the limit of {limits.max_nodes}; raise Limits.max_nodes")
@@ -38,9 +46,20 @@ def read_model(source: Any, limits: Limits) -> tuple[Any, Path | None]:
 
 def _load(path: Path, limits: Limits) -> Any:
     try:
-        size = path.stat().st_size
-        if size > limits.max_bytes:
-            raise CaptureError(f"{path} has {size} bytes, over the limit of {limits.max_bytes}; raise Limits.max_bytes")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CaptureError(f"{path} is no file; give the path of an .onnx file")
+        if found.st_size > limits.max_bytes:
+            raise CaptureError(
+                f"{path} has {found.st_size} bytes, over the limit of {limits.max_bytes}; raise Limits.max_bytes"
+            )
+        if found.st_size > MOST_BYTES:
+            raise CaptureError(
+                f"{path} has {found.st_size} bytes, and no ONNX file has over {MOST_BYTES}; save its weights beside it "
+                "with onnx.save_model(model, path, save_as_external_data=True)"
+            )
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            run_child("graphopt.untrusted.onnx_file:check_file", path, Path(folder), limits)
         return onnx.load_model(path, format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise CaptureError(f"{path} is no ONNX model, or is damaged") from error
@@ -59,15 +78,6 @@ def _texts(graph: Any) -> Iterator[Any]:
     yield from (proto.name for proto in graph.initializer)
 
 
-def _inline(model: Any) -> Any:
-    from onnx.inliner import inline_local_functions
-
-    try:
-        return inline_local_functions(model)
-    except Exception as error:  # native code that raises anything
-        raise CaptureError(f"the model's own functions cannot be written out: {error}") from error
-
-
 def opset_of(model: Any) -> int:
     """The version of the standard operators. Raises CaptureError where it is missing or too old."""
     versions = [entry.version for entry in model.opset_import if entry.domain in DOMAINS]
@@ -79,22 +89,3 @@ def opset_of(model: Any) -> int:
             "opset_version=18, or convert it with onnx.version_converter"
         )
     return int(versions[0])
-
-
-def operator_name(node: Any) -> str:
-    """With the domain in front where it is not the standard one."""
-    return node.op_type if node.domain in DOMAINS else f"{node.domain}.{node.op_type}"
-
-
-def all_graphs(graph: Any) -> Iterator[Any]:
-    """The graph itself, and those of branches and loop bodies."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for branch in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
-                yield from all_graphs(branch)
-
-
-def all_nodes(graph: Any) -> Iterator[Any]:
-    """Every node, those of branches and loop bodies included."""
-    return (node for inner in all_graphs(graph) for node in inner.node)

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import shape_operator
 from graphopt.capture.onnx.tensors import dtype_of
-from graphopt.capture.onnx.values import SYMBOLIC, Known, known
+from graphopt.capture.onnx.values import MOST_KNOWN, SYMBOLIC, Known, known
 
 
 class _Undecided(Exception):
@@ -50,6 +50,8 @@ def _divide(left: Any, right: Any) -> Any:
 def _power(base: Any, exponent: Any) -> Any:
     if isinstance(base, SYMBOLIC) or isinstance(exponent, SYMBOLIC) or base < 0 or exponent < 0:
         raise _Undecided
+    if isinstance(base, int) and base > 1 and exponent > 64:
+        raise _Undecided
     return type(base)(base**exponent)
 
 
@@ -68,6 +70,8 @@ def _modulo(left: Any, right: Any) -> Any:
 def _elementwise(function: Callable[..., Any], dtype: torch.dtype | None = None) -> Callable[..., Known | None]:
     def run(op: Operation, *inputs: Known) -> Known | None:
         op.attributes.ignore("fmod")
+        if math.prod(np.broadcast_shapes(*(value.shape for value in inputs))) > MOST_KNOWN:
+            return None
         arrays = np.broadcast_arrays(*(value.array for value in inputs))
         try:
             items = [function(*row) for row in zip(*(array.flat for array in arrays), strict=True)]
@@ -147,7 +151,9 @@ def _integer(item: Any) -> Any:
 
 
 @shape_operator("Concat")
-def concat(op: Operation, *values: Known) -> Known:
+def concat(op: Operation, *values: Known) -> Known | None:
+    if sum(value.array.size for value in values) > MOST_KNOWN:
+        return None
     axis = op.axis(op.attributes.integer("axis"), values[0].ndim)
     return Known(np.concatenate([value.array for value in values], axis), values[0].dtype)
 

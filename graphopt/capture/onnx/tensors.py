@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from onnx import TensorProto, numpy_helper
 
+from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.errors import CaptureError
 
 DTYPES: dict[int, torch.dtype] = {
@@ -25,6 +24,14 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.DOUBLE: torch.float64,
     TensorProto.BFLOAT16: torch.bfloat16,
 }
+
+_FIELDS = {
+    TensorProto.FLOAT: "float_data",
+    TensorProto.DOUBLE: "double_data",
+    TensorProto.INT64: "int64_data",
+    TensorProto.UINT32: "uint64_data",
+    TensorProto.UINT64: "uint64_data",
+}  # all others: int32_data
 
 FOUR_BITS: dict[int, tuple[torch.dtype, tuple[int, int]]] = {
     TensorProto.UINT4: (torch.uint8, (0, 15)),
@@ -41,7 +48,7 @@ def dtype_of(code: int, what: str) -> torch.dtype:
     raise CaptureError(f"{what} has the element type {name}, which graphopt does not import; use float or signed types")
 
 
-def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
+def read_tensor(proto: Any, external: ExternalData) -> torch.Tensor:
     """The values of a TensorProto; external data is mapped copy on write, so the file is never changed.
 
     Raises CaptureError where type, size or place of the data cannot be.
@@ -52,14 +59,14 @@ def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
         raise CaptureError(f"{what} has the shape {list(shape)}; a size must be 0 or more")
     count = math.prod(shape)
     if proto.data_location == TensorProto.EXTERNAL:
-        return _external(proto, what, folder, count * dtype.itemsize).view(dtype).reshape(shape)
+        return external.read(proto, what, count * dtype.itemsize).view(dtype).reshape(shape)
     if proto.HasField("raw_data"):
         if len(proto.raw_data) != count * dtype.itemsize:
             raise CaptureError(f"{what} of shape {list(shape)} holds {len(proto.raw_data)} bytes; the file is damaged")
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(proto.raw_data), dtype=torch.uint8).view(dtype).reshape(shape)
-    held = max(len(getattr(proto, field)) for field in ("float_data", "int32_data", "int64_data", "double_data"))
+    held = len(getattr(proto, _FIELDS.get(proto.data_type, "int32_data")))
     if held != count:
         raise CaptureError(f"{what} of shape {list(shape)} holds {held} values; the file is damaged")
     if dtype == torch.bfloat16:
@@ -68,7 +75,7 @@ def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
     return torch.from_numpy(np.array(numpy_helper.to_array(proto))).reshape(shape)
 
 
-def read_four_bits(proto: Any, folder: Path | None) -> torch.Tensor:
+def read_four_bits(proto: Any, external: ExternalData) -> torch.Tensor:
     """The values of a TensorProto of two codes a byte, the first in the lower bits, each as a byte of its own.
 
     Raises CaptureError as `read_tensor` does.
@@ -80,7 +87,7 @@ def read_four_bits(proto: Any, folder: Path | None) -> torch.Tensor:
     count = math.prod(shape)
     size = (count + 1) // 2
     if proto.data_location == TensorProto.EXTERNAL:
-        packed = _external(proto, what, folder, size)
+        packed = external.read(proto, what, size)
     else:
         data = proto.raw_data if proto.HasField("raw_data") else bytes(byte & 255 for byte in proto.int32_data)
         if len(data) != size:
@@ -90,28 +97,3 @@ def read_four_bits(proto: Any, folder: Path | None) -> torch.Tensor:
     if dtype == torch.int8:
         codes = ((codes ^ 8).to(torch.int8) - 8).to(torch.int8)
     return codes.reshape(shape)
-
-
-def _external(proto: Any, what: str, folder: Path | None, size: int) -> torch.Tensor:
-    if folder is None:
-        raise CaptureError(f"{what} lies in another file; give the path of the model instead of a ModelProto")
-    entries = {entry.key: entry.value for entry in proto.external_data}
-    if "\0" in entries.get("location", ""):
-        raise CaptureError(f"{what} lies in a file whose name has a null character; the file is damaged")
-    path = Path(os.path.realpath(folder / entries.get("location", "")))
-    if not path.is_relative_to(os.path.realpath(folder)):
-        raise CaptureError(
-            f"{what} lies outside the model's folder ({entries['location']}); keep its data beside the model"
-        )
-    try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
-        held = path.stat().st_size if path.is_file() else None
-    except (ValueError, OSError) as error:
-        raise CaptureError(f"{what} says where its data lie in a way that cannot be read: {error}") from error
-    if held is None:
-        raise CaptureError(f"{what} lies in {path.name}, which does not exist beside the model; copy it there")
-    if length != size or offset < 0 or offset + size > held:
-        raise CaptureError(f"{what} needs {size} bytes at {offset} of {path.name}, which has {held}; it is damaged")
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(size,)))

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 KNOWN_ELEMENTS = 64  # a larger array is a tensor
+MOST_KNOWN = 1024  # of what is computed from known arrays: doubled a few times, an array takes all memory
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -87,3 +88,20 @@ def rounded(value: Any, dtype: torch.dtype) -> Any:
         # The shortest decimal of the largest number lies above it.
         return float(exact) if abs(shortest) > float(np.finfo(np.float32).max) and np.isfinite(exact) else shortest
     return value
+
+
+def stays_known(value: Known) -> bool:
+    """Whether it is small and each number one of its type; others are left to tensors, where they wrap around."""
+    if value.array.size > MOST_KNOWN:
+        return False
+    if value.dtype.is_floating_point or value.dtype == torch.bool:
+        return True
+    bounds = torch.iinfo(value.dtype)
+    return all(bounds.min <= _hint(item) <= bounds.max for item in value.array.flat)
+
+
+def _hint(item: Any) -> Any:
+    """A number, or that of a symbolic size at the sizes which the graph is read with."""
+    if not isinstance(item, torch.SymInt):
+        return 0 if isinstance(item, SYMBOLIC) else item
+    return 0 if item.node.hint is None else item.node.hint

@@ -1,14 +1,32 @@
-"""Small ONNX files with something wrong in them: bytes, types, names, sizes, edges, external data, nesting."""
+"""Small ONNX files with something wrong in them: bytes, types, names, sizes, edges, external data, nesting, growth.
+
+`python -m tests.capture.onnx.mutations 10000` reads as many of them and prints what became of them; `--child` has each
+file walked through in a child process, as users have it, which takes three times as long.
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
+from graphopt.capture import Limits, capture
+from graphopt.errors import GraphoptError
+from graphopt.untrusted.onnx_file import check_file
 from tests.capture.onnx.tiny import model_of
 
 Mutation = Callable[[random.Random, onnx.ModelProto], None]
@@ -178,20 +196,166 @@ def change_opset(rng: random.Random, model: onnx.ModelProto) -> None:
     model.opset_import[0].version = rng.choice([0, 7, 11, 12, 13, 18, 23, 99, 2**40])
 
 
+def grow(rng: random.Random, model: onnx.ModelProto) -> None:
+    """A few bytes that ask for much: huge results, and arrays, numbers or sizes that double from node to node."""
+    node = helper.make_node
+    huge = np.array([rng.choice([2**20, 2**31, 2**40, 2**62]) for _ in range(2)])
+    model.graph.initializer.append(numpy_helper.from_array(huge, "huge"))
+    model.graph.initializer.append(numpy_helper.from_array(huge[0], "much"))
+    name = rng.choice(["Expand", "Tile", "ConstantOfShape", "Range", "OneHot", "Pad", "Concat", "Mul", "Add"])
+    if name in ("Concat", "Mul", "Add"):
+        settings: dict[str, Any] = {"axis": 0} if name == "Concat" else {}
+        first = rng.choice(["s", "rest", "huge"])
+        chain = [node(name, [first if k == 0 else f"d{k - 1}"] * 2, [f"d{k}"], **settings) for k in range(40)]
+        model.graph.node.extend([*chain, node("Reshape", ["h", "d39"], ["grown"])])
+    else:
+        inputs = {
+            "ConstantOfShape": ["huge"], "Range": ["zero", "much", "much"], "OneHot": ["first", "much", "rest"],
+            "Pad": ["h", "huge"],
+        }.get(name, [rng.choice(["h", "first"]), "huge"])  # fmt: skip
+        model.graph.node.append(node(name, inputs, ["grown"]))
+    model.graph.node.append(node("Neg", ["grown"], ["grown_more"]))
+    model.graph.output.append(onnx.ValueInfoProto(name="grown_more"))
+
+
+def repeat(rng: random.Random, model: onnx.ModelProto) -> None:
+    """Loops, within one another too, that run for long or do not end."""
+    trips = rng.choice([0, 3, 50, 10**6, 2**62, -1])
+    model.graph.initializer.append(numpy_helper.from_array(np.array(trips), "trips"))
+    inner = [helper.make_node(rng.choice(["Relu", "Identity", "Exp"]), ["h"], ["turned"])]
+    for depth in range(rng.randint(1, 3)):
+        values = [
+            helper.make_tensor_value_info(f"{name}_{depth}", kind, [])
+            for name, kind in (("trip", TensorProto.INT64), ("going", TensorProto.BOOL))
+        ]
+        nodes = [*inner, helper.make_node("Identity", [f"going_{depth}"], [f"on_{depth}"])]
+        body = helper.make_graph(nodes, "body", values, [onnx.ValueInfoProto(name=f"on_{depth}")])
+        inner = [helper.make_node("Loop", ["trips", "yes"], [], body=body)]
+    model.graph.node.extend(inner)
+
+
+def call(rng: random.Random, model: onnx.ModelProto) -> None:
+    """Functions of the model's own that call one another: twice each, themselves, or one that is not there."""
+    versions = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    count = rng.choice([1, 3, 40, 300])
+    for index in range(count):
+        callee = (
+            rng.choice([f"f{index - 1}", f"f{index - 1}", f"f{index}", "missing"]) if count < 40 else f"f{index - 1}"
+        )
+        node = helper.make_node(callee, ["a"], ["b"], domain="own") if index else helper.make_node("Neg", ["a"], ["b"])
+        more = helper.make_node(node.op_type, ["b"], ["c"], domain=node.domain)
+        model.functions.append(helper.make_function("own", f"f{index}", ["a"], ["c"], [node, more], versions))
+    model.opset_import.append(versions[1])
+    model.graph.node.append(helper.make_node(f"f{count - 1}", ["h"], ["called"], domain="own"))
+    model.graph.output.append(onnx.ValueInfoProto(name="called"))
+
+
+def spell_out(rng: random.Random, model: onnx.ModelProto) -> None:
+    """Weights as lists of numbers, at times of another type or length."""
+    proto = rng.choice(model.graph.initializer)
+    if proto.data_type in (TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL):
+        values = numpy_helper.to_array(proto).ravel().tolist() if proto.raw_data else []
+        proto.ClearField("raw_data")
+        del values[len(values) - rng.choice([0, 0, 1]) :]
+        field = rng.choice(["float_data", "int64_data", "int32_data", "double_data"])
+        getattr(proto, field).extend(value if "a" in field[:5] or "double" in field else int(value) for value in values)
+
+
+def turn_around(rng: random.Random, model: onnx.ModelProto) -> None:
+    """A cycle: a node reads what a node after it makes."""
+    first, last = sorted(rng.sample(range(len(model.graph.node)), 2))
+    if model.graph.node[first].input and model.graph.node[last].output:
+        model.graph.node[first].input[0] = model.graph.node[last].output[0]
+
+
+def other_kind(rng: random.Random, model: onnx.ModelProto) -> None:
+    """Inputs and results that are no tensors, or have types within types."""
+    value = rng.choice([*model.graph.input, *model.graph.output])
+    kind = value.type
+    for _ in range(rng.choice([1, 2, 40])):
+        kind = kind.sequence_type.elem_type if rng.random() < 0.5 else kind.optional_type.elem_type
+    kind.tensor_type.elem_type = TensorProto.FLOAT
+
+
 MUTATIONS: tuple[Mutation, ...] = (
     rewire, rename_output, drop_input, add_input, shuffle_nodes, other_operator, change_attribute, new_attribute,
     change_weight, change_interface, nest, change_opset,
+    grow, repeat, call, spell_out, turn_around, other_kind,
 )  # fmt: skip
+_FIRST_KINDS, _FIRST_SEEDS = 12, 2000  # those seeds stay the same files
 
 
 def mutated(seed: int) -> bytes:
-    """A file with one to three things wrong, and sometimes with wrong bytes."""
+    """A file with one to three things wrong, and sometimes with wrong bytes or without its end."""
     rng = random.Random(seed)
     model = sound()
+    kinds = MUTATIONS[:_FIRST_KINDS] if seed < _FIRST_SEEDS else MUTATIONS
     for _ in range(rng.randint(1, 3)):
-        rng.choice(MUTATIONS)(rng, model)
+        rng.choice(kinds)(rng, model)
     data = bytearray(model.SerializeToString())
     if rng.random() < 0.2:
         for _ in range(rng.randint(1, 8)):
             data[rng.randrange(len(data))] = rng.randrange(256)
+    if seed >= _FIRST_SEEDS and rng.random() < 0.03:
+        del data[rng.randrange(len(data)) :]
     return bytes(data)
+
+
+def outcome(seed: int, path: Path, *, child: bool = True) -> str:
+    """What becomes of the file of this seed, written to `path`: "imported", or the sentence that refuses it.
+
+    Raises whatever else comes up. Without `child` it is walked through in this process.
+    """
+    path.write_bytes(mutated(seed))
+    try:
+        with nullcontext() if child else mock.patch("graphopt.capture.onnx.reading.run_child", _here):
+            capture(path)
+    except GraphoptError as error:
+        if not str(error).strip() or "\n" in str(error):
+            raise AssertionError(f"no sentence: {str(error)!r}") from error
+        return str(error)
+    return "imported"
+
+
+def _here(function: str, path: Path, folder: Path, limits: Limits) -> None:
+    check_file(path, folder, limits)
+
+
+def main() -> int:
+    """Prints a table; 1 where a file ended otherwise, or took over a minute."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("last", type=int, help="up to this seed")
+    parser.add_argument("--first", type=int, default=0, help="from this seed on")
+    parser.add_argument("--child", action="store_true", help="walk through each file in a child process")
+    arguments = parser.parse_args()
+    counts: Counter[str] = Counter()
+    slowest, wrong, begin = (0.0, 0), 0, time.monotonic()
+    signal.signal(signal.SIGALRM, _too_slow)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(arguments.first, arguments.last):
+            start = time.monotonic()
+            signal.alarm(60)
+            try:
+                said = outcome(seed, Path(folder, "mutated.onnx"), child=arguments.child)
+                counts["imported" if said == "imported" else "refused"] += 1
+            except Exception as error:
+                wrong += 1
+                print(f"seed {seed}: {type(error).__name__}: {error}", flush=True)
+            signal.alarm(0)
+            slowest = max(slowest, (time.monotonic() - start, seed))
+            if seed % 500 == 499:
+                print(f"  up to {seed}: {dict(counts)}, {wrong} otherwise", flush=True)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"imported {counts['imported']}, refused {counts['refused']}, otherwise {wrong}")
+    print(
+        f"slowest: seed {slowest[1]}, {slowest[0]:.1f} s; {time.monotonic() - begin:.0f} s in all; {memory} MB at most"
+    )
+    return 1 if wrong else 0
+
+
+def _too_slow(*_: object) -> None:
+    raise TimeoutError("over a minute")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
