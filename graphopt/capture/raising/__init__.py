@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from graphopt.capture.raising.attention import RaiseAttention
 from graphopt.capture.raising.composites import RaiseComposites, RaiseWrittenOut
+from graphopt.capture.raising.recurrent import RaiseRecurrent, settled
 from graphopt.contract import Pass, PassContext
 from graphopt.program import Program
 
 
 def raised(program: Program) -> Program:
     """A program from ONNX with linear layers, activations, RMS norms and attention in one node each."""
-    return _after(program, RaiseComposites(), RaiseAttention())
+    return _after(settled(program), RaiseComposites(), RaiseAttention())
 
 
 def raised_from_torch(program: Program) -> Program:
-    """A program from PyTorch with GELU and RMS norm in one node each; it has the other composites as they are."""
-    return _after(program, RaiseWrittenOut())
+    """A program from PyTorch with GELU, RMS norm and recurrent layers in one node each; others it has as they are."""
+    return _after(settled(_after(program, RaiseRecurrent())), RaiseWrittenOut())
 
 
 def _after(program: Program, *steps: Pass) -> Program:
