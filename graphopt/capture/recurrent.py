@@ -76,7 +76,7 @@ def layers(
         options["linear_before_reset"] = True
     given = list(hx) if kind == "lstm" else [hx]
     states: list[list[Any]] = []
-    x = aten.permute.default(x, [1, 0, 2]) if batch_first else x
+    x = aten.transpose.int(x, 0, 1) if batch_first else x
     operator = getattr(torch.ops.graphopt, kind).default
     for layer in range(num_layers):
         start = layer * each * directions
@@ -88,7 +88,7 @@ def layers(
         states.append(last)
         x = _joined(y, directions)
     ends = [aten.cat.default(list(each)) if num_layers > 1 else each[0] for each in zip(*states, strict=True)]
-    return (aten.permute.default(x, [1, 0, 2]) if batch_first else x, *ends)
+    return (aten.transpose.int(x, 0, 1) if batch_first else x, *ends)
 
 
 def _results(value: Any, count: int) -> list[Any]:
@@ -118,6 +118,6 @@ def _joined(y: Any, directions: int) -> Any:
     if directions == 1:
         return aten.squeeze.dims(y, [1])
     sizes = [aten.sym_size.int(y, axis) for axis in (0, 2)]
-    return aten.view.default(aten.permute.default(y, [0, 2, 1, 3]), [*sizes, -1])
+    return aten.view.default(aten.transpose.int(y, 1, 2), [*sizes, -1])
 
 

@@ -7,15 +7,15 @@ The functions here are the specification. D is the number of directions, G that 
   with the state; `p` [D, 3 H], peepholes of i, o and f;
 - `initial_h`, `initial_c` [D, B, H], zero where left out;
 - `sequence_lens` [B], any integers from 0 to T: row n ends after so many steps. Its last state is the one it had then,
-  its outputs behind are zero, and the reverse direction begins at its own end;
+  zero for a row of no steps; its outputs behind are zero, and the reverse direction begins at its own end;
 - results `y` [T, B, D, H] seen as [T, D, B, H], `y_h` and `y_c` [D, B, H].
 
 Options: `direction` "forward", "reverse" or "bidirectional"; `activations`, for each direction those of the gates, of
 the new value and (lstm) of the cell, with `alpha` and `beta`, one number for each of them; `clip`, which bounds the
-input of every activation; `input_forget`, f = 1 - i. `linear_before_reset`: the reset gate multiplies the product with
+input of every activation but that of the cell; `input_forget`, f = 1 - i. `linear_before_reset`: the reset gate multiplies the product with
 the state, as in PyTorch, instead of the state.
 
-Source: ONNX RNN, GRU and LSTM, opset 14 and 22. float16 and bfloat16 are computed in float32 and rounded at the end.
+Source: ONNX RNN, GRU and LSTM, opset 14 and 22; where they say nothing, ONNX Runtime. float16 and bfloat16 are computed in float32 and rounded at the end.
 Gradients are those of the functions here. All raise UsageError for shapes and options that do not fit.
 """
 
@@ -172,6 +172,8 @@ def _one_direction(
             active = (step < lens)[:, None]
             outputs.append(torch.where(active, new[0], 0))
             state = [torch.where(active, after, before) for after, before in zip(new, state, strict=True)]
+    if lens is not None:
+        state = [torch.where((lens > 0)[:, None], value, 0) for value in state]
     y = torch.stack(outputs) if outputs else x.new_zeros((0, x.shape[1], hidden))
     return (y if place is None else y.gather(0, place[..., None].expand_as(y))), state
 
@@ -186,15 +188,15 @@ def _reversed(steps: int, lens: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _functions(options: Options, number: int) -> list[Callable[[Tensor], Tensor]]:
-    """The activations of a direction, after clipping."""
+    """The activations of a direction; all but that of a cell clip."""
 
-    def make(name: str, alpha: float, beta: float) -> Callable[[Tensor], Tensor]:
+    def make(place: int, name: str, alpha: float, beta: float) -> Callable[[Tensor], Tensor]:
         function = ACTIVATIONS[name][0]
-        bound = options.clip
+        bound = options.clip if place < 2 else None
         return lambda value: function(value if bound is None else value.clamp(-bound, bound), alpha, beta)
 
     parts = options.activations[number], options.alpha[number], options.beta[number]
-    return [make(*each) for each in zip(*parts, strict=True)]
+    return [make(place, *each) for place, each in enumerate(zip(*parts, strict=True))]
 
 
 def _rnn_cell(options: Options, number: int, r: Tensor, b: Tensor, p: Tensor | None) -> Callable[..., Any]:

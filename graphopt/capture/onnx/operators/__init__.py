@@ -16,6 +16,7 @@ from graphopt.capture.onnx.operators import (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     resizing,
 )
@@ -35,6 +36,7 @@ FAMILIES = (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     resizing,
     shape_domain,
