@@ -73,8 +73,11 @@ def _activations(op: Operation, kind: str, directions: int) -> dict[str, Any]:
     """The activations of all directions with their numbers, of which the file lists only those that are used; none
     where they are the usual ones."""
     alpha, beta = (op.attributes.numbers(f"activation_{name}") or [] for name in ("alpha", "beta"))
+    usual = USUAL[kind] * directions
     names = op.attributes.texts("activations")
-    if names is None or ([name.lower() for name in names] == [n.lower() for n in USUAL[kind] * directions]):
+    if names is not None and kind == "rnn":
+        names = names[: len(usual)]  # the standard's default is two in any direction
+    if names is None or [name.lower() for name in names] == [name.lower() for name in usual]:
         return {}
     found = []
     for name in names:
