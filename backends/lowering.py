@@ -71,6 +71,7 @@ class Weights:
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     names: dict[Any, str] = field(default_factory=dict)
+    held: list[torch.Tensor] = field(default_factory=list)  # an address is a tensor's own only as long as it lives
 
     def add(self, tensor: torch.Tensor, label: str, key: str, pack: Callable[[np.ndarray], np.ndarray] | None) -> str:
         """The name under which the packed tensor is kept; `label` and `key` make it readable."""
@@ -85,6 +86,7 @@ class Weights:
                 name = f"{base}_{len(self.arrays)}"
             self.arrays[name] = array
             self.names[identity] = name
+            self.held.append(tensor)
         return self.names[identity]
 
 

@@ -40,8 +40,8 @@ def _gelu_tanh_exact(x: Any) -> Any:
 
 
 _exp = _either(approximations.exp, tirx.exp)
-_tanh = _either(approximations.tanh, library("tanh"))
-_sigmoid = _either(approximations.sigmoid, lambda x: like(x, 1) / (like(x, 1) + tirx.exp(like(x, 0) - x)))
+tanh = _either(approximations.tanh, library("tanh"))
+sigmoid = _either(approximations.sigmoid, lambda x: like(x, 1) / (like(x, 1) + tirx.exp(like(x, 0) - x)))
 _erf = _either(approximations.erf, library("erf"))
 _log1p = library("log1p")
 _LIBRARY = ("tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh")
@@ -56,7 +56,7 @@ def _gelu(lowering: Lowering, node: Node) -> Lazy:
     return element_wise(lowering, node, [x], _GELU[form])
 
 
-def _relu(x: Any) -> Any:
+def relu(x: Any) -> Any:
     return tirx.Select(x < like(x, 0), like(x, 0), x)
 
 
@@ -79,17 +79,17 @@ def _prelu(lowering: Lowering, node: Node) -> Lazy:
     return element_wise(lowering, node, [x, slope], lambda x, s: tirx.Select(x > like(x, 0), x, x * s))
 
 
-def _bounded(x: Any, low: float, high: float) -> Any:
+def bounded(x: Any, low: float, high: float) -> Any:
     return tirx.Select(x < like(x, low), like(x, low), tirx.Select(x > like(x, high), like(x, high), x))
 
 
 def _hard_sigmoid(x: Any) -> Any:
-    return _bounded(x + like(x, 3), 0, 6) / like(x, 6)
+    return bounded(x + like(x, 3), 0, 6) / like(x, 6)
 
 
 def _hard_swish(x: Any) -> Any:
     """Multiplied first, as PyTorch does: it overflows where PyTorch's does."""
-    return x * _bounded(x + like(x, 3), 0, 6) / like(x, 6)
+    return x * bounded(x + like(x, 3), 0, 6) / like(x, 6)
 
 
 def _elu(x: Any, alpha: float, scale: float, input_scale: float) -> Any:
@@ -97,7 +97,7 @@ def _elu(x: Any, alpha: float, scale: float, input_scale: float) -> Any:
     return tirx.Select(x > like(x, 0), x * like(x, scale), low)
 
 
-def _softplus(x: Any, beta: float, threshold: float) -> Any:
+def softplus(x: Any, beta: float, threshold: float) -> Any:
     scaled = x * like(x, beta)
     return tirx.Select(scaled > like(x, threshold), x, _log1p(_exp(scaled)) / like(x, beta))
 
@@ -107,7 +107,7 @@ def _log_sigmoid(x: Any) -> Any:
     return tirx.Select(x > like(x, 0), like(x, 0), x) - _log1p(_exp(like(x, 0) - tirx.abs(x)))
 
 
-def _threshold(x: Any, bound: float, value: float) -> Any:
+def threshold(x: Any, bound: float, value: float) -> Any:
     return tirx.Select(x <= like(x, bound), like(x, value), x)
 
 
@@ -133,26 +133,26 @@ def _unary(expression: Expression) -> Callable[[Lowering, Node], Lazy]:
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
-    aten.relu.default: _unary(_relu),
-    aten.relu6.default: _unary(lambda x: _bounded(x, 0, 6)),
+    aten.relu.default: _unary(relu),
+    aten.relu6.default: _unary(lambda x: bounded(x, 0, 6)),
     aten.leaky_relu.default: _with_options(_leaky_relu),
     aten.prelu.default: _prelu,
     aten._prelu_kernel.default: _prelu,
     aten.elu.default: _with_options(_elu),
-    aten.softplus.default: _with_options(_softplus),
-    aten.threshold.default: _with_options(_threshold),
-    aten.hardtanh.default: _with_options(_bounded),
+    aten.softplus.default: _with_options(softplus),
+    aten.threshold.default: _with_options(threshold),
+    aten.hardtanh.default: _with_options(bounded),
     aten.hardsigmoid.default: _unary(_hard_sigmoid),
     aten.hardswish.default: _unary(_hard_swish),
-    aten.silu.default: _unary(lambda x: x * _sigmoid(x)),
-    aten.mish.default: _unary(lambda x: x * _tanh(_softplus(x, 1, 20))),
+    aten.silu.default: _unary(lambda x: x * sigmoid(x)),
+    aten.mish.default: _unary(lambda x: x * tanh(softplus(x, 1, 20))),
     aten.log_sigmoid.default: _unary(_log_sigmoid),
     aten.gelu.default: _gelu,
-    aten.sigmoid.default: _unary(_sigmoid),
+    aten.sigmoid.default: _unary(sigmoid),
     aten.exp.default: _unary(_exp),
     aten.exp2.default: _unary(tirx.exp2),
     aten.expm1.default: _unary(library("expm1")),
-    aten.tanh.default: _unary(_tanh),
+    aten.tanh.default: _unary(tanh),
     aten.erf.default: _unary(_erf),
     aten.log.default: _unary(tirx.log),
     aten.log2.default: _unary(tirx.log2),

@@ -16,7 +16,6 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Kernel, Output, int64
-from graphopt.backends.rules.lanes import zero_tile
 from graphopt.backends.sizes import Size
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, inverse, permuted, placed_views
@@ -68,15 +67,22 @@ def tile_cost(target: Target, tile: Tile, rows: int, columns: int, depth: int) -
     return count * (depth * step + _TILE_STEPS * tile.rows * tile.vectors)
 
 
-class RegisterTile:
-    """The sums of one tile while its code is written: `values` [rows, vectors, lanes]."""
+def lanes_of(target: Target, dtype: str) -> int:
+    """Elements of one vector register."""
+    return target.lanes // 2 if dtype == "float64" else target.lanes
 
-    def __init__(self, kernel: Kernel, tile: Tile) -> None:
-        self.kernel, self.tile, self.lanes = kernel, tile, kernel.target.lanes
-        self.values = kernel.registers(tile.rows, tile.vectors, self.lanes)
+
+class RegisterTile:
+    """The sums of one tile while its code is written: `values` [rows, vectors, lanes] of `dtype`."""
+
+    def __init__(self, kernel: Kernel, tile: Tile, dtype: str = "float32") -> None:
+        self.kernel, self.tile, self.dtype = kernel, tile, dtype
+        self.lanes = lanes_of(kernel.target, dtype)
+        self.values = kernel.registers(tile.rows, tile.vectors, self.lanes, dtype=dtype)
 
     def zero(self) -> None:
-        zero_tile(self.kernel, self.values, self.tile.rows, self.tile.vectors)
+        for r, c, lane in self._elements():
+            T.buffer_store(self.values, tirx.const(0, self.dtype), [r, c, lane])
 
     def multiply(
         self,

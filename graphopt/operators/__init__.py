@@ -1,5 +1,5 @@
 """The graphopt:: operators: what ATen cannot say."""
 
-from graphopt.operators import quantization
+from graphopt.operators import quantization, recurrent
 
-__all__ = ["quantization"]
+__all__ = ["quantization", "recurrent"]

@@ -72,6 +72,10 @@ class Attributes:
         value = self._value(name, AttributeProto.FLOATS)
         return None if value is None else [float(rounded(float(item), torch.float32)) for item in value]
 
+    def texts(self, name: str) -> list[str] | None:
+        value = self._value(name, AttributeProto.STRINGS)
+        return None if value is None else [item.decode(errors="replace") for item in value]
+
     def tensor(self, name: str) -> torch.Tensor | None:
         value = self._value(name, AttributeProto.TENSOR)
         return None if value is None else read_tensor(value, self._external)

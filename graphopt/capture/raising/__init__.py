@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from graphopt.capture.raising.attention import RaiseAttention
 from graphopt.capture.raising.composites import RaiseComposites
+from graphopt.capture.raising.recurrent import RaiseRecurrent, settled
 from graphopt.contract import Pass, PassContext
 from graphopt.program import Program
 
 
 def raised(program: Program) -> Program:
     """A program from ONNX with linear layers, activations, RMS norms and attention in one node each."""
-    return _after(program, RaiseComposites(), RaiseAttention())
+    return _after(settled(program), RaiseComposites(), RaiseAttention())
 
 
 def raised_from_torch(program: Program) -> Program:
-    """The same but for attention, which a program from PyTorch keeps as it was written."""
-    return _after(program, RaiseComposites())
+    """The same and recurrent layers, but for attention, which a program from PyTorch keeps as it was written."""
+    return _after(settled(_after(program, RaiseRecurrent())), RaiseComposites())
 
 
 def _after(program: Program, *steps: Pass) -> Program:
