@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +21,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Parts:
-    """softmax(scale * query transposed_key + mask) value."""
+    """softmax(scale * query transposed_key + the sum of masks) value."""
 
     query: Node
     transposed_key: Node
     value: Node
-    mask: Node | None
+    masks: tuple[Node, ...]
     scale: float
 
 
@@ -57,7 +58,7 @@ def find_parts(editor: GraphEditor, node: Node) -> Parts | None:
         user is not node and user is not weights and user.target is not aten.isnan.default for user in softmax.users
     ):
         return None
-    scores, mask = _without_mask(softmax.args[0])
+    scores, masks = _without_masks(softmax.args[0])
     product, scale = _without_scale(scores)
     if product.target is not aten.matmul.default or rank(product) != 4:
         return None
@@ -65,7 +66,7 @@ def find_parts(editor: GraphEditor, node: Node) -> Parts | None:
     key, after = _without_scale(product.args[1])
     if not (rank(query) == rank(key) == rank(value) == 4) or not isinstance(value, Node):
         return None
-    return Parts(query, key, value, mask, scale * before * after)
+    return Parts(query, key, value, masks, scale * before * after)
 
 
 def _without_guard(editor: GraphEditor, weights: Any) -> Node:
@@ -82,12 +83,14 @@ def _without_guard(editor: GraphEditor, weights: Any) -> Node:
     return weights  # type: ignore[no-any-return]
 
 
-def _without_mask(scores: Any) -> tuple[Node, Node | None]:
+def _without_masks(scores: Any) -> tuple[Node, tuple[Node, ...]]:
+    """The product, and what is added to it in the order of the additions: T5 adds a bias and a mask."""
     if scores.target is aten.add.Tensor and isinstance(scores.args[1], Node) and not scores.kwargs:
-        for scaled, mask in (scores.args, reversed(scores.args)):
-            if _without_scale(scaled)[0].target is aten.matmul.default:
-                return scaled, mask
-    return scores, None
+        for rest, mask in (scores.args, reversed(scores.args)):
+            inner, before = _without_masks(rest)
+            if _without_scale(inner)[0].target is aten.matmul.default:
+                return inner, (*before, mask)
+    return scores, ()
 
 
 def _without_scale(value: Any) -> tuple[Node, float]:
@@ -102,10 +105,10 @@ def _replace(editor: GraphEditor, node: Node, parts: Parts) -> None:
     width = parts.query.meta["val"].shape[-1]
     usual = 1 / math.sqrt(width) if isinstance(width, int) and width else 0.0
     scale = usual if near(parts.scale, usual) else parts.scale
-    mask = _allowed(editor, parts.mask) if parts.mask is not None else None
+    masks = parts.masks if len(parts.masks) != 1 else (_allowed(editor, parts.masks[0]),)
 
     def build(builder: Builder) -> list[Node]:
-        given = () if mask is None else (mask,)
+        given = () if not masks else (reduce(partial(builder.call, aten.add.Tensor), masks),)
         key = _key(builder, parts.transposed_key)
         operands = (parts.query, key, parts.value, *given)
         return [builder.call(aten.scaled_dot_product_attention.default, *operands, scale=scale)]

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.operators.attention import merge_heads, split_heads
-from graphopt.capture.onnx.operators.rotary import rotated
+from graphopt.capture.onnx.operators.rotary import rotated, widened
 from graphopt.capture.onnx.registry import operator
 from graphopt.capture.onnx.values import Present, Tensor, Value
 
@@ -116,16 +116,11 @@ def _turned(
 ) -> list[Tensor]:
     if cos is None or sin is None:
         raise op.refuse("do_rotary needs cos_cache and sin_cache; the file is damaged")
-    if position_ids is not None:
-        positions: Present = position_ids
-    else:
-        positions = _numbers(op, placing, parts[0].shape[2])
-    waves = []
-    for rows in (cos, sin):
-        wave = op.call(aten.embedding.default, op.tensor(rows), positions)
-        waves.append(op.call(aten.unsqueeze.default, wave, 1))
+    positions = _numbers(op, placing, parts[0].shape[2]) if position_ids is None else position_ids
     interleaved = bool(op.attributes.integer("rotary_interleaved"))
-    return [rotated(op, part, waves[0], waves[1], interleaved=interleaved) for part in parts]
+    waves = [op.call(aten.embedding.default, op.tensor(rows), positions) for rows in (cos, sin)]
+    wide = [widened(op, wave, interleaved=interleaved) for wave in waves]
+    return [rotated(op, part, *wide, interleaved=interleaved) for part in parts]
 
 
 def _numbers(op: Operation, placing: Placing, length: Any) -> Tensor:
