@@ -1,11 +1,13 @@
 """Replace conditions that come out the same for every input, and what they decide.
 
 Before: m = and(ge(arange(seq), 0), padding)        After: m = expand(padding)
+Before: y = attention(q, k, v, a mask of true, or of zeros)    After: y = attention(q, k, v)
 
 Exporters write masks as "this position is valid and not padding", with the first part true by construction. Left in,
 it makes a padding mask [B, 1, 1, S] look like one that differs from row to row, [B, 1, S, S]. Integer ranges are
-followed through position counters, sums, products and reshapes; a comparison with a number that the range decides is
-a constant, and so are conjunctions and disjunctions with it. Declines comparisons that the range leaves open.
+followed from position counters and constants through sums, products and reshapes; a comparison with a number that the
+range decides is a constant, and so are conjunctions and disjunctions with it. Declines comparisons that the range
+leaves open.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ from torch.fx import Node
 
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
+from graphopt.matcher import argument
 from graphopt.near_miss import describe
 from graphopt.program import Program
 from graphopt.propagate import shape_key
 
 aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 Range = tuple[float, float]
+
+MOST_ELEMENTS = 1 << 20  # of a constant that is looked through
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,19 @@ class DecidedConditions(Pass):
     measured = False
 
     def starts_at(self) -> frozenset[Any]:
-        return frozenset(COMPARISONS) | CONJUNCTIONS | DISJUNCTIONS
+        return frozenset(COMPARISONS) | CONJUNCTIONS | DISJUNCTIONS | {ATTENTION}
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)
         for editor in edit.graphs():
-            known = _Known()
+            known = _Known(editor)
             for node in editor.nodes():
                 if node.target in COMPARISONS:
                     self._compare(editor, node, known)
                 elif node.target in CONJUNCTIONS or node.target in DISJUNCTIONS:
                     self._combine(editor, node, known)
+                elif node.target is ATTENTION and argument(node, "attn_mask") is not None:
+                    self._unmask(editor, node, known)
         return edit.finish()
 
     def _compare(self, editor: GraphEditor, node: Node, known: _Known) -> None:
@@ -82,6 +90,21 @@ class DecidedConditions(Pass):
                 editor.decline(self.name, node, f"{flag.name} decides it, but has another shape than the result")
             return
         editor.near_miss(self.name, node, f"neither {left} nor {right} is known to be the same everywhere", 1, 2)
+
+    def _unmask(self, editor: GraphEditor, node: Node, known: _Known) -> None:
+        mask = argument(node, "attn_mask")
+        held = editor.constant_value(mask)
+        zeros = held is not None and held.is_floating_point() and held.numel() <= MOST_ELEMENTS and not held.any()
+        if not zeros and known.constant(mask) is not True:
+            editor.near_miss(self.name, node, f"{describe(mask)} may leave something out", 1, 2)
+            return
+
+        def build(builder: Builder) -> list[Node]:
+            given = [None if item is mask else item for item in node.args]
+            options = {name: value for name, value in node.kwargs.items() if value is not mask}
+            return [builder.call(ATTENTION, *given, **options)]
+
+        editor.replace(self.name, [node], build)
 
 
 def _flag(builder: Builder, like: Any, outcome: bool) -> Node:
@@ -120,7 +143,8 @@ class _Spread:
 class _Known:
     """What is known of values, remembered: integer ranges, and constants among the flags."""
 
-    def __init__(self) -> None:
+    def __init__(self, editor: GraphEditor) -> None:
+        self._editor = editor
         self._ranges: dict[Node, Range | None] = {}
 
     def constant(self, value: Any) -> bool | None:
@@ -137,9 +161,16 @@ class _Known:
         if value.meta["val"].is_floating_point() or value.meta["val"].is_complex():
             return None
         if value not in self._ranges:
-            rule = RANGES.get(value.target)
-            self._ranges[value] = None if rule is None else rule(self, value)
+            rule, held = RANGES.get(value.target), self._editor.constant_value(value)
+            self._ranges[value] = _held(held) if held is not None else None if rule is None else rule(self, value)
         return self._ranges[value]
+
+
+def _held(tensor: torch.Tensor) -> Range | None:
+    if not 0 < tensor.numel() <= MOST_ELEMENTS:
+        return None
+    least, most = torch.aminmax(tensor)
+    return int(least), int(most)
 
 
 def _filled(position: int) -> Callable[[_Known, Node], Range | None]:

@@ -4,8 +4,9 @@ Before: y = clone(x); z = view(y, same shape)        After: x in the place of bo
 
 Copies and aliases, casts to the same type, reshapes and expands to the same shape, slices of the full range, identity
 permutations and pairs that undo each other, padding by nothing, dropout in evaluation, x * 1, x / 1, x - 0, and x + 0
-on integers. Declines x + 0.0 on floats (it turns -0.0 into 0.0) and copies without which an output would share memory
-with an input, a weight or another output. Symbolic sizes count as equal when their expressions are.
+on integers. Of several reshapes in a row one stays, and one in the place of an index by constants that reads every
+element in order. Declines x + 0.0 on floats (it turns -0.0 into 0.0) and copies without which an output would share
+memory with an input, a weight or another output. Symbolic sizes count as equal when their expressions are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.fx import Node
 
 from graphopt.aliasing import why_output_needs_copy
 from graphopt.contract import Pass, PassContext, PassResult
-from graphopt.edit import Edit, GraphEditor
+from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.matcher import argument, arguments
 from graphopt.program import Program
 from graphopt.propagate import shape_key
@@ -53,6 +54,9 @@ class NoOpRemoval(Pass):
             editor.decline(self.name, node, found)
             return
         if found is None or not _same_type(node, found):
+            if (reshaped := _reshaped(editor, node)) is not None:
+                self._reshape(editor, node, *reshaped)
+                return
             reason = what_changes(node)
             if reason is not None:
                 editor.near_miss(self.name, node, reason, 1, 2)
@@ -62,6 +66,48 @@ class NoOpRemoval(Pass):
             editor.decline(self.name, node, reason)
         else:
             editor.replace(self.name, [node], lambda builder: [found])
+
+    def _reshape(self, editor: GraphEditor, node: Node, source: Node, sizes: Any) -> None:
+        reason = why_output_needs_copy(node, source) if node.target in COPIES else None
+        if reason is not None:
+            editor.decline(self.name, node, reason)
+            return
+        target: Any = aten.view.default if node.target in COPIES else node.target
+
+        def build(builder: Builder) -> list[Node]:
+            return [source if _same_type(node, source) else builder.call(target, source, sizes)]
+
+        editor.replace(self.name, [node], build)
+
+
+def _reshaped(editor: GraphEditor, node: Node) -> tuple[Node, Any] | None:
+    """What an operator only gives another shape, with fewer reshapes on the way, and the sizes of that shape."""
+    source = _source(node)
+    if source is None:
+        return None
+    if node.target is aten.index.Tensor:
+        sizes = list(node.meta["val"].shape)
+        return (source, sizes) if _reads_all_in_order(editor, node, source) else None
+    if node.target not in RESHAPES:
+        return None
+    first = source
+    while first.target is aten.view.default or first.target is node.target:
+        first = first.args[0]  # type: ignore[assignment]
+    return None if first is source else (first, node.args[1])
+
+
+def _reads_all_in_order(editor: GraphEditor, node: Node, source: Node) -> bool:
+    value: torch.Tensor = source.meta["val"]
+    given: Any = node.args[1]
+    if not all(isinstance(size, int) for size in value.shape) or not value.is_contiguous():
+        return False
+    if value.numel() > MOST_ELEMENTS or value.numel() != node.meta["val"].numel():
+        return False
+    indices = [editor.constant_value(index) for index in given]
+    if any(index is not None and held is None for index, held in zip(given, indices, strict=True)):
+        return False
+    places = torch.arange(value.numel())
+    return torch.equal(aten.index.Tensor(places.view(value.shape), indices).flatten(), places)
 
 
 def what_changes(node: Node) -> str | None:
@@ -158,14 +204,17 @@ def _is_number(value: Any, wanted: int) -> bool:
 PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int, aten.t.default})
 COPIES = frozenset(
     {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.repeat.default}
-    | {aten.pad.default, aten.constant_pad_nd.default}
+    | {aten.pad.default, aten.constant_pad_nd.default, aten.index.Tensor}
     | {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
     | {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 )
+RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+MOST_ELEMENTS = 1 << 20  # that an index is followed over
 CASES: dict[Any, Callable[[Node], Node | str | None]] = {
     **dict.fromkeys((aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default), _source),
     **dict.fromkeys((aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device), _source),
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), _source),
+    **dict.fromkeys(RESHAPES, _source),
+    aten.index.Tensor: lambda node: None,
     **dict.fromkeys((aten.expand.default, aten.repeat.default, aten.slice.Tensor), _source),
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints), _source),
     **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _dropout),

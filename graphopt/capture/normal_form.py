@@ -22,6 +22,7 @@ from graphopt.program import get_attribute, has_attribute, placeholder_name, set
 NAME = "graphopt_name"  # in the custom metadata of a file's nodes, which reading renames
 KEPT_META = ("val", "custom", "stack_trace", "nn_module_stack")
 _GUARD = re.compile(r"_assert_|sym_constrain_range|_assert$|_check")
+_SPELLINGS: dict[Any, Any] = {torch.ops.aten._unsafe_view.default: torch.ops.aten.view.default}  # where nothing trains
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
@@ -219,7 +220,8 @@ def same_storage_view(value: torch.Tensor) -> tuple[Any, ...]:
 def copy_node(graph: Graph, node: Node, values: Mapping[Node, Node]) -> Node:
     """Copy a node into `graph` with the metadata that programs keep, and the name that a file says it had."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda argument: values[argument])
-    copied = graph.create_node(node.op, node.target, args, kwargs, noted_name(node) or node.name, node.type)
+    target = _SPELLINGS.get(node.target, node.target)
+    copied = graph.create_node(node.op, target, args, kwargs, noted_name(node) or node.name, node.type)
     copied.meta = kept_meta(node)
     if copied.op == "get_attr":
         copied.meta.pop("val", None)

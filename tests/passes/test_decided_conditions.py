@@ -26,7 +26,9 @@ FIRES = [
     lambda x: (torch.arange(6) * 2 < 0) | (x > 0),
     lambda x: torch.ones(4, 1, dtype=torch.bool) & (x > 0),
     lambda x: (torch.arange(1, 6, 2)[:, None, None] != 0) & (x > 0),
+    lambda x: ALL & (x > 0),
 ]
+ALL, SOME = torch.ones(1, 6, dtype=torch.bool), torch.arange(6) > 2
 DECLINES = [
     (lambda x: (torch.arange(6) >= 3) & (x > 0), "values from 0 to 5 do not decide a comparison with 3"),
     (lambda x: (torch.arange(6) - 2 > -2) & (x > 0), "values from -2 to 3 do not decide a comparison with -2"),
@@ -53,6 +55,7 @@ def test_open_comparison_is_declined(function: Callable[..., object], words: str
     [
         lambda x: (x >= 0) & (x > 1),
         lambda x: x.long() & 0,
+        lambda x: SOME & (x > 0),
         lambda x: (torch.arange(6, dtype=torch.int8) + 120 > 0) & (x > 0),  # int8 wraps around
     ],
 )
@@ -67,3 +70,22 @@ def test_every_decision_holds_for_every_value(comparison: object, number: int, e
     outcome = COMPARISONS[comparison](*ends, number)
     results = {bool(comparison(torch.tensor(value), number)) for value in range(ends[0], ends[1] + 1)}  # type: ignore[operator]
     assert results == ({True, False} if outcome is None else {outcome})
+
+
+def attention(mask: torch.Tensor, **options: object) -> Callable[..., torch.Tensor]:
+    return lambda x: nn.functional.scaled_dot_product_attention(x, x, x, mask, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask", [torch.ones(6, 6, dtype=torch.bool), torch.zeros(1, 6)], ids=["true", "zero"])
+def test_a_mask_that_leaves_nothing_out_goes(mask: torch.Tensor) -> None:
+    result = check_pass(captured(Function(attention(mask, scale=0.3)), torch.randn(2, 6, 4)), DecidedConditions(), 1)
+    (node,) = result.program.graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    assert node.all_input_nodes == result.program.graph_module.graph.find_nodes(op="placeholder")
+    assert node.kwargs["scale"] == 0.3
+
+
+@pytest.mark.parametrize("mask", [torch.eye(6).bool(), torch.full((1, 6), -0.5)], ids=["eye", "added"])
+def test_other_masks_stay(mask: torch.Tensor) -> None:
+    check_pass(captured(Function(attention(mask)), torch.randn(2, 6, 4)), DecidedConditions(), rewrites=0)

@@ -123,3 +123,35 @@ def test_branches_are_walked() -> None:
         return torch.cond(x.sum() > 0, lambda x: (x * 1).sin(), lambda x: x.clone(), (x,))
 
     check_pass(captured(Function(branches), torch.randn(3)), NoOpRemoval(), 1, "memory of the input")
+
+
+EVERY = torch.arange(4).view(4, 1), torch.arange(6)
+THREE = torch.arange(3)
+RESHAPED = [
+    (lambda x: x.view(24).view(2, 12).sin(), 1),
+    (lambda x: x.sin().view(24).view(2, 12).view(6, 4).cos(), 2),
+    (lambda x: x.sin().view(3, 8)[THREE].view(4, 6).cos(), 2),
+    (lambda x: x.sin()[EVERY[0], EVERY[1]].cos(), 1),
+]
+NOT_RESHAPED = [
+    lambda x: x.sin()[EVERY[0], EVERY[1].flip(0)].cos(),
+    lambda x: x.sin()[EVERY[0], EVERY[1][:3]].cos(),
+    lambda x: x.sin().t()[EVERY[1].view(6, 1), EVERY[0].view(4)].cos(),
+    lambda x: x.view(24).sin().view(2, 12),
+]
+
+
+@pytest.mark.parametrize(("function", "rewrites"), RESHAPED)
+def test_one_reshape_is_enough(function: object, rewrites: int) -> None:
+    result = check_pass(captured(Function(function), torch.randn(4, 6)), NoOpRemoval(), rewrites=rewrites)
+    assert targets(result.program).count("aten.view") <= 1 and "aten.index" not in targets(result.program)
+
+
+@pytest.mark.parametrize("function", NOT_RESHAPED)
+def test_other_indices_stay(function: object) -> None:
+    check_pass(captured(Function(function), torch.randn(4, 6)), NoOpRemoval(), rewrites=0)
+
+
+def test_an_index_that_is_an_output_keeps_its_memory() -> None:
+    program = captured(Function(lambda x: x[EVERY[0], EVERY[1]]), torch.randn(4, 6))
+    check_pass(program, NoOpRemoval(), 0, "share memory")

@@ -122,8 +122,18 @@ class Emitter:
             held = get_attribute(self.weights.root, name)
             turned = held.detach().t().contiguous()
             trainable = isinstance(held, torch.nn.Parameter)
-            self._transposed[name] = self.weights.add(f"{name}_transposed", turned, trainable=trainable)
+            tied = self._embedded(turned)
+            self._transposed[name] = tied or self.weights.add(f"{name}_transposed", turned, trainable=trainable)
         return self.attribute(self._transposed[name])
+
+    def _embedded(self, weight: torch.Tensor) -> str | None:
+        """The table of an embedding that a projection to the vocabulary shares, which exporters write out again."""
+        for node in self.graph.find_nodes(op="call_function", target=aten.embedding.default):
+            table = self.held(node.args[0])
+            if table is not None and table.shape == weight.shape and table.dtype == weight.dtype:
+                if torch.equal(table[0], weight[0]) and torch.equal(table, weight):
+                    return str(node.args[0].target)
+        return None
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Append one call; known arrays among its arguments become tensors. Returns a Tensor, or a tuple of them."""

@@ -134,10 +134,10 @@ def _key(builder: Builder, transposed: Node) -> Node:
         return arguments[0]  # type: ignore[no-any-return]
     if transposed.target is aten.permute.default and list(arguments[1]) == [0, 2, 3, 1]:
         return builder.call(aten.transpose.int, arguments[0], 1, 2)
-    return _before_rows(transposed) or builder.call(aten.transpose.int, transposed, 2, 3)
+    return _before_rows(builder, transposed) or builder.call(aten.transpose.int, transposed, 2, 3)
 
 
-def _before_rows(transposed: Node) -> Node | None:
+def _before_rows(builder: Builder, transposed: Node) -> Node | None:
     """The key of [batch, heads, seq, width] that was turned as [batch * heads, seq, width]."""
     rows: Any = transposed.args[0]
     if transposed.target is not aten.view.default or rows.target is not aten.transpose.int or rank(rows) != 3:
@@ -145,8 +145,13 @@ def _before_rows(transposed: Node) -> Node | None:
     flat: Any = rows.args[0]
     if {axis % 3 for axis in rows.args[1:]} != {1, 2} or flat.target is not aten.view.default:
         return None
+    batch, heads, width, length = shape_key(transposed.meta["val"])
+    if shape_key(flat.meta["val"])[1:] != (length, width):
+        return None
     key = flat.args[0]
     if key.target is aten.clone.default:
         key = key.args[0]
-    batch, heads, width, length = shape_key(transposed.meta["val"])
-    return key if shape_key(key.meta["val"]) == (batch, heads, length, width) else None
+    if shape_key(key.meta["val"]) == (batch, heads, length, width):
+        return key  # type: ignore[no-any-return]
+    sizes: Any = transposed.args[1]
+    return builder.call(aten.view.default, flat, [*sizes[:2], sizes[3], sizes[2]])

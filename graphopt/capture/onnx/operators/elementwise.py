@@ -6,6 +6,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.capture.onnx.operation import Operation
@@ -17,14 +18,15 @@ aten = torch.ops.aten
 
 _ARITHMETIC = {"Add": aten.add.Tensor, "Sub": aten.sub.Tensor, "Mul": aten.mul.Tensor}
 _COMPARISON = {"Equal": aten.eq, "Less": aten.lt, "Greater": aten.gt, "LessOrEqual": aten.le, "GreaterOrEqual": aten.ge}
-_LOGIC = {"And": aten.logical_and.default, "Or": aten.logical_or.default, "Xor": aten.logical_xor.default}
+_LOGIC = {"And": aten.__and__.Tensor, "Or": aten.__or__.Tensor, "Xor": aten.__xor__.Tensor}  # as Python's & is captured
 _UNARY = {
     "Abs": aten.abs, "Neg": aten.neg, "Sqrt": aten.sqrt, "Exp": aten.exp, "Log": aten.log, "Erf": aten.erf,
     "Sin": aten.sin, "Cos": aten.cos, "Tan": aten.tan, "Asin": aten.asin, "Acos": aten.acos, "Atan": aten.atan,
     "Sinh": aten.sinh, "Cosh": aten.cosh, "Asinh": aten.asinh, "Acosh": aten.acosh, "Atanh": aten.atanh,
     "Floor": aten.floor, "Ceil": aten.ceil, "Round": aten.round, "Sign": aten.sign, "Reciprocal": aten.reciprocal,
-    "IsNaN": aten.isnan, "Not": aten.logical_not, "BitwiseNot": aten.bitwise_not,
+    "IsNaN": aten.isnan, "BitwiseNot": aten.bitwise_not,
 }  # fmt: skip
+_OPPOSITE: dict[Any, Any] = {aten.eq.Scalar: aten.ne.Scalar, aten.eq.Tensor: aten.ne.Tensor}
 _BITWISE = {
     "BitwiseAnd": aten.bitwise_and.Tensor, "BitwiseOr": aten.bitwise_or.Tensor, "BitwiseXor": aten.bitwise_xor.Tensor,
 }  # fmt: skip
@@ -70,6 +72,16 @@ def compare(op: Operation, left: Present, right: Present) -> Tensor:
 @operator(*_LOGIC)
 def logic(op: Operation, left: Present, right: Present) -> Tensor:
     return op.call(_LOGIC[op.name], left, right)
+
+
+@operator("Not")
+def negate(op: Operation, value: Present) -> Tensor:
+    """What is not equal is written as such."""
+    value = op.tensor(value)
+    if value.node.target not in _OPPOSITE:
+        return op.call(aten.bitwise_not.default, value)
+    compared = (Tensor(item, item.meta["val"]) if isinstance(item, Node) else item for item in value.node.args)
+    return op.call(_OPPOSITE[value.node.target], *compared)
 
 
 @operator(*_BITWISE)

@@ -82,6 +82,8 @@ def split(op: Operation, value: Present, sizes: Value = None) -> Any:
         if not isinstance(length, int) and not statically_known_true(length % parts == 0):
             raise op.refuse("a dynamic size is split into equal parts; give the sizes of the parts")
         return op.parts(aten.split.Tensor, op.tensor(value), -(-length // parts), axis)
+    if all(isinstance(size, int) and size == given[0] for size in given):
+        return op.parts(aten.split.Tensor, op.tensor(value), given[0], axis)
     return op.parts(aten.split_with_sizes.default, op.tensor(value), given, axis)
 
 
