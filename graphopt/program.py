@@ -72,6 +72,7 @@ class Program:
     symbols: Mapping[str, str] = field(default_factory=dict)  # name inside the ShapeEnv ("s43") -> name in `sizes`
     name: str = "model"
     history: tuple[Mapping[str, Any], ...] = ()  # passes run so far: JSON values, name, options and measured effect
+    metadata: Mapping[str, str] = field(default_factory=dict)  # what the .onnx it came from says of itself
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run from the initial state without gradients; returns the outputs, not the new state.

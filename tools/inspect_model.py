@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import CaptureError, UsageError
 from graphopt.tools.inspect_blocks import describe_blocks, format_blocks
-from graphopt.tools.inspect_onnx import describe_file, format_file
+from graphopt.tools.inspect_onnx import describe_file, format_file, format_problems, with_problems
 from graphopt.tools.model_argument import HELP_ARTIFACT, add_model_argument, is_artifact, load_model
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, format_shape, format_table, wants_text, write_json
 
 if TYPE_CHECKING:
-    from graphopt.program import Program, TensorSpec
+    from graphopt.program import Domain, Program, TensorSpec
 
 SUMMARY = "show what a model or artifact takes, gives and is made of"
 
@@ -39,15 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
             program = load_model(arguments)
     except CaptureError as error:
         if file is not None:
+            file = with_problems(file, arguments.model)
             write_json(arguments, {"file": file, "error": str(error)})
             if wants_text(arguments):
-                print(format_file(file, interface=True))
+                print(f"{format_file(file)}\n\n{format_problems(file)}")
         raise
     report = describe(program, arguments.blocks) | ({"file": file} if file else {})
     write_json(arguments, report)
     if wants_text(arguments):
         if file is not None:
-            print(f"{format_file(file, interface=False)}\n")
+            print(f"{format_file(file)}\n")
         print_report(report)
     return 0
 
@@ -80,9 +81,12 @@ def describe(program: Program, blocks: bool = False) -> dict[str, Any]:
 
 
 def describe_spec(spec: TensorSpec) -> dict[str, Any]:
-    domain = f"ids {spec.domain.low}..{spec.domain.high}" if spec.domain.kind == "ids" else spec.domain.kind
-    shape = list(spec.shape)
-    return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": shape, "domain": domain}
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return {"name": spec.name, "dtype": dtype, "shape": list(spec.shape), "domain": describe_domain(spec.domain)}
+
+
+def describe_domain(domain: Domain) -> str:
+    return f"ids {domain.low}..{domain.high}" if domain.kind == "ids" else domain.kind
 
 
 def print_report(report: dict[str, Any]) -> None:

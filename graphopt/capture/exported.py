@@ -45,6 +45,7 @@ class Known:
     examples: Sequence[torch.Tensor] | None = None  # one for each tensor input
     name: str | None = None
     history: tuple[Mapping[str, Any], ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
@@ -84,6 +85,7 @@ def assemble(flat: Flat, known: Known, *, name: str, limits: Limits) -> Program:
         symbols=symbols,
         name=name,
         history=known.history,
+        metadata=known.metadata,
     )
 
 

@@ -33,6 +33,7 @@ def describe(program: Program) -> dict[str, Any]:
         "outputs": [spec.name for spec in program.outputs],
         "sizes": {name: [bounds.low, bounds.high] for name, bounds in program.sizes.items()},
         "history": [dict(item) for item in program.history],
+        "metadata": dict(program.metadata),
     }
 
 
@@ -46,6 +47,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
         outputs = [_text(name) for name in value["outputs"]]
         sizes = {_text(name): _bounds(low, high) for name, (low, high) in value["sizes"].items()}
         history = tuple(_record(item) for item in value.get("history", ()))
+        metadata = {_text(key): str(said) for key, said in value.get("metadata", {}).items()}
         domains = {_text(entry["name"]): _domain(entry["domain"]) for entry in value["inputs"]}
         values = user_values(exported, inputs)
         symbols: dict[str, str] = {}
@@ -56,7 +58,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
     if len(outputs) != len(known.outputs or outputs):
         raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, which is not what its graph has")
     known = replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
-    return replace(known, name=name, history=history)
+    return replace(known, name=name, history=history, metadata=metadata)
 
 
 def _text(value: Any) -> str:

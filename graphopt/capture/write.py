@@ -117,7 +117,7 @@ def _onnx_model(program: Program) -> Any:
         lines = [line for line in str(cause or error).splitlines() if line.strip()]
         reason = lines[-1].strip()[:200] if lines else type(error).__name__
         raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
-    write_provenance(model, converted.exported_program.graph_module)
+    write_provenance(model, converted.exported_program.graph_module, program.metadata)
     _merge_matrices(model.graph)
     _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)

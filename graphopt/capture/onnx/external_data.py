@@ -6,6 +6,7 @@ the folder, opened step by step without following links, and a regular file of o
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from pathlib import Path, PurePosixPath
@@ -65,8 +66,9 @@ def _map(folder: Path, location: str, what: str) -> np.ndarray[Any, np.dtype[np.
         raise CaptureError(outside)
     if not os.path.exists(path):
         raise CaptureError(f"{what} lies in {location}, which does not exist beside the model; copy it there")
-    with open(_open_below(top, path), "rb") as file:
-        found = os.fstat(file.fileno())
+    descriptor = _open_below(top, path)
+    try:
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise CaptureError(f"{what} lies in {location or 'a file without a name'}, which is no file")
         if found.st_nlink > 1:
@@ -76,7 +78,9 @@ def _map(folder: Path, location: str, what: str) -> np.ndarray[Any, np.dtype[np.
             )
         if found.st_size == 0:
             return np.empty(0, np.uint8)
-        return np.memmap(file, np.uint8, "c")
+        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY), np.uint8)
+    finally:
+        os.close(descriptor)
 
 
 def _open_below(top: str, path: str) -> int:

@@ -103,23 +103,28 @@ class Importer:
 
     def initializers(self, graph: Any) -> None:
         """Small integers and settings are known numbers, other floats parameters, the rest buffers."""
-        statistics, settings = _inputs_at(graph, _STATISTICS), _inputs_at(graph, _SETTINGS)
+        roles = _inputs_at(graph, _STATISTICS), _inputs_at(graph, _SETTINGS)
         if graph.sparse_initializer:
             raise CaptureError("the ONNX model has sparse tensors, which graphopt does not import; make them dense")
         for proto in graph.initializer:
-            if proto.name in self.values:
-                raise CaptureError(f"two values of the ONNX graph are called {proto.name!r}; names must be unique")
-            if proto.data_type in FOUR_BITS:
-                self._codes(graph, proto)
-                continue
-            tensor = read_tensor(proto, self.external)
-            floating = tensor.is_floating_point()
-            if tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings):
-                self.values[proto.name] = known_tensor(tensor)
-                continue
-            trainable = floating and proto.name not in statistics
-            target = self.emitter.weights.add(proto.name, tensor, trainable=trainable)
-            self.values[proto.name] = self.emitter.attribute(target)
+            self.initializer(graph, proto, roles)
+
+    def initializer(self, graph: Any, proto: Any, roles: tuple[set[str], set[str]]) -> None:
+        """`roles`: the names of statistics of norms, and of settings."""
+        statistics, settings = roles
+        if proto.name in self.values:
+            raise CaptureError(f"two values of the ONNX graph are called {proto.name!r}; names must be unique")
+        if proto.data_type in FOUR_BITS:
+            self._codes(graph, proto)
+            return
+        tensor = read_tensor(proto, self.external)
+        floating = tensor.is_floating_point()
+        if tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings):
+            self.values[proto.name] = known_tensor(tensor)
+            return
+        trainable = floating and proto.name not in statistics
+        target = self.emitter.weights.add(proto.name, tensor, trainable=trainable)
+        self.values[proto.name] = self.emitter.attribute(target)
 
     def _codes(self, graph: Any, proto: Any) -> None:
         """Codes of 4 bits in bytes, for readers that do not tell them from codes of 8."""
@@ -135,7 +140,7 @@ class Importer:
     def nodes(self, graph: Any) -> None:
         produced = {name for node in graph.node for name in node.output if name}
         for node in graph.node:
-            self._node(node, produced)
+            self.node(node, produced)
 
     def result(self, name: str) -> Tensor:
         value = self.values.get(name)
@@ -143,7 +148,8 @@ class Importer:
             raise CaptureError(f"output {name!r} of the ONNX graph is made by no node; the file is damaged")
         return self.emitter.tensor(value)
 
-    def _node(self, node: Any, produced: set[str]) -> None:
+    def node(self, node: Any, produced: set[str]) -> None:
+        """Emit one node; `produced` are all names that nodes of its graph make. Raises CaptureError."""
         self.steps.count(nodes=1)
         label = f"{node.op_type} {(node.name or next(iter(node.output), ''))!r}"
         inputs = [self._input(name, label, produced) for name in node.input]

@@ -2,7 +2,8 @@
 
 A node that a rule made carries `graphopt.rule` and `graphopt.from` (a JSON list of the original nodes), any node of a
 module its path as `graphopt.module`; `graphopt.rules` of the model counts the nodes of each rule. What torch's exporter
-notes is dropped: it holds lines and paths of the machine that exported.
+notes is dropped: it holds lines and paths of the machine that exported. The model's own description and metadata
+are kept from file to file.
 """
 
 from __future__ import annotations
@@ -20,11 +21,22 @@ from graphopt.capture.onnx.graphs import all_graphs, all_nodes
 from graphopt.program import provenance
 
 RULE, FROM, MODULE, RULES = "graphopt.rule", "graphopt.from", "graphopt.module", "graphopt.rules"
+DESCRIPTION = "doc_string"  # its key in `Program.metadata`
+_NOT_KEPT = ("graphopt.", "pkg.torch.")
 _EXPORTED_FROM = "pkg.torch.onnx.fx_node"
 
 
-def write_provenance(model: Any, exported: GraphModule) -> None:
-    """Replace the exporter's metadata by ours; `exported` is the graph whose nodes it names."""
+def read_metadata(model: Any) -> dict[str, str]:
+    """The description (`DESCRIPTION`) and the metadata of a model, as far as they are text."""
+    noted = {entry.key: entry.value for entry in model.metadata_props}
+    if model.doc_string:
+        noted[DESCRIPTION] = model.doc_string
+    texts = {key: value for key, value in noted.items() if isinstance(key, str) and isinstance(value, str)}
+    return {key: value for key, value in texts.items() if not key.startswith(_NOT_KEPT)}
+
+
+def write_provenance(model: Any, exported: GraphModule, metadata: Mapping[str, str]) -> None:
+    """Replace the exporter's metadata by ours and the program's; `exported` is the graph whose nodes it names."""
     sources = {node.name: node for graph in _graphs(exported) for node in graph.graph.nodes}
     rules: Counter[str] = Counter()
     for node in all_nodes(model.graph):
@@ -42,6 +54,11 @@ def write_provenance(model: Any, exported: GraphModule) -> None:
             del value.metadata_props[:]
     del model.metadata_props[:]
     model.producer_name, model.producer_version = "graphopt", graphopt.__version__
+    for key, value in metadata.items():
+        if key == DESCRIPTION:
+            model.doc_string = value
+        else:
+            model.metadata_props.add(key=key, value=value)
     if rules:
         model.metadata_props.add(key=RULES, value=json.dumps(rules, sort_keys=True))
 

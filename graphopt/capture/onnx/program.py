@@ -18,6 +18,7 @@ from graphopt.capture.normal_form import Flat, remove_dead
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.capture.onnx.importer import Importer, Steps, refuse_unknown, repeated
+from graphopt.capture.onnx.metadata import read_metadata
 from graphopt.capture.onnx.reading import opset_of, read_model
 from graphopt.capture.onnx.sizes import (
     Input,
@@ -69,7 +70,7 @@ def from_onnx(
                 raise
     else:
         raise failures[0]
-    known = _known(symbols, examples, dynamic_shapes, fakes)
+    known = replace(_known(symbols, examples, dynamic_shapes, fakes), metadata=read_metadata(model))
     program = assemble(flat, known, name=name, limits=limits)
     return raise_least_sizes(raised(_with_examples(program, known, hints, limits)), {})
 

@@ -43,10 +43,11 @@ class Symbols:
 def read_inputs(graph: Any) -> list[Input]:
     """The inputs that are no initializers. Raises CaptureError for what is no tensor of known rank."""
     held = {proto.name for proto in graph.initializer}
-    return [_read_input(value) for value in graph.input if value.name not in held]
+    return [read_input(value) for value in graph.input if value.name not in held]
 
 
-def _read_input(value: Any) -> Input:
+def read_input(value: Any) -> Input:
+    """Name, type and sizes that the file declares. Raises CaptureError for what is no tensor of known rank."""
     if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
         raise CaptureError(f"input {value.name!r} of the ONNX model is no tensor with a known number of axes")
     tensor = value.type.tensor_type

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from graphopt.capture import capture
-from graphopt.errors import GraphoptError
-from tests.capture.onnx.mutations import mutated, sound
+from tests.capture.onnx.mutations import outcome, sound
 
 # Once ended in other errors: a null character in a path, 2^62 rows, an axis of 2^40, an If without a branch, bytes that
 # are no text as an operator and as a name.
@@ -22,28 +21,17 @@ def test_the_sound_file_is_imported(tmp_path: Path) -> None:
     assert [spec.shape for spec in program.outputs] == [("n", 3, 2), ("n", 2), (1, 3, 4, 4)]
 
 
-def check(seed: int, folder: Path) -> bool:
-    """Whether the file of this seed is refused."""
-    path = folder / "mutated.onnx"
-    path.write_bytes(mutated(seed))
-    try:
-        capture(path)
-    except GraphoptError as error:
-        assert str(error).strip()
-        return True
-    return False
-
-
 def test_mutated_files(tmp_path: Path) -> None:
-    refused = [check(seed, tmp_path) for seed in (*FOUND, *range(60))]
-    assert all(refused[: len(FOUND)]) and sum(refused) > 40
+    said = [outcome(seed, tmp_path / "m.onnx", child=seed in FOUND) for seed in (*FOUND, *range(40))]
+    assert "imported" not in said[: len(FOUND)] and said.count("imported") < 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", range(4))
-def test_thousands_of_mutated_files(chunk: int, tmp_path: Path) -> None:
-    for seed in range(1000 * chunk, 1000 * (chunk + 1)):
+@pytest.mark.parametrize("chunk", range(3))
+def test_many_mutated_files(chunk: int, tmp_path: Path) -> None:
+    """With all kinds of mutations; `python -m tests.capture.onnx.mutations 10000` reads the rest."""
+    for seed in range(2000 + 500 * chunk, 2500 + 500 * chunk):
         try:
-            check(seed, tmp_path)
+            outcome(seed, tmp_path / "m.onnx", child=False)
         except Exception as error:
             raise AssertionError(f"seed {seed} ends in {type(error).__name__}: {error}") from error
