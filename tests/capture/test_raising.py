@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 from graphopt.capture import capture
+from tests.capture.onnx.tiny import model_of, worst_error
 
 
 class RmsNorm(nn.Module):
@@ -71,3 +75,26 @@ def test_one_node(module: nn.Module, wanted: list[str]) -> None:
 def test_other_numbers_stay() -> None:
     program = capture(Calls(other_gelu), (torch.randn(3, 8),))
     assert "aten.gelu.default" not in {str(node.target) for node in program.nodes()}
+
+
+def attention_file(*, scaled_after: bool) -> onnx.ModelProto:
+    """softmax(q k + bias + mask) v, or with the sum doubled."""
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["biased"]),
+        helper.make_node("Add", ["mask", "biased"], ["masked"]),
+        helper.make_node("Mul", ["masked", "two"], ["doubled"]),
+        helper.make_node("Softmax", ["doubled" if scaled_after else "masked"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "v"], ["r"]),
+    ]
+    shapes = {"q": ["n", 2, "s", 4], "k": ["n", 2, 4, "s"], "v": ["n", 2, "s", 4], "mask": ["n", 1, 1, "s"]}
+    inputs = {name: ("float32", shape) for name, shape in {**shapes, "bias": [1, 2, "s", "s"]}.items()}
+    return model_of(nodes, inputs, ["r"], {"two": np.array(2, np.float32)})
+
+
+def test_attention_with_a_bias_and_a_mask() -> None:
+    for scaled_after in (False, True):
+        model = attention_file(scaled_after=scaled_after)
+        program = capture(model)
+        found = "aten.scaled_dot_product_attention.default" in {str(node.target) for node in program.nodes()}
+        assert found is not scaled_after and worst_error(program, model) < 1e-5

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import helper
@@ -16,7 +14,6 @@ from onnx import helper
 from graphopt.capture import capture
 from graphopt.capture.inputs import check_sizes, draw_inputs
 from graphopt.errors import CaptureError
-from tests.capture.onnx.test_exporters import TRANSFORMERS, exported, same_operators
 from tests.capture.onnx.tiny import Array, imported, model_of, worst_error
 
 DOMAIN = "com.microsoft"
@@ -221,34 +218,3 @@ def test_relative_position_bias(both: bool) -> None:
     program = capture(model)
     for length in (2, 7, 150):
         torch.testing.assert_close(program(torch.zeros(1, length))[0], layer.compute_bias(length, length))
-
-
-def optimized(path: str, folder: Path) -> str:
-    """The file that ONNX Runtime writes after its own graph optimizations."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    onnxruntime.InferenceSession(path, options)
-    return str(options.optimized_model_filepath)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("bert", {"BiasGelu", "FusedMatMul"}),
-        ("gpt2", {"FastGelu", "FusedMatMul"}),
-        ("llama", {"QuickGelu", "SimplifiedLayerNormalization", "FusedMatMul"}),
-        ("vit", {"BiasGelu"}),
-        ("resnet", {"FusedConv"}),
-        ("conv_net", {"FusedConv"}),
-    ],
-)
-def test_files_that_onnxruntime_optimized(name: str, expected: set[str], tmp_path: Path) -> None:
-    path = optimized(exported(name, "torchscript", True, tmp_path), tmp_path)
-    assert expected <= {node.op_type for node in onnx.load(path).graph.node}
-    program = capture(path)
-    assert worst_error(program, path) < 1e-5
-    if name in TRANSFORMERS:
-        same_operators(program, name)
