@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from graphopt.capture.raising.attention import RaiseAttention
 from graphopt.capture.raising.composites import RaiseComposites, RaiseWrittenOut
+from graphopt.capture.raising.gelu import RaiseGelu
 from graphopt.capture.raising.layer_norm import RaiseLayerNorm
 from graphopt.contract import Pass, PassContext
 from graphopt.program import Program
@@ -14,7 +15,7 @@ from graphopt.program import Program
 
 def raised(program: Program) -> Program:
     """A program from ONNX with linear layers, activations, norms and attention in one node each."""
-    return _after(program, RaiseComposites(), RaiseLayerNorm(), RaiseAttention())
+    return _after(program, RaiseComposites(), RaiseGelu(), RaiseLayerNorm(), RaiseAttention())
 
 
 def raised_from_torch(program: Program) -> Program:
