@@ -87,8 +87,9 @@ def attention_file(*, scaled_after: bool) -> onnx.ModelProto:
         helper.make_node("Softmax", ["doubled" if scaled_after else "masked"], ["weights"], axis=-1),
         helper.make_node("MatMul", ["weights", "v"], ["r"]),
     ]
-    shapes = {"q": ["n", 2, "s", 4], "k": ["n", 2, 4, "s"], "v": ["n", 2, "s", 4], "mask": ["n", 1, 1, "s"]}
-    inputs = {name: ("float32", shape) for name, shape in {**shapes, "bias": [1, 2, "s", "s"]}.items()}
+    shapes: dict[str, list[int | str]] = {"q": ["n", 2, "s", 4], "k": ["n", 2, 4, "s"], "v": ["n", 2, "s", 4]}
+    shapes |= {"mask": ["n", 1, 1, "s"], "bias": [1, 2, "s", "s"]}
+    inputs = {name: ("float32", shape) for name, shape in shapes.items()}
     return model_of(nodes, inputs, ["r"], {"two": np.array(2, np.float32)})
 
 
