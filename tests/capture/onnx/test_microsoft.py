@@ -156,6 +156,35 @@ def test_packed_heads() -> None:
     torch.testing.assert_close(capture(two.model())(apart[0], packed[:, :, :, 1:])[0], wanted)
 
 
+def test_half_precision() -> None:
+    """Masks have the type of the scores; ONNX Runtime has none of these on this processor."""
+    for case in (
+        Case("Attention", (WHOLE, ("n", "m")), PROJECTIONS, {**SELF, "unidirectional": 1}, dtypes=("float32", "int32")),
+        Case("GroupQueryAttention", (WHOLE, WHOLE, WHOLE, None, None, ("n",), ()), (),
+             {**HEADS, "kv_num_heads": 2, "smooth_softmax": 1}, dtypes=("float32",) * 5 + ("int32",) * 2),
+    ):  # fmt: skip
+        single = case.model()
+        half = halved(single)
+        values = draw_inputs(capture(single), {"n": 2, "m": 5}, 0)
+        wanted = capture(single)(*values)[0]
+        ours = capture(half)(*(value.half() if value.is_floating_point() else value for value in values))[0]
+        assert ours.dtype == torch.float16
+        torch.testing.assert_close(ours.float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+def halved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same with float16 in place of float32."""
+    half = onnx.ModelProto()
+    half.CopyFrom(model)
+    for value in (*half.graph.input, *half.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for tensor in half.graph.initializer:
+        held = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(held, tensor.name))
+    return half
+
+
 NORMS: dict[str, Any] = {"groups": 2, "epsilon": 1e-3, "activation": 1}
 IMAGE = ("n", 4, 5, 6)
 

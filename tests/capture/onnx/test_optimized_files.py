@@ -19,6 +19,7 @@ from graphopt.capture import capture
 from graphopt.errors import CaptureError
 from tests import models
 from tests.capture.onnx.test_exporters import TRANSFORMERS, exported, operators, same_operators
+from tests.capture.onnx.test_quantization import quantized_file
 from tests.capture.onnx.tiny import worst_error
 
 pytestmark = pytest.mark.slow
@@ -171,3 +172,20 @@ def test_a_session_saved_with_all_optimizations_where_no_layout_changed(tmp_path
     program = capture(path)
     assert worst_error(program, path) < 1e-5
     same_operators(program, "bert")
+
+
+def test_quantized_after_it_was_optimized(tmp_path: Path) -> None:
+    """Attention becomes QAttention."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    path = fused(models.bert(), "bert", tmp_path)
+    quantize_dynamic(path, tmp_path / "small.onnx")
+    assert "QAttention" in own_operators(str(tmp_path / "small.onnx"))
+    assert worst_error(capture(tmp_path / "small.onnx"), str(tmp_path / "small.onnx")) < 1e-5
+
+
+def test_optimized_after_it_was_quantized(tmp_path: Path) -> None:
+    """Convolutions of codes have their channels last then, on every processor."""
+    path = saved(str(quantized_file("conv_net", "QDQ", tmp_path)), tmp_path, "ALL")
+    assert {"QLinearConv", "QGemm"} <= own_operators(path)
+    assert worst_error(capture(path), path) < 1e-5
