@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from graphopt.capture.raising.attention import RaiseAttention
 from graphopt.capture.raising.composites import RaiseComposites
+from graphopt.capture.raising.gelu import RaiseGelu
+from graphopt.capture.raising.layer_norm import RaiseLayerNorm
 from graphopt.capture.raising.recurrent import RaiseRecurrent, settled
 from graphopt.contract import Pass, PassContext
 from graphopt.program import Program
 
+_COMPOSITES = (RaiseComposites(), RaiseGelu(), RaiseLayerNorm())
+
 
 def raised(program: Program) -> Program:
-    """A program from ONNX with linear layers, activations, RMS norms and attention in one node each."""
-    return _after(settled(program), RaiseComposites(), RaiseAttention())
+    """A program from ONNX with linear layers, activations, norms and attention in one node each."""
+    return _after(settled(program), *_COMPOSITES, RaiseAttention())
 
 
 def raised_from_torch(program: Program) -> Program:
     """The same and recurrent layers, but for attention, which a program from PyTorch keeps as it was written."""
-    return _after(settled(_after(program, RaiseRecurrent())), RaiseComposites())
+    return _after(settled(_after(program, RaiseRecurrent())), *_COMPOSITES)
 
 
 def _after(program: Program, *steps: Pass) -> Program:

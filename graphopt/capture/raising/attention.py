@@ -139,8 +139,10 @@ def _key(builder: Builder, transposed: Node) -> Node:
 
 def _before_rows(builder: Builder, transposed: Node) -> Node | None:
     """The key of [batch, heads, seq, width] that was turned as [batch * heads, seq, width]."""
+    if transposed.target is not aten.view.default:
+        return None
     rows: Any = transposed.args[0]
-    if transposed.target is not aten.view.default or rows.target is not aten.transpose.int or rank(rows) != 3:
+    if rows.target is not aten.transpose.int or rank(rows) != 3:
         return None
     flat: Any = rows.args[0]
     if {axis % 3 for axis in rows.args[1:]} != {1, 2} or flat.target is not aten.view.default:

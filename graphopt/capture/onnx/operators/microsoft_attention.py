@@ -18,7 +18,6 @@ from graphopt.capture.onnx.values import Present, Tensor, Value
 aten = torch.ops.aten
 
 _MASKED = -10000.0  # what is added to the score of a key that the mask leaves out
-_LOWEST = torch.finfo(torch.float32).min  # and to those that follow
 
 
 @operator("com.microsoft.Attention")
@@ -131,7 +130,7 @@ def _attended(op: Operation, q: Tensor, k: Tensor, v: Tensor, mask: Value, added
     if added is not None:
         scores = sum_of(op, added, scores)
     if causal and (scores is not None or has_past):
-        later = _later(op, q.shape[2], k.shape[2])
+        later = _later(op, q.shape[2], k.shape[2], q.dtype)
         scores = sum_of(op, later, scores)
         causal = False
     extra = {"scale": scale} if scale else {}
@@ -158,7 +157,6 @@ def _mask_scores(op: Operation, mask: Tensor, k: Tensor, left_out: float) -> Ten
 
 def _between(op: Operation, mask: Tensor, k: Tensor) -> Tensor:
     batch, numbers = k.shape[0], op.call(aten.arange.default, k.shape[2], dtype=mask.dtype)
-
     if statically_known_true(mask.shape[0] == batch):
         return op.call(aten.lt.Tensor, numbers, op.call(aten.unsqueeze.default, mask, 1))
     if not statically_known_true(mask.shape[0] == 2 * batch):
@@ -173,13 +171,13 @@ def _between(op: Operation, mask: Tensor, k: Tensor) -> Tensor:
     return op.call(aten.logical_and.default, early, late)
 
 
-def _later(op: Operation, rows: Any, columns: Any) -> Tensor:
-    """The lowest number for keys behind their query, of which the last ones are level with the last keys."""
+def _later(op: Operation, rows: Any, columns: Any, dtype: torch.dtype) -> Tensor:
+    """The type's lowest number for keys behind their query, of which the last ones are level with the last keys."""
     row = op.call(aten.unsqueeze.default, op.call(aten.arange.default, rows), 1)
     last = op.call(aten.add.Tensor, row, columns - rows)
     kept = op.call(aten.le.Tensor, op.call(aten.arange.default, columns), last)
-    zero = op.call(aten.full.default, [], 0.0, dtype=torch.float32)
-    return op.call(aten.where.self, kept, zero, op.call(aten.full.default, [], _LOWEST, dtype=torch.float32))
+    zero, lowest = (op.call(aten.full.default, [], value, dtype=dtype) for value in (0.0, torch.finfo(dtype).min))
+    return op.call(aten.where.self, kept, zero, lowest)
 
 
 def _refuse(op: Operation, *attributes: str) -> None:
