@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,7 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators import activations
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import cast, computed_in, constant, convert, library, like
-from graphopt.backends.operators.pointwise import maximum, minimum
+from graphopt.backends.operators.element_wise import cast, computed_in, constant, library, like
 from graphopt.backends.rules.gemm import configure, gemm, pack_weight
 from graphopt.backends.rules.recurrence import (
     Operands,
@@ -25,10 +25,11 @@ from graphopt.backends.rules.recurrence import (
     pack_biases,
     pack_matrix,
     pack_own_bias,
+    projection,
     recurrence,
 )
 from graphopt.backends.rules.recurrent_cells import Function, Layer
-from graphopt.backends.sizes import Size, product, shape_of
+from graphopt.backends.sizes import product, shape_of
 from graphopt.backends.values import Index, Lazy, Product, View, permuted
 from graphopt.errors import CompileError
 from graphopt.operators.recurrent import Options, read_options
@@ -80,16 +81,14 @@ class _Lowered:
         if 0 in (self.steps, self.batch):
             return self.nothing()
         r, sizes = self.constant("r"), (self.steps, self.batch)
-        weights = tuple(self.packed(r, "r", stage) for stage in range(len(layer.stages)))
+        assert r is not None
+        weights = tuple(self.recurrent(r, stage) for stage in range(len(layer.stages)))
         lengths, states = self.tensors.get("sequence_lens"), ("initial_h", "initial_c")[: layer.states]
         peepholes = self.constant("p")
         own = self.biases("own", pack_own_bias) if layer.keeps_bias else None
-        x, given, input_weights = self.inputs()
         operands = Operands(
-            given,
+            self.inputs(),
             weights,
-            x,
-            input_weights,
             own,
             None if peepholes is None else self.weight(peepholes, "p", lambda array: in_panels(array, 3, self.plan)),
             None if lengths is None else self.lowering.view(lengths),
@@ -128,31 +127,34 @@ class _Lowered:
         key = f"{layer.kind}-{key}-{plan.units}{'-kept' * layer.keeps_bias}"
         return self.lowering.weight(tensor, key, lambda array: pack(array.astype(layer.dtype)))
 
-    def packed(self, tensor: torch.Tensor | None, name: str, stage: int) -> View:
-        assert tensor is not None
+    def recurrent(self, r: torch.Tensor, stage: int) -> View:
         layer, plan = self.layer, self.plan
-        key = f"{name}{stage if len(layer.stages) > 1 else ''}"
-        return self.weight(tensor, key, lambda array: pack_matrix(array, layer, layer.stages[stage], plan))
+        key = f"r{stage if len(layer.stages) > 1 else ''}"
+        return self.weight(r, key, lambda array: pack_matrix(array, layer, layer.stages[stage], plan))
 
     def biases(self, key: str, pack: Callable[[np.ndarray, Layer, Plan], np.ndarray]) -> View | None:
         b = self.constant("b")
         return None if b is None else self.weight(b, key, lambda array: pack(array, self.layer, self.plan))
 
     # Inputs -----------------------------------------------------------------------------------------------------------
-    def inputs(self) -> tuple[View | None, View | None, tuple[View, ...]]:
-        """x, what is given at each step, and the weights of x: those left out that are done with."""
+    def inputs(self) -> View:
+        """The product of all inputs with their weights, [T, B, D, panels, gates, units], as one matrix product."""
         w, x = self.constant("w"), self.lowering.tensor(self.tensors["x"])
         biases = self.biases("b", pack_biases)
-        if self.layer.dtype != "float32":
-            weights = tuple(self.packed(w, "w", stage) for stage in range(len(self.layer.stages)))
-            return self.lowering.contiguous(x), biases, weights
         assert w is not None
-        a = self.lowering.view(cast(x, "float32"))
-        a = a if a.strides[-1] == 1 else self.lowering.contiguous(a)
-        return None, self.projected(a, w, biases), ()
+        if self.layer.dtype == "float32":
+            a = self.lowering.view(cast(x, "float32"))
+            return self.projected(a if a.strides[-1] == 1 else self.lowering.contiguous(a), w, biases)
+        layer, plan = self.layer, self.plan
+        packed = self.weight(w, "w", lambda array: pack_matrix(array, layer, range(layer.gates), plan))
+        name = f"gemm_{layer.gates * layer.hidden}x{self.width}"
+        (stored,) = self.lowering.call(
+            projection(layer, self.lowering.contiguous(x), packed, biases, plan, name, self.lowering.target)
+        )
+        return stored
 
     def projected(self, a: View, w: torch.Tensor, biases: View | None) -> View:
-        """The product of all inputs with their weights, [T, B, D, panels, gates, units], as one matrix product."""
+        """In float32, with weights packed as every linear layer has them."""
         layer, plan, target = self.layer, self.plan, self.lowering.target
         n, k = len(layer.reverse) * layer.gates * plan.width, int(w.shape[2])
         choice = configure(target, product(a.shape[:-1]), n, k)
@@ -164,7 +166,8 @@ class _Lowered:
         result = Product((*a.shape[:-1], n), "float32")
         end: Any = result if biases is None else _plus(result, biases)
         code = gemm(a, self.weight(w, f"w{columns}", pack), result, end, f"gemm_{n}x{k}", target, choice)
-        (stored,) = self.lowering.call(code)
+        own = self.steps * self.batch * len(layer.reverse) * layer.gates * layer.hidden  # without what fills panels
+        (stored,) = self.lowering.call(replace(code, flops=own * (2 * k + (biases is not None))))
         return stored
 
 
@@ -203,14 +206,13 @@ def _activations(options: Options) -> tuple[tuple[Function, ...], ...]:
     """Those of each direction; two directions that have the same have them in one object."""
 
     def make(place: int, name: str, alpha: float, beta: float) -> Function:
-        bound = options.clip if place < 2 else None
-
         def function(x: Any) -> Any:
-            if bound is not None:
-                x = maximum(minimum(x, like(x, bound)), like(x, -bound))
             return _FUNCTIONS[name](x, alpha, beta)
 
-        return function
+        bound = options.clip
+        if bound is None or place == 2:
+            return (function,)
+        return (lambda x: activations.bounded(x, -bound, bound), function)
 
     made: dict[Any, tuple[Function, ...]] = {}
     for each in zip(options.activations, options.alpha, options.beta, strict=True):

@@ -2,8 +2,8 @@
 
 A step takes the states of a few rows of the batch through weights packed as [panels, H, gates, units]: a tile holds the
 sums of all gates of some units, which are lanes, so that what follows from them needs nothing of other tiles. The
-product with the inputs was made for all steps at once by the packed matrix product (float32), or is made here first
-(float64).
+product with the inputs is made for all steps at once before, by the packed matrix product or, in float64, by
+`projection`.
 
 Threads share out directions and rows of the batch; each goes through all steps on its own. A row that has ended keeps
 its state. Sums run over the state from first to last, so results depend on neither.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,12 @@ from graphopt.backends.operations import count_operations
 from graphopt.backends.rules.pointwise import for_columns
 from graphopt.backends.rules.recurrent_cells import Cell, Layer, Units, unknown_units
 from graphopt.backends.rules.register_tile import RegisterTile, Tile, lanes_of, tile_cost, tiles
-from graphopt.backends.sizes import Size
+from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Index, View
 
 RULE = "recurrence"
+_MOST_SETTLED = 16  # values on the way to a new state
 _MANY_ROWS = 8  # what choosing a tile takes a batch known at run time for
 
 
@@ -53,23 +55,20 @@ class Plan:
 class Operands:
     """What a kernel reads; packed tensors as `pack_matrix` and `pack_biases` make them.
 
-    `given` is the product of inputs and weights with the biases, [T, B, D, panels, gates, units], or, where `x`
-    [T, B, I] and its weights are given too, the biases alone. There are weights of each stage of the cell. `own_bias`
-    [D, panels, units] stays apart from the others.
+    `given` is the product of inputs and weights with the biases, [T, B, D, panels, gates, units]. There are weights of
+    each stage of the cell. `own_bias` [D, panels, units] stays apart from the others.
     """
 
-    given: View | None
+    given: View
     weights: tuple[View, ...]
-    x: View | None = None
-    input_weights: tuple[View, ...] = ()
     own_bias: View | None = None
     peepholes: View | None = None
     lengths: View | None = None
     states: tuple[View | None, ...] = ()
 
     def views(self) -> list[View]:
-        every = (self.given, *self.weights, self.x, *self.input_weights, self.own_bias, self.peepholes, self.lengths)
-        return [view for view in (*every, *self.states) if view is not None]
+        every = (self.given, *self.weights, self.own_bias, self.peepholes, self.lengths, *self.states)
+        return [view for view in every if view is not None]
 
 
 def choose_plan(layer: Layer, batch: Size, target: Target) -> Plan:
@@ -127,7 +126,6 @@ def recurrence(
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         _Recurrence(kernel, layer, operands, plan, (steps, batch), outputs).write()
 
-    depth = hidden + (0 if operands.x is None else int(operands.x.shape[-1]))
     each = sum(count_operations(target, partial(_evaluated, layer, cell)) for cell in layer.cells)
     return write_kernel(
         RULE,
@@ -142,7 +140,54 @@ def recurrence(
             "lanes": lanes_of(target, layer.dtype),
             "row_shares": plan.shares,
         },
-        flops=steps * batch * directions * hidden * (2 * layer.gates * depth + each),
+        flops=steps * batch * directions * hidden * (2 * layer.gates * hidden + each),
+    )
+
+
+def projection(
+    layer: Layer, x: View, weights: View, biases: View | None, plan: Plan, name: str, target: Target
+) -> Code:
+    """x [T, B, I], contiguous, times weights [D, panels, I, gates, units], with the biases; as `Operands.given`."""
+    directions, panels, depth, gates, units = (int(size) for size in weights.shape)
+    shape, lanes = (*x.shape[:-1], directions, panels, gates, units), lanes_of(target, layer.dtype)
+    count, columns = product(x.shape[:-1]), gates * units
+
+    def body(kernel: Kernel, outputs: list[Output]) -> None:
+        def write(rows: int, begin: Any, panel: Any) -> None:
+            registers = RegisterTile(kernel, Tile(rows, columns // lanes), layer.dtype)
+            registers.zero()
+            a, b = kernel.flat(x.storage), kernel.flat(weights.storage)
+            registers.multiply(
+                depth,
+                lambda r, k: a[(begin + r) * depth + k],
+                lambda k, c, lane: b[(panel * depth + k) * columns + c * lanes + lane],
+            )
+            for r in range(rows):
+                for c in range(columns // lanes):
+                    with kernel.vectorized(lanes) as lane:
+                        place = panel * columns + c * lanes + lane
+                        value = registers.values[r, c, lane]
+                        value = value if biases is None else value + kernel.flat(biases.storage)[place]
+                        outputs[0].store((begin + r) * (directions * panels * columns) + place, value)
+
+        rows = kernel.size(count)
+        with kernel.parallel(tirx.truncdiv(rows + (plan.rows - 1), int64(plan.rows))) as group:
+            begin = group * plan.rows
+            with kernel.serial(directions * panels) as panel, T.If(begin + plan.rows <= rows):
+                with T.Then():
+                    write(plan.rows, begin, panel)
+                with T.Else(), kernel.serial(rows - begin) as row:
+                    write(1, begin + row, panel)
+
+    return write_kernel(
+        RULE,
+        name,
+        target,
+        [view for view in (x, weights, biases) if view is not None],
+        [(shape, layer.dtype)],
+        body,
+        configuration={"rows": plan.rows, "units": units, "lanes": lanes},
+        flops=count * directions * gates * layer.hidden * (2 * depth + (biases is not None)),
     )
 
 
@@ -198,6 +243,7 @@ class _Recurrence:
         in_two = len(self.layer.stages) == 2
         self.kept, self.changed = (kernel.scratch(self.room, dtype=dtype) if in_two else None for _ in range(2))
         self.sums = kernel.registers(self.plan.rows * max(self.columns), dtype=dtype)
+        self.settled = kernel.registers(_MOST_SETTLED, self.lanes, dtype=dtype)
 
     def run(self, number: int) -> None:
         """All steps of a direction with the activations of this number."""
@@ -262,17 +308,17 @@ class _Recurrence:
     # One tile ---------------------------------------------------------------------------------------------------------
     def tile(self, stage: int, number: int, begin: Any) -> None:
         kernel, most = self.kernel, self.plan.rows
-        count = T.bind(tirx.min(int64(most), self.rows - begin))
+        exist = T.bind(tirx.min(int64(most), self.rows - begin))
         whole = isinstance(self.batch_size, int) and self.batch_size % most == 0
         if most == 1 or whole:
             self.multiply(stage, most, begin, int64(0))
         else:
-            with T.If(count >= most):
+            with T.If(exist >= most):
                 with T.Then():
                     self.multiply(stage, most, begin, int64(0))
-                with T.Else(), kernel.serial(count) as row:
+                with T.Else(), kernel.serial(exist) as row:
                     self.multiply(stage, 1, begin + row, row * self.columns[stage])
-        with kernel.serial(count) as row:
+        with kernel.serial(exist) as row:
             outer, inner = self.active(begin + row)
             with outer, inner:
                 self.follow(stage, number, begin + row, row * self.columns[stage])
@@ -284,64 +330,58 @@ class _Recurrence:
         registers.zero()
         block = self.direction * self.plan.panels + self.panel
 
-        def add(source: Any, starts: list[Any], view: View, depth: int) -> None:
-            weights, first = self.kernel.flat(view.storage), T.bind(block * (depth * columns))
-            registers.multiply(
-                depth,
-                lambda r, k: source[starts[r] + k],
-                lambda k, c, lane: weights[first + k * columns + c * self.lanes + lane],
-            )
-
-        if operands.x is not None:
-            depth = int(operands.x.shape[-1])
-            rows_of_x = [self.time(begin + r) * self.batch + self.first + begin + r for r in range(rows)]
-            starts = [T.bind(row * depth) for row in rows_of_x]
-            add(self.kernel.flat(operands.x.storage), starts, operands.input_weights[stage], depth)
         source, offset = (self.h, self.current) if stage == 0 else (self.changed, int64(0))
+        weights = self.kernel.flat(operands.weights[stage].storage)
+        first = T.bind(block * (layer.hidden * columns))
         starts = [T.bind(offset + (begin + r) * self.plan.width) for r in range(rows)]
-        add(source, starts, operands.weights[stage], layer.hidden)
+        registers.multiply(
+            layer.hidden,
+            lambda r, k: source[starts[r] + k],
+            lambda k, c, lane: weights[first + k * columns + c * self.lanes + lane],
+        )
         registers.keep(self.sums, where)
 
     def follow(self, stage: int, number: int, row: Any, where: Any) -> None:
         """What the sums from `where` on make of a row."""
-        layer, plan, operands = self.layer, self.plan, self.operands
-        place = self.direction * plan.panels + self.panel
-        if operands.x is None:
-            steps = self.time(row) * self.batch + self.first + row
-            place = steps * (len(layer.reverse) * plan.panels) + place
-        start = T.bind(place * (layer.gates * plan.units))
+        layer, plan = self.layer, self.plan
+        row_of_given = (self.time(row) * self.batch + self.first + row) * len(layer.reverse) + self.direction
+        start = T.bind((row_of_given * plan.panels + self.panel) * (layer.gates * plan.units))
         first = T.bind(row * plan.width + self.panel * plan.units)
         stores = [(self.h, self.following), (self.c, 0)] if stage + 1 == len(self.columns) else []
         stores = stores or [(self.kept, 0), (self.changed, 0)]
         for vector in range(0, plan.units, self.lanes):
             with self.kernel.vectorized(self.lanes) as lane:
-                at = self.units(stage, where + vector + lane, start + vector + lane, first + vector + lane, vector + lane)
+                at = self.units(stage, lane, vector, where, start, first)
                 values = layer.cells[stage](layer, number, at)
-                for (buffer, offset), value in zip(stores, [T.bind(v) for v in values], strict=False):
+                for (buffer, offset), value in zip(stores, map(at.settle, values), strict=False):
                     T.buffer_store(buffer, value, [offset + first + vector + lane])
 
-    def units(self, stage: int, where: Any, start: Any, unit: Any, column: Any) -> Units:
+    def units(self, stage: int, lane: Any, vector: int, where: Any, start: Any, first: Any) -> Units:
         plan, gates, operands, flat = self.plan, self.layer.stages[stage], self.operands, self.kernel.flat
+        where, start, unit, column = (position + vector + lane for position in (where, start, first, 0))
         block = self.direction * plan.panels + self.panel
-
-        def given(gate: int) -> Any:
-            if operands.given is None:
-                return tirx.const(0, self.layer.dtype)
-            return flat(operands.given.storage)[start + gate * plan.units]
 
         def peephole(number: int) -> Any:
             assert operands.peepholes is not None
             return flat(operands.peepholes.storage)[(block * 3 + number) * plan.units + column]
 
+        places = count()
+
+        def settle(value: Any) -> Any:
+            place = next(places)
+            T.buffer_store(self.settled, value, [place, lane])
+            return self.settled[place, lane]
+
         own = operands.own_bias
         return Units(
             lambda gate: self.sums[where + gates.index(gate) * plan.units],
-            given,
+            lambda gate: flat(operands.given.storage)[start + gate * plan.units],
             self.h[self.current + unit],
             None if self.c is None else self.c[unit],
             None if self.kept is None else self.kept[unit],
             None if own is None else flat(own.storage)[block * plan.units + column],
             None if operands.peepholes is None else peephole,
+            settle,
         )
 
     # Results ----------------------------------------------------------------------------------------------------------

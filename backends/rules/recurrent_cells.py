@@ -9,7 +9,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-Function = Callable[[Any], Any]
+Function = tuple[Callable[[Any], Any], ...]  # applied one after the other
 Gate = Callable[[int], Any]  # the number of a gate -> its value
 Cell = Callable[..., tuple[Any, ...]]
 
@@ -18,7 +18,8 @@ Cell = Callable[..., tuple[Any, ...]]
 class Units:
     """Values at some units. `sums` is the product with a vector of the row, `given` what the input and the biases add.
 
-    `kept` are what an earlier stage has stored, `own_bias` and `peepholes` None where there are none.
+    `kept` is what an earlier stage has stored; `own_bias` and `peepholes` are None where there are none. `settle` keeps
+    a value in registers: TVM's simplifier looks through variables, and takes minutes for comparisons of comparisons.
     """
 
     sums: Gate
@@ -28,6 +29,12 @@ class Units:
     kept: Any
     own_bias: Any
     peepholes: Gate | None
+    settle: Callable[[Any], Any]
+
+    def apply(self, function: Function, x: Any) -> Any:
+        for step in function:
+            x = self.settle(step(T.bind(x)))
+        return x
 
 
 @dataclass(frozen=True)
@@ -75,41 +82,39 @@ class Layer:
 
 
 def _rnn(layer: Layer, number: int, at: Units) -> tuple[Any, ...]:
-    return (layer.functions[number][0](at.sums(0) + at.given(0)),)
+    return (at.apply(layer.functions[number][0], at.sums(0) + at.given(0)),)
 
 
 def _lstm(layer: Layer, number: int, at: Units) -> tuple[Any, ...]:
     gate, new, out = layer.functions[number]
-    c = T.bind(at.c)
 
-    def total(place: int, peephole: int, cell: Any) -> Any:
-        value = at.sums(place) + at.given(place)
-        return value if at.peepholes is None else value + at.peepholes(peephole) * cell
+    def open_gate(place: int, peephole: int, c: Any) -> Any:
+        total = at.sums(place) + at.given(place)
+        return at.apply(gate, total if at.peepholes is None else total + at.peepholes(peephole) * c)
 
-    i = T.bind(gate(total(0, 0, c)))
-    f = tirx.const(1, layer.dtype) - i if layer.flag else gate(total(2, 2, c))
-    changed = T.bind(f * c + i * new(at.sums(3) + at.given(3)))
-    return gate(total(1, 1, changed)) * out(changed), changed
+    i = open_gate(0, 0, at.c)
+    f = tirx.const(1, layer.dtype) - i if layer.flag else open_gate(2, 2, at.c)
+    c = at.settle(f * at.c + i * at.apply(new, at.sums(3) + at.given(3)))
+    return open_gate(1, 1, c) * at.apply(out, c), c
 
 
 def _gru(layer: Layer, number: int, at: Units) -> tuple[Any, ...]:
     gate, new = layer.functions[number]
+    kept, reset = (at.apply(gate, at.sums(place) + at.given(place)) for place in (0, 1))
     product = at.sums(2) if at.own_bias is None else at.sums(2) + at.own_bias
-    value = new(at.given(2) + gate(at.sums(1) + at.given(1)) * product)
-    return (_between(layer, gate(at.sums(0) + at.given(0)), value, at.h),)
+    return (_between(layer, kept, at.apply(new, at.given(2) + reset * product), at.h),)
 
 
 def _gru_gates(layer: Layer, number: int, at: Units) -> tuple[Any, ...]:
-    gate = layer.functions[number][0]
-    return gate(at.sums(0) + at.given(0)), gate(at.sums(1) + at.given(1)) * at.h
+    kept, reset = (at.apply(layer.functions[number][0], at.sums(place) + at.given(place)) for place in (0, 1))
+    return kept, reset * at.h
 
 
 def _gru_new(layer: Layer, number: int, at: Units) -> tuple[Any, ...]:
-    return (_between(layer, at.kept, layer.functions[number][1](at.sums(2) + at.given(2)), at.h),)
+    return (_between(layer, at.kept, at.apply(layer.functions[number][1], at.sums(2) + at.given(2)), at.h),)
 
 
 def _between(layer: Layer, kept: Any, value: Any, h: Any) -> Any:
-    kept = T.bind(kept)
     return (tirx.const(1, layer.dtype) - kept) * value + kept * h
 
 
@@ -119,4 +124,4 @@ def unknown_units(layer: Layer) -> Units:
     def number(*_: Any) -> Any:
         return tirx.Var("number", layer.dtype)
 
-    return Units(number, number, number(), number(), number(), number() if layer.keeps_bias else None, None)
+    return Units(number, number, number(), number(), number(), number() if layer.keeps_bias else None, None, T.bind)

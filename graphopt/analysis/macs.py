@@ -86,9 +86,8 @@ def _bilinear(call: Call) -> int:
 
 
 def _recurrent(call: Call) -> int:
-    matrices = [shape for shape in call.shapes(argument(call.node, "params")) if len(shape) == 2]
-    first = call.shapes(call.node.args[0])[0]
-    return prod(first[:-1]) * sum(map(prod, matrices))
+    """Both products of every gate, for each step of each row."""
+    return prod(call.shape("x")[:-1]) * (prod(call.shape("w")) + prod(call.shape("r")))
 
 
 def _cell(call: Call) -> int:
@@ -113,7 +112,7 @@ MACS: Mapping[str, Callable[[Call], int]] = {
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
     "bilinear": _bilinear,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _cell),
 }
 LOOKUPS = frozenset({"embedding", "index", "index_select", "gather", "take", "take_along_dim"})

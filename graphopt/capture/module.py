@@ -23,7 +23,7 @@ from graphopt.capture.least_sizes import raise_least_sizes
 from graphopt.capture.linear_export import linear_export
 from graphopt.capture.names import argument_names, leaf_paths
 from graphopt.capture.quiet import quiet
-from graphopt.capture.recurrent import recurrent_layers
+from graphopt.capture.recurrent import RecurrentLayers
 from graphopt.errors import CaptureError, UnknownNameError
 from graphopt.program import Program, SizeRange, evaluate_size
 from graphopt.untrusted.limits import Limits
@@ -214,7 +214,7 @@ def _shapes(
 def _run_export(module: torch.nn.Module, arguments: Arguments, shapes: Any) -> ExportedProgram:
     args, kwargs = arguments
     try:
-        with quiet(), linear_export(), recurrent_layers(), source_line.guards_located(__file__):
+        with quiet(), linear_export(), RecurrentLayers(), source_line.guards_located(__file__):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

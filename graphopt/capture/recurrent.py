@@ -27,7 +27,7 @@ PACKED_REFUSED = (
 )
 
 
-class recurrent_layers(TorchFunctionMode):  # noqa: N801  used like a function
+class RecurrentLayers(TorchFunctionMode):
     """While this is entered, recurrent layers of PyTorch run as graphopt:: operators."""
 
     def __torch_function__(
@@ -119,5 +119,3 @@ def _joined(y: Any, directions: int) -> Any:
         return aten.squeeze.dims(y, [1])
     sizes = [aten.sym_size.int(y, axis) for axis in (0, 2)]
     return aten.view.default(aten.transpose.int(y, 1, 2), [*sizes, -1])
-
-

@@ -12,11 +12,12 @@ The functions here are the specification. D is the number of directions, G that 
 
 Options: `direction` "forward", "reverse" or "bidirectional"; `activations`, for each direction those of the gates, of
 the new value and (lstm) of the cell, with `alpha` and `beta`, one number for each of them; `clip`, which bounds the
-input of every activation but that of the cell; `input_forget`, f = 1 - i. `linear_before_reset`: the reset gate multiplies the product with
-the state, as in PyTorch, instead of the state.
+input of every activation but that of the cell; `input_forget`, f = 1 - i; `linear_before_reset`: the reset gate
+multiplies the product with the state, as in PyTorch, and not the state.
 
-Source: ONNX RNN, GRU and LSTM, opset 14 and 22; where they say nothing, ONNX Runtime. float16 and bfloat16 are computed in float32 and rounded at the end.
-Gradients are those of the functions here. All raise UsageError for shapes and options that do not fit.
+Source: ONNX RNN, GRU and LSTM, opset 14 and 22; where they say nothing, ONNX Runtime. float16 and bfloat16 are
+computed in float32 and rounded at the end. Gradients are those of the functions here. All raise UsageError for shapes
+and options that do not fit.
 """
 
 from __future__ import annotations
@@ -34,19 +35,29 @@ from graphopt.operators.quantization import computed_in
 DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}  # whether time runs backwards
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 USUAL = {"rnn": ("Tanh",), "gru": ("Sigmoid", "Tanh"), "lstm": ("Sigmoid", "Tanh", "Tanh")}
-# name -> (function, alpha and beta where none are given; None: it has no such number)
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], float | None, float | None]] = {
-    "Sigmoid": (lambda x, alpha, beta: torch.sigmoid(x), None, None),
-    "Tanh": (lambda x, alpha, beta: torch.tanh(x), None, None),
-    "Relu": (lambda x, alpha, beta: torch.relu(x), None, None),
-    "Affine": (lambda x, alpha, beta: alpha * x + beta, 1.0, 0.0),
-    "LeakyRelu": (lambda x, alpha, beta: torch.where(x < 0, alpha * x, x), 0.01, None),
-    "ThresholdedRelu": (lambda x, alpha, beta: torch.where(x <= alpha, 0, x), 1.0, None),
-    "ScaledTanh": (lambda x, alpha, beta: alpha * torch.tanh(beta * x), 1.0, 1.0),
-    "HardSigmoid": (lambda x, alpha, beta: torch.clamp(alpha * x + beta, 0, 1), 0.2, 0.5),
-    "Elu": (lambda x, alpha, beta: torch.where(x < 0, alpha * torch.expm1(x), x), 1.0, None),
-    "Softsign": (lambda x, alpha, beta: x / (1 + x.abs()), None, None),
-    "Softplus": (lambda x, alpha, beta: torch.nn.functional.softplus(x), None, None),
+
+
+@dataclass(frozen=True)
+class Activation:
+    """function(x, alpha, beta), and the numbers where none are given; None: it has no such number."""
+
+    function: Callable[[Tensor, float, float], Tensor]
+    alpha: float | None = None
+    beta: float | None = None
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "Sigmoid": Activation(lambda x, alpha, beta: torch.sigmoid(x)),
+    "Tanh": Activation(lambda x, alpha, beta: torch.tanh(x)),
+    "Relu": Activation(lambda x, alpha, beta: torch.relu(x)),
+    "Affine": Activation(lambda x, alpha, beta: alpha * x + beta, 1.0, 0.0),
+    "LeakyRelu": Activation(lambda x, alpha, beta: torch.where(x < 0, alpha * x, x), 0.01),
+    "ThresholdedRelu": Activation(lambda x, alpha, beta: torch.where(x <= alpha, 0, x), 1.0),
+    "ScaledTanh": Activation(lambda x, alpha, beta: alpha * torch.tanh(beta * x), 1.0, 1.0),
+    "HardSigmoid": Activation(lambda x, alpha, beta: torch.clamp(alpha * x + beta, 0, 1), 0.2, 0.5),
+    "Elu": Activation(lambda x, alpha, beta: torch.where(x < 0, alpha * torch.expm1(x), x), 1.0),
+    "Softsign": Activation(lambda x, alpha, beta: x / (1 + x.abs())),
+    "Softplus": Activation(lambda x, alpha, beta: torch.nn.functional.softplus(x)),
 }
 _OPTIONS = 'str direction="forward", str[]? activations=None, float[]? alpha=None, float[]? beta=None, float? clip=None'
 
@@ -83,18 +94,16 @@ def read_options(
     for name in names:
         if name not in ACTIVATIONS:
             raise UsageError(f"activation {name!r} of graphopt::{kind} is none of {', '.join(ACTIVATIONS)}")
-    numbers = [
-        [ACTIVATIONS[name][1 + place] or 0.0 for name in names] if given is None else list(given)
-        for place, given in enumerate((alpha, beta))
-    ]
-    if any(len(values) != each * len(reverse) for values in (names, *numbers)):
+    alpha = [ACTIVATIONS[name].alpha or 0.0 for name in names] if alpha is None else alpha
+    beta = [ACTIVATIONS[name].beta or 0.0 for name in names] if beta is None else beta
+    if any(len(values) != each * len(reverse) for values in (names, alpha, beta)):
         raise UsageError(f"graphopt::{kind} takes {each * len(reverse)} activations, each with an alpha and a beta")
 
     def shared_out(values: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
         return tuple(tuple(values[start : start + each]) for start in range(0, len(values), each))
 
     flag = input_forget or linear_before_reset
-    return Options(kind, reverse, shared_out(names), *map(shared_out, numbers), clip, flag)
+    return Options(kind, reverse, shared_out(names), shared_out(alpha), shared_out(beta), clip, flag)
 
 
 @torch.library.custom_op(
@@ -191,7 +200,7 @@ def _functions(options: Options, number: int) -> list[Callable[[Tensor], Tensor]
     """The activations of a direction; all but that of a cell clip."""
 
     def make(place: int, name: str, alpha: float, beta: float) -> Callable[[Tensor], Tensor]:
-        function = ACTIVATIONS[name][0]
+        function = ACTIVATIONS[name].function
         bound = options.clip if place < 2 else None
         return lambda value: function(value if bound is None else value.clamp(-bound, bound), alpha, beta)
 
@@ -244,7 +253,9 @@ def _eight(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def _check(options: Options, tensors: Sequence[Tensor | None]) -> None:
     x, w, r, b, lens, h, c, p = _eight(tensors)
     if x.ndim != 3 or r.ndim != 3:
-        raise UsageError(f"graphopt::{options.kind} takes x [T, B, I] and r [D, G H, H], not of {x.ndim}, {r.ndim} axes")
+        raise UsageError(
+            f"graphopt::{options.kind} takes x [T, B, I] and r [D, G H, H], not of {x.ndim}, {r.ndim} axes"
+        )
     directions, hidden = len(options.reverse), r.shape[2]
     rows, state = GATES[options.kind] * hidden, (directions, x.shape[1], hidden)
     wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {

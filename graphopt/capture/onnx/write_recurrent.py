@@ -56,11 +56,11 @@ def _layer(
     attributes: dict[str, Any] = {"hidden_size": int(r.shape[2]), "direction": direction}
     if activations is not None:
         attributes["activations"] = list(activations)
-        for place, (name, given) in enumerate((("activation_alpha", alpha), ("activation_beta", beta)), 1):
-            defaults = [ACTIVATIONS[activation][place] for activation in activations]
+        for name, given in (("alpha", alpha), ("beta", beta)):
+            defaults = [getattr(ACTIVATIONS[activation], name) for activation in activations]
             values = defaults if given is None else given
             kept = [value for value, default in zip(values, defaults, strict=True) if default is not None]
-            attributes |= {name: kept} if kept else {}
+            attributes |= {f"activation_{name}": kept} if kept else {}
     if clip is not None:
         attributes["clip"] = clip
     return (x, w, r, b, lens), attributes

@@ -42,13 +42,13 @@ class RaiseRecurrent(Pass):
                     raise CaptureError(PACKED_REFUSED)
                 if node.target not in OVERLOADS:
                     continue
-                items = sorted(node.users, key=lambda user: user.args[1])
+                items: dict[Any, Node] = {item.args[1]: item for item in node.users}
 
-                def build(builder: Builder, node: Node = node, items: list[Node] = items) -> list[Any]:
+                def build(builder: Builder, node: Node = node, places: tuple[Any, ...] = tuple(items)) -> list[Any]:
                     results = layers(OVERLOADS[node.target], *map(builder.proxy_of, node.args))
-                    return [results[item.args[1]] for item in items]
+                    return [results[place] for place in places]
 
-                editor.replace("recurrent", items, build, inner=(node,), at=node)
+                editor.replace("recurrent", list(items.values()), build, inner=(node,), at=node)
         return edit.finish()
 
 
@@ -92,9 +92,9 @@ def _is_zero(module: GraphModule, node: Any) -> bool:
         return False
     if node.op == "get_attr":
         value = get_attribute(module, str(node.target))
-        return not isinstance(value, torch.nn.Parameter) and not value.any()
+        return not isinstance(value, torch.nn.Parameter) and not bool(value.any())
     if node.target in _FULL:
-        return node.args[-1] == 0
+        return bool(node.args[-1] == 0)
     return node.target in _ZEROS or (node.target in _PARTS and _is_zero(module, node.args[0]))
 
 
@@ -117,11 +117,12 @@ def _hold_weights(module: GraphModule, layer: Node) -> Mapping[Node, torch.Tenso
 
 
 def _constant(node: Node, leaves: list[Node]) -> bool:
+    """Whether it is computed from attributes alone, which are added to `leaves`."""
     if node.op == "get_attr":
         leaves.append(node)
         return True
     is_call = node.op == "call_function" and bool(node.all_input_nodes)
-    return is_call and all([_constant(source, leaves) for source in node.all_input_nodes])
+    return is_call and all(_constant(source, leaves) for source in node.all_input_nodes)
 
 
 def _value(module: GraphModule, node: Node) -> Any:

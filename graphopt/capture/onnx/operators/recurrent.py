@@ -17,9 +17,7 @@ _NEEDS_NUMBERS = ("Affine", "ScaledTanh", "ThresholdedRelu")  # ONNX Runtime has
 
 
 @operator("RNN", "GRU")
-def rnn(
-    op: Operation, x: Present, w: Present, r: Present, b: Value = None, lens: Value = None, h: Value = None
-) -> Any:
+def rnn(op: Operation, x: Present, w: Present, r: Present, b: Value = None, lens: Value = None, h: Value = None) -> Any:
     options: dict[str, Any] = {}
     if op.attributes.integer("linear_before_reset"):
         options["linear_before_reset"] = True
@@ -84,11 +82,17 @@ def _activations(op: Operation, kind: str, directions: int) -> dict[str, Any]:
         if name.lower() not in _NAMES:
             raise op.refuse(f"activation {name!r} of {op.name} is not imported; those are {', '.join(ACTIVATIONS)}")
         found.append(_NAMES[name.lower()])
-    numbers: list[list[float]] = [[], []]
-    for name in found:
-        for place, given in enumerate((alpha, beta)):
-            default = ACTIVATIONS[name][1 + place]
-            if name in _NEEDS_NUMBERS and default is not None and not given:
-                raise op.refuse(f"activation {name} has no alpha or beta, and runtimes take different ones; give them")
-            numbers[place].append(0.0 if default is None else given.pop(0) if given else default)
-    return {"activations": found, "alpha": numbers[0], "beta": numbers[1]}
+    return {
+        "activations": found,
+        "alpha": [_number(op, name, ACTIVATIONS[name].alpha, alpha) for name in found],
+        "beta": [_number(op, name, ACTIVATIONS[name].beta, beta) for name in found],
+    }
+
+
+def _number(op: Operation, name: str, default: float | None, given: list[float]) -> float:
+    """The next of the numbers given, for an activation that has one."""
+    if default is None:
+        return 0.0
+    if name in _NEEDS_NUMBERS and not given:
+        raise op.refuse(f"activation {name} has no alpha or beta, and runtimes take different ones; give them")
+    return given.pop(0) if given else default
