@@ -1,32 +1,68 @@
-"""Prints which architectures run in which form: `python -m tests.architectures [NAME ...]`."""
+"""Prints which architectures run in which form: `python -m tests.architectures [--passes | --sizes] [NAME ...]`.
+
+`--passes` prints instead what passes do to each form, and in how many calls the programs after O2 differ from torch's.
+`--sizes` prints instead the error at sizes other than those exported, of the architectures with such.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Callable
 
-from tests.architectures.forms import CANNOT, FORMS, TOLERANCE, outcome
+from tests.architectures.forms import (
+    ANY_BATCH,
+    ANY_LENGTH,
+    CANNOT,
+    FORMS,
+    TOLERANCE,
+    error_at_other_sizes,
+    fired,
+    outcome,
+    taken_in,
+)
 from tests.architectures.zoo import ARCHITECTURES
 
 
-def main(names: list[str]) -> int:
+def answers(name: str, form: str) -> tuple[bool, str]:
+    found = outcome(name, form)
+    listed = ", ".join(f"{count} {operator}" for operator, count in found.operators.items())
+    return found.error < TOLERANCE, f"{found.error:.0e}  {found.kernels:3} kernels  {listed}"
+
+
+def passes(name: str, form: str) -> tuple[bool, str]:
+    found, wanted = (fired(taken_in(name, one)[0]) for one in (form, "torch"))
+    ours, theirs = Counter(found.calls), Counter(wanted.calls)
+    differ = ", ".join(
+        f"{ours[key] - theirs[key]:+} {key}" for key in sorted(ours | theirs) if ours[key] != theirs[key]
+    )
+    listed = ", ".join(f"{count} {step}" for step, count in found.rewrites.items())
+    return found == wanted, f"{listed}; of {ours.total()} calls after O2: {differ or 'as from torch'}"
+
+
+def sizes(name: str, form: str) -> tuple[bool, str]:
+    error = error_at_other_sizes(name, form)
+    return error < TOLERANCE, f"{error:.0e}"
+
+
+def main(words: list[str]) -> int:
     """The number of forms that fail."""
+    tables: dict[str, Callable[[str, str], tuple[bool, str]]] = {"--passes": passes, "--sizes": sizes}
+    asked = [word for word in words if word in tables]
+    table = tables[asked[0]] if asked else answers
+    every = (*ANY_LENGTH, *ANY_BATCH) if table is sizes else tuple(ARCHITECTURES)
     failed = 0
-    for name in names or ARCHITECTURES:
+    for name in [word for word in words if word not in tables] or every:
         for form in FORMS:
             if (name, form) in CANNOT:
                 print(f"{name:18} {form:12} {CANNOT[name, form]}", flush=True)
                 continue
             try:
-                found = outcome(name, form)
+                right, said = table(name, form)
             except Exception as error:  # the table goes on
-                failed += 1
-                print(f"{name:18} {form:12} {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
-                continue
-            wrong = not found.error < TOLERANCE
-            failed += wrong
-            said = "WRONG" if wrong else "ok"
-            listed = ", ".join(f"{count} {operator}" for operator, count in found.operators.items())
-            print(f"{name:18} {form:12} {said} {found.error:.0e}  {found.kernels:3} kernels  {listed}", flush=True)
+                right, said = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            failed += not right
+            print(f"{name:18} {form:12} {'ok' if right else 'WRONG'} {said}", flush=True)
     print(f"{failed} failed")
     return failed
 

@@ -50,6 +50,7 @@ CANNOT: dict[tuple[str, str], str] = {
 COUNTS_DIFFER: dict[tuple[str, str], str] = {
     ("deberta_v2", "dynamo"): "the exporter computes the projections of its constant positions",
 }
+PASSES_DIFFER: dict[tuple[str, str], str] = {}
 OTHER_SIZES = ((1, 5), (3, 11))  # batch and length; the examples have 2 and 8
 ANY_BATCH = ("vit", "resnet", "convnext", "segformer")
 ANY_LENGTH = ("bert", "distilbert", "gpt2", "llama", "phi")
@@ -143,7 +144,7 @@ def error_at_other_sizes(name: str, form: str) -> float:
     kept = list(range(len(inputs)))
     options = FORMS[form]
     if options is None:
-        names = {f"values_{place}": named for place, named in enumerate(axes)}
+        names = {f"values.{place}": named for place, named in enumerate(axes)}
         program = capture(module, inputs, dynamic_shapes=names)
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Each architecture runs from torch and from ONNX, compiled, with equal answers and equal operators.
+"""Each architecture runs from torch and from ONNX, compiled, with equal answers, operators and rewrites.
 
 `python -m tests.architectures` prints the table.
 """
@@ -10,15 +10,29 @@ from typing import Any
 
 import pytest
 
-from tests.architectures.forms import CANNOT, COUNTS_DIFFER, FORMS, TOLERANCE, Outcome, outcome
+from tests.architectures.forms import (
+    ANY_BATCH,
+    ANY_LENGTH,
+    CANNOT,
+    COUNTS_DIFFER,
+    FORMS,
+    PASSES_DIFFER,
+    TOLERANCE,
+    Fired,
+    Outcome,
+    error_at_other_sizes,
+    fired,
+    outcome,
+    taken_in,
+)
 from tests.architectures.zoo import ARCHITECTURES
 
 QUICK = ("distilbert", "llama_with_cache")
 
 
 @functools.cache
-def done(name: str, form: str) -> Outcome:
-    return outcome(name, form)
+def done(name: str, form: str) -> tuple[Outcome, Fired]:
+    return outcome(name, form), fired(taken_in(name, form)[0])
 
 
 def _cases() -> list[Any]:
@@ -26,13 +40,25 @@ def _cases() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", _cases())
-def test_equal_answers_and_operators(name: str) -> None:
-    forms = [form for form in FORMS if (name, form) not in CANNOT]
-    for form in forms:
-        found = done(name, form)
+def test_equal_answers_operators_and_rewrites(name: str) -> None:
+    """Of the passes that change the model: how much there is to clean up is the exporter's affair."""
+    wanted, rewrites = done(name, "torch")
+    for form in FORMS:
+        if (name, form) in CANNOT:
+            continue
+        found, passes = done(name, form)
         assert found.error < TOLERANCE, f"{name} from {form}: {found.error}"
-        same = found.operators == done(name, "torch").operators
+        same = found.operators == wanted.operators
         assert same == ((name, form) not in COUNTS_DIFFER), f"{name} from {form}: {found.operators}"
+        same = passes == rewrites
+        assert same == ((name, form) not in PASSES_DIFFER), f"{name} from {form}: {passes.rewrites}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", (*ANY_LENGTH, *ANY_BATCH))
+def test_other_sizes_than_exported(name: str, form: str) -> None:
+    assert error_at_other_sizes(name, form) < TOLERANCE
 
 
 def test_there_are_enough() -> None:

@@ -87,9 +87,12 @@ def tokens() -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class of `transformers`, its configuration, its inputs, and the field of its answer that is compared."""
+    """A model class of `transformers`, its configuration, its inputs, and the field of its answer that is compared.
 
-    model: str
+    Or a module of its own, without a configuration, that answers with one tensor.
+    """
+
+    model: str | type[nn.Module]
     config: str
     options: Mapping[str, Any]
     inputs: Callable[[], dict[str, Tensor]] = text
@@ -131,23 +134,57 @@ class Cached(nn.Module):
         return result.logits, *(kept for layer in cache.layers for kept in (layer.keys, layer.values))
 
 
+class InvertedResidual(nn.Module):
+    """A block of MobileNetV3 (Howard et al. 2019, arXiv 1905.02244) with squeeze and excitation."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.Hardswish())
+        depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        self.depthwise = nn.Sequential(depthwise, nn.BatchNorm2d(inner), nn.Hardswish())
+        squeeze = nn.Conv2d(inner, channels, 1), nn.ReLU(), nn.Conv2d(channels, inner, 1), nn.Hardsigmoid()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), *squeeze)
+        self.project = nn.Sequential(nn.Conv2d(inner, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(self.expand(x))
+        residual: Tensor = self.project(y * self.gate(y))
+        return x + residual
+
+
+class MobileNetV3(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        first = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()
+        self.features = nn.Sequential(*first, InvertedResidual(8, 16), InvertedResidual(8, 24))
+        self.classifier = nn.Sequential(nn.Linear(8, 16), nn.Hardswish(), nn.Linear(16, 5))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        found: Tensor = self.classifier(self.features(pixel_values).mean((2, 3)))
+        return found
+
+
 def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The model in eval mode and its example inputs."""
     import transformers
 
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, architecture.config)(**architecture.options)
-    # The other forms of experts are calls of transformers' own operators, or loops over what a token chooses.
-    config._experts_implementation = "batched_mm"
-    model = getattr(transformers, architecture.model)(config).eval()
+    if isinstance(architecture.model, str):
+        config = getattr(transformers, architecture.config)(**architecture.options)
+        # The other forms of experts are calls of transformers' own operators, or loops over what a token chooses.
+        config._experts_implementation = "batched_mm"
+        model: Any = getattr(transformers, architecture.model)(config).eval()
+    else:
+        model = architecture.model().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:  # norms begin equal, and exporters merge what is equal
                 weight += 0.1 * torch.randn_like(weight)
     inputs = architecture.inputs()
-    module = Cached(model) if architecture.cache else OneOutput(model, architecture, list(inputs))
-    return module.eval(), tuple(inputs.values())
+    if isinstance(architecture.model, str):
+        model = Cached(model) if architecture.cache else OneOutput(model, architecture, list(inputs))
+    return model.eval(), tuple(inputs.values())
 
 
 def _past(heads: int) -> Callable[[], dict[str, Tensor]]:
@@ -196,6 +233,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _causal("Qwen3"),
     "gemma2": _causal("Gemma2"),
     "phi": _causal("Phi"),
+    "gptj": Architecture("GPTJForCausalLM", "GPTJConfig", {**GPT2, "rotary_dim": 4}, text, "logits", NO_CACHE),
     "falcon": Architecture("FalconForCausalLM", "FalconConfig", {**TEXT, "num_kv_heads": 1}, text, "logits", NO_CACHE),
     "bloom": Architecture(
         "BloomForCausalLM",
@@ -250,6 +288,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mobilenet_v2": Architecture(
         "MobileNetV2Model", "MobileNetV2Config", {"image_size": 32, "depth_multiplier": 0.25}, image
     ),
+    "mobilenet_v3": Architecture(MobileNetV3, "", {}, image),
     "segformer": Architecture(
         "SegformerForSemanticSegmentation",
         "SegformerConfig",

@@ -48,7 +48,9 @@ def other_gelu(x: Tensor) -> Tensor:
 class Product(nn.Module):
     """x Wt + b spelled by the transpose, its rows put into one axis where asked."""
 
-    def __init__(self, *, rows: bool = False, bias: bool = True, turn: tuple[int, ...] = (1, 0)) -> None:
+    def __init__(
+        self, *, rows: bool = False, bias: bool = True, turn: Callable[[Tensor], Tensor] = lambda weight: weight.T
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.rand(8, 8))
         self.bias = nn.Parameter(torch.rand(8)) if bias else None
@@ -56,7 +58,7 @@ class Product(nn.Module):
         self.turn = turn
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (x.view(-1, 8) if self.rows else x) @ self.weight.permute(self.turn)
+        y = (x.view(-1, 8) if self.rows else x) @ self.turn(self.weight)
         y = y if self.bias is None else y + self.bias
         return y.view(x.shape) if self.rows else y
 
@@ -83,10 +85,11 @@ class Calls(nn.Module):
         (Product(), ["aten.linear.default"]),
         (Product(bias=False), ["aten.linear.default"]),
         (Product(rows=True), ["aten.linear.default"]),
+        (Product(turn=torch.t), ["aten.linear.default"]),
     ],
     ids=[
         *("rms-norm", "shifted-rms-norm", "tanh-gelu", "tanh-gelu-by-products", "erf-gelu", "silu", "hardswish"),
-        *("transposed", "transposed-without-bias", "transposed-of-rows"),
+        *("transposed", "transposed-without-bias", "transposed-of-rows", "by-t"),
     ],
 )
 def test_one_node(module: nn.Module, wanted: list[str]) -> None:
@@ -102,7 +105,7 @@ def test_other_numbers_stay() -> None:
 
 
 def test_other_products_stay() -> None:
-    program = capture(Product(turn=(0, 1), bias=False), (torch.randn(3, 8),))
+    program = capture(Product(turn=torch.relu, bias=False), (torch.randn(3, 8),))
     assert "aten.linear.default" not in {str(node.target) for node in program.nodes()}
     program = capture(Calls(lambda x: x @ x.permute(1, 0)), (torch.randn(3, 8),))
     assert "aten.linear.default" not in {str(node.target) for node in program.nodes()}

@@ -20,6 +20,7 @@ class Function(nn.Module):
         return self.function(x)
 
 
+ALL, SOME = torch.ones(1, 6, dtype=torch.bool), torch.arange(6) > 2
 FIRES = [
     lambda x: (torch.arange(6) >= 0) & (x > 0),
     lambda x: (x > 0) & (torch.arange(6) + 3 > 2),
@@ -28,7 +29,6 @@ FIRES = [
     lambda x: (torch.arange(1, 6, 2)[:, None, None] != 0) & (x > 0),
     lambda x: ALL & (x > 0),
 ]
-ALL, SOME = torch.ones(1, 6, dtype=torch.bool), torch.arange(6) > 2
 DECLINES = [
     (lambda x: (torch.arange(6) >= 3) & (x > 0), "values from 0 to 5 do not decide a comparison with 3"),
     (lambda x: (torch.arange(6) - 2 > -2) & (x > 0), "values from -2 to 3 do not decide a comparison with -2"),

@@ -130,9 +130,10 @@ class Emitter:
         """The table of an embedding that a projection to the vocabulary shares, which exporters write out again."""
         for node in self.graph.find_nodes(op="call_function", target=aten.embedding.default):
             table = self.held(node.args[0])
-            if table is not None and table.shape == weight.shape and table.dtype == weight.dtype:
-                if torch.equal(table[0], weight[0]) and torch.equal(table, weight):
-                    return str(node.args[0].target)
+            if table is None or table.shape != weight.shape or table.dtype != weight.dtype:
+                continue
+            if torch.equal(table[:1], weight[:1]) and torch.equal(table, weight):
+                return str(node.args[0].target)
         return None
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:

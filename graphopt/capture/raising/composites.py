@@ -46,26 +46,47 @@ class LinearBias(Rule):
         return None
 
 
-def pattern_linear_by_transpose(x: Any, w: Any, axes: Any) -> Any:
+def pattern_linear_by_permute(x: Any, w: Any, axes: Any) -> Any:
     return aten.matmul.default(x, aten.permute.default(w, axes))
 
 
-def rewrite_linear_by_transpose(x: Any, w: Any, axes: Any) -> Any:
+def rewrite_linear_by_permute(x: Any, w: Any, axes: Any) -> Any:
+    return aten.linear.default(x, w)
+
+
+@dataclass(frozen=True)
+class LinearByPermute(Rule):
+    """x Wt, as `x @ weight.T` writes it."""
+
+    pattern: ClassVar[Any] = staticmethod(pattern_linear_by_permute)
+    rewrite: ClassVar[Any] = staticmethod(rewrite_linear_by_permute)
+
+    def check(self, x: Any, w: Any, axes: Any) -> str | None:
+        return _no_weight(w) or (None if [axis % 2 for axis in axes] == [1, 0] else "the weight is not transposed")
+
+
+def pattern_linear_by_transpose(x: Any, w: Any) -> Any:
+    return aten.matmul.default(x, aten.t.default(w))
+
+
+def rewrite_linear_by_transpose(x: Any, w: Any) -> Any:
     return aten.linear.default(x, w)
 
 
 @dataclass(frozen=True)
 class LinearByTranspose(Rule):
-    """x Wt, as `x @ weight.T` writes it."""
+    """The same, as `x @ weight.t()`."""
 
     pattern: ClassVar[Any] = staticmethod(pattern_linear_by_transpose)
     rewrite: ClassVar[Any] = staticmethod(rewrite_linear_by_transpose)
 
-    def check(self, x: Any, w: Any, axes: Any) -> str | None:
-        turned = [axis % 2 for axis in axes] == [1, 0]
-        if w.op != "get_attr" or rank(w) != 2 or not turned or not w.meta["val"].dtype.is_floating_point:
-            return "the second factor is no transposed weight"
-        return None
+    def check(self, x: Any, w: Any) -> str | None:
+        return _no_weight(w)
+
+
+def _no_weight(w: Any) -> str | None:
+    held = w.op == "get_attr" and rank(w) == 2 and w.meta["val"].dtype.is_floating_point
+    return None if held else "the second factor is no transposed weight"
 
 
 def pattern_flat_linear(x: Any, w: Any, b: Any, flat: Any, shape: Any) -> Any:
@@ -259,7 +280,7 @@ class RaiseComposites(RewritePass):
 
     name: ClassVar[str] = "raising"
     rules: ClassVar[tuple[type[Rule], ...]] = (
-        *(LinearByTranspose, LinearBias, FlatLinear),
+        *(LinearByPermute, LinearByTranspose, LinearBias, FlatLinear),
         *(Gelu, HalvedGelu, TanhGelu, TanhGeluByProducts, Silu, HardSwish),
         *(RmsNorm, RsqrtRmsNorm),
     )
