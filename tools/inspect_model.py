@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.errors import CaptureError, UsageError
 from graphopt.tools.inspect_blocks import describe_blocks, format_blocks
 from graphopt.tools.inspect_onnx import describe_file, format_file, format_problems, with_problems
-from graphopt.tools.model_argument import HELP_ARTIFACT, add_model_argument, is_artifact, load_model
+from graphopt.tools.model_argument import HELP_ARTIFACT, add_model_argument, check_model, is_artifact, load_model
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, format_shape, format_table, wants_text, write_json
 
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         from graphopt.tools.inspect_artifact import inspect_artifact
 
         return inspect_artifact(arguments)
+    check_model(arguments.model)
     file = describe_file(arguments.model) if arguments.model.endswith(".onnx") else None
     try:
         with progress(f"capturing {arguments.model}"):

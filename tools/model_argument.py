@@ -40,17 +40,25 @@ def load_model(arguments: argparse.Namespace) -> Program:
 
 
 def capture_model(model: str, dynamic: list[str]) -> Program:
-    if is_artifact(model):
-        raise UsageError(f"{model} is compiled already; give the model it was made from ({HELP})")
-    is_file = model.endswith((".pt2", ".onnx"))
-    if is_file and not os.path.isfile(model) and not os.path.isdir(model):
-        raise UsageError(f"{model} does not exist; give {HELP}")
-    if os.path.isdir(model) or (not is_file and not FUNCTION.fullmatch(model)):
-        raise UsageError(why_no_model(model))
+    check_model(model)
     from graphopt import capture
 
-    source, examples = (model, None) if is_file else call_function(model)
+    source, examples = (model, None) if is_file(model) else call_function(model)
     return capture(source, examples, dynamic_shapes=parse_dynamic(dynamic) or None)
+
+
+def check_model(model: str) -> None:
+    """Raises UsageError for what cannot be a model by its name, and for files that do not exist."""
+    if is_artifact(model):
+        raise UsageError(f"{model} is compiled already; give the model it was made from ({HELP})")
+    if is_file(model) and not os.path.exists(model):
+        raise UsageError(f"{model} does not exist; give {HELP}")
+    if os.path.isdir(model) or (not is_file(model) and not FUNCTION.fullmatch(model)):
+        raise UsageError(why_no_model(model))
+
+
+def is_file(model: str) -> bool:
+    return model.endswith((".pt2", ".onnx"))
 
 
 def why_no_model(model: str) -> str:

@@ -291,7 +291,7 @@ def _bounds(request: Request, name: str, symbol: sympy.Expr, environment: ShapeE
         raise CaptureError(
             f"size {name!r} may be {high} by its Dim, but the model takes at most {found.high}{where}; lower its max"
         )
-    return SizeRange(max(found.low, low or 1), found.high)
+    return SizeRange(max(found.low, low or 1), found.high if high is None else high)
 
 
 def _check_guards(symbols: Mapping[str, str], environment: ShapeEnv) -> None:

@@ -75,14 +75,16 @@ def main(arguments: list[str]) -> None:
     except CaptureError as error:
         answer = {"error": str(error)}
     except MemoryError:
-        answer = {
-            "error": f"{path}: reading it takes over {limits.max_parse_bytes} bytes of memory; "
-            "raise Limits.max_parse_bytes"
-        }
+        answer = {"error": _too_large(path, limits)}
     except OSError as error:
-        answer = {"error": _no_file(path, folder, error)}
+        too_large = error.errno == errno.ENOMEM  # of a file that is mapped
+        answer = {"error": _too_large(path, limits) if too_large else _no_file(path, folder, error)}
     sys.stdout.write(json.dumps(answer))
     sys.stdout.flush()
+
+
+def _too_large(path: str, limits: Limits) -> str:
+    return f"{path}: reading it takes over {limits.max_parse_bytes} bytes of memory; raise Limits.max_parse_bytes"
 
 
 def _no_file(path: str, folder: str, error: OSError) -> str:

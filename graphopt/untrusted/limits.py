@@ -16,7 +16,7 @@ class Limits:
     max_members: int = 100_000  # members of a model file
     max_nodes: int = 200_000  # nodes of all graphs together
     max_constant_bytes: int = 2 << 30  # memory for values that are described but not held: expanded, filled or drawn
-    max_value_bytes: int = 1 << 40  # one value of the graph, at the sizes of its examples
+    max_value_bytes: int = 16 << 30  # one value of the graph, at the sizes of its examples
     max_parse_bytes: int = 8 << 30  # memory of the process that parses a model file
     max_parse_seconds: int = 300  # processor and wall time of that process
 

@@ -164,6 +164,16 @@ def test_filled_constants(strides: list[int]) -> None:
     assert capture(Filled(), (torch.ones(2),), limits=Limits(max_constant_bytes=1 << 22))
 
 
+def test_values_that_the_model_makes_large() -> None:
+    class Repeated(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.repeat(1000, 1000).relu()
+
+    with pytest.raises(CaptureError, match=r"takes 8000000 bytes.*raise Limits\.max_value_bytes"):
+        capture(Repeated(), (torch.ones(2),), limits=Limits(max_value_bytes=7 << 20))
+    assert capture(Repeated(), (torch.ones(2),), limits=Limits(max_value_bytes=8 << 20))
+
+
 SLOW = r"over 1 seconds; raise Limits\.max_parse_seconds"
 _LIMITED = """
 import sys; sys.path.insert(0, sys.argv[1])

@@ -57,18 +57,23 @@ def survey(model: Any, folder: Path | None, limits: Limits) -> Survey:
         except CaptureError as error:
             problems.append(Problem(f"input {value.name!r}", str(error)))
     inputs, names = size_names(inputs)
-    with quiet():
-        choices = [_attempt(model, folder, opset, inputs, hints, limits) for hints in hint_choices(names, {})]
+    choices: list[Survey] = []
+    for hints in hint_choices(names, {}):
+        steps = Steps(limits)
+        with quiet():
+            choices.append(_attempt(model, folder, opset, inputs, hints, steps))
+        if steps.too_many:  # whatever the sizes are
+            break
     best = min(choices, key=lambda choice: len(choice.problems) + choice.unseen)
     return Survey((*problems, *best.problems), best.unseen, best.domains)
 
 
 def _attempt(
-    model: Any, folder: Path | None, opset: int, inputs: list[Input], hints: Mapping[str, int], limits: Limits
+    model: Any, folder: Path | None, opset: int, inputs: list[Input], hints: Mapping[str, int], steps: Steps
 ) -> Survey:
     symbols = make_symbols(hints)
     emitter = Emitter(symbols.mode)
-    importer = _Surveyor(emitter, opset, ExternalData(folder, limits), Steps(limits))
+    importer = _Surveyor(emitter, opset, ExternalData(folder, steps.limits), steps)
     importer.notes = _Notes(symbols, _types(model), [], set())
     for item in inputs:
         try:

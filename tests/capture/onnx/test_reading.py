@@ -118,6 +118,14 @@ def test_limits_reach_the_child(tmp_path: Path, limits: Limits, words: str) -> N
         capture(tmp_path / "m.onnx", limits=limits)
 
 
+def test_a_file_larger_than_the_child_may_be(tmp_path: Path) -> None:
+    with (tmp_path / "m.onnx").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(CaptureError, match=r"raise Limits\.max_parse_bytes"):
+        capture(tmp_path / "m.onnx", limits=Limits(max_parse_bytes=1 << 28))
+    (tmp_path / "m.onnx").unlink()
+
+
 def test_no_onnx_file_is_larger_than_a_message(tmp_path: Path) -> None:
     with (tmp_path / "m.onnx").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
