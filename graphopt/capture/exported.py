@@ -45,6 +45,8 @@ class Known:
     examples: Sequence[torch.Tensor] | None = None  # one for each tensor input
     name: str | None = None
     history: tuple[Mapping[str, Any], ...] = ()
+    bound: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
@@ -84,6 +86,8 @@ def assemble(flat: Flat, known: Known, *, name: str, limits: Limits) -> Program:
         symbols=symbols,
         name=name,
         history=known.history,
+        bound=known.bound,
+        notes=known.notes,
     )
 
 

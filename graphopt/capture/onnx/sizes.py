@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,8 +73,24 @@ def _renamed(shape: tuple[int | str, ...], wanted: Any) -> tuple[int | str, ...]
     return tuple(size if isinstance(size, int) else names.get(axis) or size for axis, size in enumerate(shape))
 
 
-def size_names(inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
-    """The inputs with names that size expressions can use, and the names that stand alone somewhere."""
+def with_sizes(inputs: Sequence[Input], numbers: Mapping[str, int]) -> list[Input]:
+    """The inputs with numbers in place of these sizes, in expressions too."""
+    return [replace(item, shape=tuple(_with_numbers(size, numbers) for size in item.shape)) for item in inputs]
+
+
+def _with_numbers(size: int | str, numbers: Mapping[str, int]) -> int | str:
+    if isinstance(size, int) or not numbers:
+        return size
+    pattern = r"\b(" + "|".join(map(re.escape, numbers)) + r")\b"
+    text = re.sub(pattern, lambda found: str(numbers[found.group()]), size)
+    try:
+        return evaluate_size(text, {})
+    except (FeedError, SyntaxError):  # names are left in it
+        return text
+
+
+def size_names(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs with names that size expressions can use."""
     alone = {size for item in inputs for size in item.shape if isinstance(size, str) and size.isidentifier()}
     cleaned = {
         size: size if size in alone or _computed(size, alone) else placeholder_name(size)
@@ -81,12 +98,13 @@ def size_names(inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
         for size in item.shape
         if isinstance(size, str)
     }
-    renamed = [
-        Input(item.name, item.dtype, tuple(cleaned[s] if isinstance(s, str) else s for s in item.shape))
-        for item in inputs
-    ]
-    free = [size for item in renamed for size in item.shape if isinstance(size, str) and size.isidentifier()]
-    return renamed, list(dict.fromkeys(free))
+    return [replace(item, shape=tuple(cleaned[s] if isinstance(s, str) else s for s in item.shape)) for item in inputs]
+
+
+def free_sizes(inputs: Sequence[Input]) -> list[str]:
+    """The names that stand alone somewhere."""
+    sizes = (size for item in inputs for size in item.shape)
+    return list(dict.fromkeys(size for size in sizes if isinstance(size, str) and size.isidentifier()))
 
 
 def _computed(text: str, names: set[str]) -> bool:
