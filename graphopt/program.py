@@ -108,7 +108,7 @@ class Program:
             _bind_input(spec, value, self.sizes, bound)
         for spec, value in zip(self.inputs, inputs, strict=True):
             _check_derived(spec, value, bound)
-            if spec.name in self.bound and not value.is_meta and not torch.equal(self.bound[spec.name], value):
+            if spec.name in self.bound and not value.is_meta and not torch.equal(self.bound[spec.name], value.cpu()):
                 elements = (tensor.reshape(-1).tolist() for tensor in (self.bound[spec.name], value))
                 raise BoundInputError.of(spec.name, *elements)
         return bound

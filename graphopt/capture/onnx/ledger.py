@@ -59,7 +59,7 @@ class Ledger:
 
         Raises ReadAgain where a number in the file fixes sizes, CaptureError where anything else does.
         """
-        fixed = self._fixed_by_file(operator, inputs)
+        fixed = self._fixed_by_file(operator, inputs, works=True)
         for symbol, value in self._environment.replacements.items():
             if value.is_number and fixed.get(symbol) != value:
                 raise CaptureError(
@@ -76,7 +76,7 @@ class Ledger:
         """The error of a node that cannot be imported."""
         if isinstance(cause, FixedSize):  # of a node within this one
             return FixedSize(text, cause.again)
-        fixed = self._fixed_by_file(operator, inputs)
+        fixed = self._fixed_by_file(operator, inputs, works=False)
         return FixedSize(text, self._again(fixed, label)) if fixed else CaptureError(text)
 
     def equal_sizes(self) -> list[str]:
@@ -129,12 +129,13 @@ class Ledger:
         found = self._environment.replacements.get(symbol)
         return symbol if found is None or found.is_number else self._root(found) if found.is_Symbol else symbol
 
-    def _fixed_by_file(self, operator: str, inputs: Sequence[Value]) -> Fixed:
+    def _fixed_by_file(self, operator: str, inputs: Sequence[Value], works: bool) -> Fixed:
         """The open sizes that numbers of this node fix: a new shape, or a size that another must be equal to."""
         if operator == "Reshape" and len(inputs) == 2:
             value, target = inputs
-            if isinstance(value, Tensor) and isinstance(target, Known) and not target.symbolic:
-                return self._fixed_by_shape([_raw(size) for size in value.shape], target.items())
+            if isinstance(value, Tensor) and isinstance(target, Known):
+                own, wanted = ([_raw(size) for size in sizes] for sizes in (value.shape, target.items()))
+                return self._fixed_by_shape(own, wanted, works)
         if operator not in _BROADCASTING:
             return {}
         shapes = [_shape(operator, place, value) for place, value in enumerate(inputs)]
@@ -142,11 +143,11 @@ class Ledger:
         for left, right in combinations(shapes, 2):
             for pair in zip(reversed(left), reversed(right), strict=False):
                 for own, other in (pair, pair[::-1]):
-                    if getattr(own, "is_Symbol", False) and isinstance(other, int) and other > 1:
-                        fixed.setdefault(own, other)
+                    if not isinstance(own, int) and isinstance(other, int) and other > 1:
+                        fixed |= {size: 1 if self._given.get(size) == 1 else n for size, n in _only(own, other).items()}
         return fixed
 
-    def _fixed_by_shape(self, own: list[Any], target: list[int]) -> Fixed:
+    def _fixed_by_shape(self, own: list[Any], target: list[Any], works: bool) -> Fixed:
         total = sympy.Mul(*own)
         if not total.free_symbols or any(size == 0 for size in own):
             return {}
@@ -156,8 +157,9 @@ class Ledger:
         if -1 in wanted:
             others = sympy.Mul(*(size for size in wanted if size != -1)).subs(fixed)
             whole = sympy.fraction(sympy.cancel(rest / others))[1] == 1
-            # Examples of other sizes show that the elements are regrouped.
-            return fixed if whole and all(self._given.get(size, new) == new for size, new in fixed.items()) else {}
+            # Where it works, examples of other sizes show that the elements are regrouped.
+            regrouped = works and any(self._given.get(size, new) != new for size, new in fixed.items())
+            return fixed if whole and not regrouped else {}
         count = sympy.Mul(*wanted)
         if count.free_symbols:
             return fixed if rest == count.subs(fixed) else {}
