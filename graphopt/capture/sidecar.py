@@ -52,9 +52,12 @@ def bound_value(values: Any, dtype: torch.dtype, shape: Sequence[Any]) -> torch.
     if len(sizes) != len(shape) or math.prod(sizes) != len(values):
         raise ValueError("a value of another shape")
     try:
-        return torch.tensor(values, dtype=dtype).reshape(sizes)
+        result = torch.tensor(values, dtype=dtype)
     except (RuntimeError, OverflowError) as error:
         raise ValueError("a value of another type") from error
+    if result.tolist() != values:
+        raise ValueError("a value of another type")
+    return result.reshape(sizes)
 
 
 def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:

@@ -159,7 +159,10 @@ def _bound_value(info: TensorInfo) -> np.ndarray:
     """Its shape has no symbolic sizes."""
     shape = tuple(size for size in info.shape if isinstance(size, int))
     try:
-        return np.array(info.bound, DTYPES[info.dtype].carrier).reshape(shape)
+        value = np.array(info.bound, DTYPES[info.dtype].carrier)
+        if value.tolist() != list(info.bound or ()):
+            raise ValueError("it changes by conversion")
+        return value.reshape(shape)
     except (OverflowError, ValueError) as e:
         raise ArtifactError(f"input {info.name} is bound to what is no {info.dtype}; compile the model again") from e
 

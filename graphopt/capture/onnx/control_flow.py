@@ -53,9 +53,13 @@ class BranchEmitter(Emitter):
         return self.operands[outside.node]
 
     def outside(self, node: Node) -> tuple[Emitter, Node] | None:
+        if node.graph is not self.graph:
+            return self._outer.outside(node)
         return (self._outer, self._outside[node]) if node in self._outside else None
 
     def held(self, node: Node) -> torch.Tensor | None:
+        if node.graph is not self.graph:
+            return self._outer.held(node)
         return self._outer.held(self._outside[node]) if node in self._outside else None
 
     def holder(self) -> torch.nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt import BoundInputError, Program
@@ -23,6 +21,7 @@ from graphopt.data.feeds import read_inputs
 from graphopt.errors import CaptureError, CaptureWarning, FeedError
 from tests.capture.onnx.test_control_flow import graph_of
 from tests.capture.onnx.tiny import Array, model_of, worst_error
+from tests.capture.test_pt2 import edit_json, rewritten
 
 Inputs = dict[str, tuple[str, Sequence[int | str]]]
 X: Inputs = {"x": ("float32", ["n", 4])}
@@ -54,18 +53,7 @@ def test_another_value_is_refused_where_the_program_runs() -> None:
     with pytest.raises(FeedError, match="'k' must be torch"):
         program(torch.ones(3, 4), torch.tensor([2.0]))
     with pytest.raises(CaptureError, match="bound to"):
-        capture(written(), {"x": ROWS, "k": ONE})
-
-
-@functools.cache
-def _bytes() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        bound_top_k().to_onnx(f"{folder}/m.onnx")
-        return Path(folder, "m.onnx").read_bytes()
-
-
-def written() -> onnx.ModelProto:
-    return onnx.load_from_string(_bytes())
+        capture(noted('{"k": [2]}'), {"x": ROWS, "k": ONE})
 
 
 def test_data_may_leave_it_out_and_not_have_another_value() -> None:
@@ -108,8 +96,9 @@ def test_compiled_saved_and_opened_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 def test_written_and_read_again(suffix: str, tmp_path: Path) -> None:
     program = bound_top_k()
-    program.save(str(tmp_path / "m.pt2"))
-    again = capture(tmp_path / "m.pt2" if suffix == "pt2" else written())
+    path = str(tmp_path / f"m.{suffix}")
+    (program.save if suffix == "pt2" else program.to_onnx)(path)
+    again = capture(path)
     assert again.bound == program.bound and again.bound["k"].dtype == torch.int64
     assert (again.inputs, again.outputs) == (program.inputs, program.outputs)
     inputs = (torch.from_numpy(ROWS), torch.tensor([2]))
@@ -117,18 +106,36 @@ def test_written_and_read_again(suffix: str, tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("value", ['{"k": [2, 3]}', '{"k": "2"}', '{"k": [1e30]}'])
-def test_damaged_metadata(value: str) -> None:
-    model = written()
-    model.metadata_props[0].value = value
-    with pytest.raises(CaptureError, match=r"graphopt\.bound"):
-        capture(model)
+def noted(text: str) -> onnx.ModelProto:
+    """The file with this metadata, as export writes it."""
+    model = top_k()
+    model.metadata_props.add(key="graphopt.bound", value=text)
+    return model
 
 
-def test_metadata_of_others_is_ignored() -> None:
-    model = written()
-    model.metadata_props[0].value = "{not ours"
-    assert not capture(model).bound
+@pytest.mark.parametrize(
+    "text", ['{"k": [2, 3]}', '{"k": "2"}', '{"k": ["2"]}', '{"k": [1e30]}', '{"k": [2.5]}', '{"x": [1.0]}']
+)
+def test_damaged_metadata(text: str) -> None:
+    with pytest.raises(CaptureError, match=r"graphopt\.bound in the file's metadata is (no value|a value of another)"):
+        capture(noted(text))
+
+
+def test_metadata_binds_and_that_of_others_does_not() -> None:
+    assert capture(noted('{"k": [3], "gone": [1]}')).outputs[0].shape == ("n", 3)
+    for text in ("{not ours", "[2]", '{"gone": [1]}'):
+        with pytest.raises(CaptureError, match="give example_inputs"):
+            capture(noted(text))
+
+
+def test_a_damaged_sidecar(tmp_path: Path) -> None:
+    bound_top_k().save(str(tmp_path / "m.pt2"))
+
+    def change(value: Any) -> None:
+        value["inputs"][1]["bound"] = ["2"]
+
+    with pytest.raises(CaptureError, match="damaged; save it again"):
+        capture(rewritten(tmp_path / "m.pt2", tmp_path / "bad.pt2", edit_json("graphopt.json", change)))
 
 
 def _node(operator: str, inputs: str, outputs: str = "r", **attributes: Any) -> Any:
@@ -284,6 +291,21 @@ def test_inside_a_branch() -> None:
     model = conditional(wide, same, {"s": ("int64", [2])})
     program = capture(model, {"x": ROWS, "flag": np.array(True), "s": np.array([1, 1])})
     assert program.bound.keys() == {"s"} and len(list(program.graphs())) == 3
+    assert worst_error(program, model) == 0
+
+
+@pytest.mark.parametrize("name", ["s", "w"])
+def test_values_from_around_a_branch(name: str) -> None:
+    """An input that is cast outside, and a long constant."""
+    wide = graph_of([helper.make_node("Tile", ["x", "counts"], ["t"])], ["t"])
+    same = graph_of([helper.make_node("Neg", ["x"], ["e"])], ["e"])
+    model = conditional(wide, same, {"s": ("int64", [200])})
+    most = helper.make_node("ReduceMax", [name], ["one"], keepdims=1)
+    model.graph.node.insert(0, helper.make_node("Concat", ["one", "one"], ["counts"], axis=0))
+    model.graph.node.insert(0, most)
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(200, np.int64), "w"))
+    program = capture(model, {"x": ROWS, "flag": np.array(True), "s": np.ones(200, np.int64)})
+    assert set(program.bound) == ({"s"} if name == "s" else set())
     assert worst_error(program, model) == 0
 
 
