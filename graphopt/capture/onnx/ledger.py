@@ -61,12 +61,14 @@ class Ledger:
         """
         fixed = self._fixed_by_file(operator, inputs, works=True)
         for symbol, value in self._environment.replacements.items():
-            if value.is_number and fixed.get(symbol) != value:
+            if value.is_number and value in fixed.values():
+                fixed[symbol] = int(value)  # one that was found to be equal
+            elif value.is_number:
                 raise CaptureError(
-                    f"ONNX node {label} only works where the dynamic size {symbol} is {value}; give that axis the "
-                    f"number {value} in the file"
+                    f"ONNX node {label} only works where the dynamic size {self._names.get(str(symbol), symbol)!r} is "
+                    f"{value}; give that axis the number {value} in the file"
                 )
-            if not value.is_number:
+            else:
                 self._equal.setdefault(symbol, label)
         if fixed:
             raise self._again(fixed, label)
@@ -175,7 +177,8 @@ def _leading(own: Sequence[Any], wanted: Sequence[Any]) -> Fixed:
     for size, new in zip(own, wanted, strict=False):
         if new == -1 or size == new:
             continue
-        if not getattr(size, "is_Symbol", False) or not isinstance(new, int) or fixed.setdefault(size, new) != new:
+        fixes = getattr(size, "is_Symbol", False) and isinstance(new, int) and new > 0
+        if not fixes or fixed.setdefault(size, new) != new:
             break
     return fixed
 

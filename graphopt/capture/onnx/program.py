@@ -41,6 +41,8 @@ from graphopt.errors import CaptureError, CaptureWarning, FeedError
 from graphopt.program import Program, SizeRange, placeholder_name
 from graphopt.untrusted.limits import Limits
 
+_MOST_READINGS = 100  # of one file
+
 
 def from_onnx(
     source: Any,
@@ -60,14 +62,7 @@ def from_onnx(
     if double := repeated([placeholder_name(item.name) for item in inputs]):
         raise CaptureError(f"two inputs of the ONNX model are called {double!r}; give them different names")
     examples = None if example_inputs is None else _examples(inputs, example_inputs)
-    form = first_form(file.model, inputs)
-    while True:
-        try:
-            with quiet():
-                reading = _read(file, form, examples)
-            break
-        except ReadAgain as found:
-            form = form.after(found, examples or {})
+    reading, form = _read_until_it_holds(file, first_form(file.model, inputs), examples)
     said = (*form.warnings, *reading.ledger.equal_sizes())
     symbols, sizes = _named_sizes(reading, dynamic_shapes, inputs)
     given = None if examples is None else list(examples.values())
@@ -115,6 +110,17 @@ def _examples(inputs: Sequence[Input], given: Any) -> dict[str, torch.Tensor]:
                 f"{len(item.shape)} axes, got {example.dtype} with {example.ndim}"
             )
     return {item.name: example for item, example in zip(inputs, examples, strict=True)}
+
+
+def _read_until_it_holds(file: _File, form: Form, examples: Mapping[str, torch.Tensor] | None) -> tuple[_Reading, Form]:
+    """Each reading that ends early has one input or size less that is open."""
+    for _ in range(_MOST_READINGS):
+        try:
+            with quiet():
+                return _read(file, form, examples), form
+        except ReadAgain as found:
+            form = form.after(found, examples or {})
+    raise CaptureError(f"over {_MOST_READINGS} sizes of the file are fixed by its nodes; give these axes numbers in it")
 
 
 def _read(file: _File, form: Form, examples: Mapping[str, torch.Tensor] | None) -> _Reading:

@@ -80,17 +80,19 @@ def test_npz_data_may_leave_it_out(tmp_path: Path) -> None:
 
 
 def test_compiled_saved_and_opened_again(tmp_path: Path) -> None:
-    program = bound_top_k()
-    graphopt.compile(program).save(tmp_path / "m.gopt")
+    """An entry for each value."""
+    three = capture(top_k(), {"x": ROWS, "k": np.array([3])})
+    graphopt.compile({"two": bound_top_k(), "three": three}).save(tmp_path / "m.gopt")
     session = graphopt.load(tmp_path / "m.gopt")
-    for rows in (ROWS, ROWS[:1], np.concatenate([ROWS, ROWS])):
-        values, places = session.run(None, {"x": rows, "k": TWO})
-        assert np.array_equal(values, -np.sort(-rows)[:, :2]) and places.shape == values.shape
-    with pytest.raises(BoundInputError, match=r"'k' is bound to \[2\], got \[4\]"):
-        session.run(None, {"x": ROWS, "k": np.array([4])})
-    with pytest.raises(FeedError, match="'k' has shape"):
-        session.run(None, {"x": ROWS, "k": np.array([2, 2])})
-    assert session.manifest.entries["main"].inputs[1].bound == (2,)
+    for entry, count in (("two", 2), ("three", 3)):
+        for rows in (ROWS, ROWS[:1], np.concatenate([ROWS, ROWS])):
+            values, places = session.run(None, {"x": rows, "k": np.array([count])}, entry=entry)
+            assert np.array_equal(values, -np.sort(-rows)[:, :count]) and places.shape == values.shape
+        with pytest.raises(BoundInputError, match=rf"'k' is bound to \[{count}\], got \[4\]"):
+            session.run(None, {"x": ROWS, "k": np.array([4])}, entry=entry)
+        with pytest.raises(FeedError, match="'k' has shape"):
+            session.run(None, {"x": ROWS, "k": np.array([2, 2])}, entry=entry)
+        assert session.manifest.entries[entry].inputs[1].bound == (count,)
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])

@@ -100,14 +100,16 @@ def test_examples_tell_which_sizes_make_a_product() -> None:
     assert program.inputs[0].shape == (3, 16, 8) and len(caught) == 2
 
 
-def test_equal_sizes_are_fixed_together() -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "examples"])
+def test_equal_sizes_are_fixed_together(given: bool) -> None:
     nodes = [
         helper.make_node("Add", ["x", "y"], ["sum"], name="sum"),
         helper.make_node("Reshape", ["sum", "t"], ["r"], name="heads"),
     ]
     inputs: dict[str, Any] = {**X, "y": ("float32", ["batch", "length", 8])}
     with pytest.warns(CaptureWarning) as caught:
-        program = capture(model_of(nodes, inputs, ["r"], {"t": np.array([-1, 16, 2, 4])}))
+        source = model_of(nodes, inputs, ["r"], {"t": np.array([-1, 16, 2, 4])})
+        program = capture(source, (zeros(2, 16, 8), zeros(2, 16, 8)) if given else None)
     assert [spec.shape for spec in program.inputs] == [("batch", 16, 8)] * 2
     assert sorted(str(item.message)[:28] for item in caught) == [
         "axis 1 of input 'x' (seq) is", "axis 1 of input 'y' (length)"
