@@ -6,6 +6,7 @@ place, and holds for that value only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,16 +63,15 @@ class Binding:
     def _bindable(self, placeholder: Node) -> str | None:
         """The input's name where it is likely to hold settings: whole numbers, or a short list of floats."""
         item = self.inputs[str(placeholder.target)]
-        if self.examples is None:
-            sizes = [size for size in item.shape if isinstance(size, int)]
-            count, finite = torch.Size(sizes).numel(), True
-        else:
-            count, finite = self.examples[item.name].numel(), bool(self.examples[item.name].isfinite().all())
+        example = None if self.examples is None else self.examples[item.name]
+        shape = item.shape if example is None else tuple(example.shape)
+        if math.prod(size for size in shape if isinstance(size, int)) > MOST_ELEMENTS:
+            return None
         if item.dtype in _NUMBERS:
             is_list = len(item.shape) < 2 and all(isinstance(size, int) for size in item.shape)
-            return item.name if is_list and finite and count <= MOST_ELEMENTS else None
-        whole = not (item.dtype.is_floating_point or item.dtype.is_complex)
-        return item.name if whole and count <= MOST_ELEMENTS else None
+            is_finite = example is None or bool(example.isfinite().all())
+            return item.name if is_list and is_finite else None
+        return None if item.dtype.is_floating_point or item.dtype.is_complex else item.name
 
 
 @dataclass

@@ -81,13 +81,17 @@ class Ledger:
         fixed = self._fixed_by_file(operator, inputs, works=False)
         return FixedSize(text, self._again(fixed, label)) if fixed else CaptureError(text)
 
-    def equal_sizes(self) -> list[str]:
-        """A sentence for all sizes of different names that nodes make one."""
+    def equal_sizes(self) -> dict[str, list[str]]:
+        """A sentence for all sizes that nodes make one, with the names of these sizes."""
         groups: dict[Any, list[sympy.Symbol]] = {}
         for symbol in self._equal:
             if str(symbol) in self._names:
                 groups.setdefault(self._environment.replace(symbol), []).append(symbol)
-        return [self._equal_text(result, members) for result, members in groups.items()]
+        names = {
+            result: [self._names[str(symbol)] for symbol in sorted(result.free_symbols, key=str) + members]
+            for result, members in groups.items()
+        }
+        return {self._equal_text(result, members): names[result] for result, members in groups.items()}
 
     def bounds(self) -> list[str]:
         """A sentence for every size that a node limits."""

@@ -33,6 +33,7 @@ from graphopt.capture.onnx.sizes import (
     read_inputs,
     renamed,
     size_names,
+    unnamed_sizes,
 )
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, known_tensor
 from graphopt.capture.quiet import quiet
@@ -63,10 +64,11 @@ def from_onnx(
         raise CaptureError(f"two inputs of the ONNX model are called {double!r}; give them different names")
     examples = None if example_inputs is None else _examples(inputs, example_inputs)
     reading, form = _read_until_it_holds(file, first_form(file.model, inputs), examples)
-    said = (*form.warnings, *reading.ledger.equal_sizes())
+    unnamed, equal = unnamed_sizes(inputs), reading.ledger.equal_sizes()
+    said = (*form.warnings, *(text for text, names in equal.items() if unnamed.isdisjoint(names)))
     symbols, sizes = _named_sizes(reading, dynamic_shapes, inputs)
     given = None if examples is None else list(examples.values())
-    notes = (*said, *reading.ledger.bounds())
+    notes = tuple(dict.fromkeys((*said, *equal, *reading.ledger.bounds())))
     known = Known(symbols=symbols, sizes=sizes, examples=given, bound=form.bound, notes=notes)
     program = assemble(reading.flat, known, name=name, limits=limits)
     program = raise_least_sizes(raised(_with_examples(program, known, reading.hints, limits)), {})

@@ -56,8 +56,17 @@ def _read_input(value: Any) -> Input:
         if size.HasField("dim_value") and size.dim_value >= 0:
             shape.append(int(size.dim_value))
         else:
-            shape.append(size.dim_param or f"{placeholder_name(value.name)}_axis_{axis}")
+            shape.append(size.dim_param or _unnamed(value.name, axis))
     return Input(value.name, dtype_of(tensor.elem_type, f"input {value.name!r}"), tuple(shape))
+
+
+def _unnamed(name: str, axis: int) -> str:
+    return f"{placeholder_name(name)}_axis_{axis}"
+
+
+def unnamed_sizes(inputs: Sequence[Input]) -> set[str]:
+    """The sizes that neither the file nor the caller has a name for: nothing says that two of them differ."""
+    return {_unnamed(item.name, axis) for item in inputs for axis in range(len(item.shape))}
 
 
 def renamed(inputs: Sequence[Input], wanted: Mapping[str, Any]) -> list[Input]:

@@ -148,6 +148,14 @@ def test_sizes_that_must_be_equal() -> None:
         capture(two_inputs(["n", 4], ["m", 4]), dynamic_shapes={"x": {0: "a"}, "y": {0: "b"}})
 
 
+def test_axes_without_names_may_be_equal() -> None:
+    """That is noted and no warning: nothing says that they differ."""
+    source = two_inputs(["n", 4], ["m", 4])
+    source.graph.input[1].type.tensor_type.shape.dim[0].ClearField("dim_param")
+    (note,) = capture(source).notes
+    assert note.startswith("the sizes 'n' and 'y_axis_0' are one") or note.startswith("the sizes 'y_axis_0' and 'n'")
+
+
 def test_a_size_that_is_a_sum() -> None:
     nodes = [
         helper.make_node("Concat", ["past", "new"], ["all"], axis=1),
