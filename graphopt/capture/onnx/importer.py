@@ -122,7 +122,7 @@ class Importer:
             text = f"ONNX node {label}{_shapes(inputs)} cannot be imported: {reason}"
             raise self.ledger.failed(label, node.op_type, inputs, text, error) from error
         if len(self.ledger) > before:
-            self.ledger.record(label, node.op_type, inputs)
+            self.ledger.record(label, node.op_type, inputs, before)
         for name, value in zip(node.output, results, strict=False):
             if name in self.values and name:
                 raise CaptureError(f"two values of the ONNX graph are called {name!r}; names must be unique")

@@ -54,12 +54,15 @@ class Ledger:
         """The number of guards there are."""
         return len(self._environment.guards)
 
-    def record(self, label: str, operator: str, inputs: Sequence[Value]) -> None:
-        """Take over what the node brought.
+    def record(self, label: str, operator: str, inputs: Sequence[Value], before: int) -> None:
+        """Take over what the node brought, which are the guards after the first `before`.
 
         Raises ReadAgain where a number in the file fixes sizes, CaptureError where anything else does.
         """
+        guarded = {symbol for guard in self._environment.guards[before:] for symbol in guard.expr.free_symbols}
         fixed = self._fixed_by_file(operator, inputs, works=True)
+        if guarded.isdisjoint(fixed) and guarded.isdisjoint(map(self._root, fixed)):
+            fixed = {}
         for symbol, value in self._environment.replacements.items():
             if value.is_number and value in fixed.values():
                 fixed[symbol] = int(value)  # one that was found to be equal
@@ -161,11 +164,12 @@ class Ledger:
         fixed = _leading(own, wanted)
         rest = total.subs(fixed)
         if -1 in wanted:
+            place = wanted.index(-1)
             others = sympy.Mul(*(size for size in wanted if size != -1)).subs(fixed)
-            whole = sympy.fraction(sympy.cancel(rest / others))[1] == 1
+            stays = place < len(own) and 0 not in wanted and sympy.cancel(rest / (others * own[place])) == 1
             # Where it works, examples of other sizes show that the elements are regrouped.
             regrouped = works and any(self._given.get(size, new) != new for size, new in fixed.items())
-            return fixed if whole and not regrouped else {}
+            return fixed if stays and not regrouped else {}
         count = sympy.Mul(*wanted)
         if count.free_symbols:
             return fixed if rest == count.subs(fixed) else {}

@@ -68,7 +68,11 @@ def test_a_number_in_the_file_fixes_an_axis(source: Any, node: str, shape: tuple
         capture(source, (zeros(1, 12, 8),))
 
 
-@pytest.mark.parametrize("source", [reshape(0, -1, 2, 4), reshape(0, 0, 2, 4)], ids=["inferred", "copied"])
+@pytest.mark.parametrize(
+    "source",
+    [reshape(0, -1, 2, 4), reshape(0, 0, 2, 4), reshape(-1, 8), reshape(-1, 2, 4), reshape(-1, 4)],
+    ids=["inferred", "copied", "flat", "heads", "regrouped"],
+)
 def test_a_shape_that_keeps_sizes_open(source: Any) -> None:
     program = capture(source)
     assert program.inputs[0].shape == ("batch", "seq", 8) and not program.notes
