@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from graphopt.contract import Declined, Pass, PassContext, PassResult, Rewrite, Timing
     from graphopt.errors import (
         ArtifactError,
+        BoundInputError,
         CaptureError,
+        CaptureWarning,
         CompileError,
         FeedError,
         FitError,
@@ -45,7 +47,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "BoundInputError",
     "CaptureError",
+    "CaptureWarning",
     "CompileError",
     "Declined",
     "Distillation",
@@ -101,7 +105,7 @@ _MODULES = {
     "graphopt.runtime.session": ("InferenceSession",),
 }
 _LOCATIONS = {name: module for module, names in _MODULES.items() for name in names}
-_LOCATIONS |= {name: "graphopt.errors" for name in __all__ if name.endswith("Error")}
+_LOCATIONS |= {name: "graphopt.errors" for name in __all__ if name.endswith(("Error", "Warning"))}
 
 
 def load(

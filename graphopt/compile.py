@@ -98,7 +98,9 @@ def compile(
         "kernels": {name: kernel.rule for name, kernel in module.kernels.items()},
         "slow": slow,
     }
-    report["entries"] = {name: {"passes": list(program.history)} for name, program in entries.items()}
+    report["entries"] = {
+        name: {"passes": list(program.history), "notes": list(program.notes)} for name, program in entries.items()
+    }
     built = {library: backend.build(module.module, chosen)}
     artifact = Artifact(manifest, built, weights, _samples(entries), report)
     here = backend.runnable(chosen)
@@ -134,11 +136,16 @@ def _entries(programs: Program | Mapping[str, Program]) -> dict[str, Program]:
 def describe_entry(program: Program) -> Entry:
     """What the manifest says of a program's interface."""
     return Entry(
-        inputs=tuple(_info(spec) for spec in program.inputs),
+        inputs=tuple(_input_info(program, spec) for spec in program.inputs),
         outputs=tuple(_info(spec) for spec in program.outputs),
         state=tuple(_info(state.spec) for state in program.state),
         sizes={name: Bounds(bounds.low, bounds.high) for name, bounds in program.sizes.items()},
     )
+
+
+def _input_info(program: Program, spec: TensorSpec) -> TensorInfo:
+    bound = program.bound.get(spec.name)
+    return replace(_info(spec), bound=None if bound is None else tuple(bound.reshape(-1).tolist()))
 
 
 def _info(spec: TensorSpec) -> TensorInfo:

@@ -7,8 +7,10 @@ itself ran and failed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
+
+_SHOWN = 16  # elements of a value that a message holds
 
 
 class GraphoptError(Exception):
@@ -51,6 +53,23 @@ class CaptureError(UsageError):
 
 class FeedError(UsageError):
     """Arrays given to a session or program have the wrong name, dtype, rank or size."""
+
+
+class BoundInputError(FeedError):
+    """An input has another value than the one that the graph was made for: that value decides shapes in it."""
+
+    @classmethod
+    def of(cls, name: str, bound: Sequence[object], given: Sequence[object]) -> BoundInputError:
+        """`bound` and `given` are all elements, the last axis fastest; there are equally many."""
+        said = f"is bound to {list(bound)}, got {list(given)}"
+        if len(bound) > _SHOWN:
+            place = next(index for index, pair in enumerate(zip(bound, given, strict=True)) if pair[0] != pair[1])
+            said = f"is bound to a value of {len(bound)} elements, got {given[place]} for {bound[place]} at {place}"
+        return cls(f"input {name!r} {said}; capture the model again with that value in example_inputs")
+
+
+class CaptureWarning(UserWarning):
+    """A size that the source or the caller leaves open is not open in the model."""
 
 
 class ArtifactError(UsageError):

@@ -54,7 +54,7 @@ class Pipeline:
             checked_on=tuple(checker.labels),
             not_checked=tuple(checker.skipped),
             metric=self._describe(metric_before, metric_after),
-            notes=() if data is None else data.notes,
+            notes=(*first.notes, *(() if data is None else data.notes)),
         )
         if reports:
             program = replace(program, history=(*first.history, *report.records()))

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from graphopt.errors import FeedError
+from graphopt.errors import BoundInputError, FeedError
 
 PROVENANCE = "graphopt"
 
@@ -73,11 +73,14 @@ class Program:
     name: str = "model"
     history: tuple[Mapping[str, Any], ...] = ()  # passes run so far: JSON values, name, options and measured effect
     metadata: Mapping[str, str] = field(default_factory=dict)  # what the .onnx it came from says of itself
+    bound: Mapping[str, torch.Tensor] = field(default_factory=dict)  # input -> its only value, for which the graph is
+    notes: tuple[str, ...] = ()  # what the source fixes or limits, each a sentence
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run from the initial state without gradients; returns the outputs, not the new state.
 
-        Raises FeedError when an input's number, dtype, rank or size does not fit its spec.
+        Raises FeedError when an input's number, dtype, rank or size does not fit its spec, and its kind BoundInputError
+        when a bound input has another value.
         """
         return self.step(inputs)[0]
 
@@ -93,7 +96,11 @@ class Program:
         return results[:count], results[count:]
 
     def bind(self, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
-        """The value of every size that these inputs have. Raises FeedError when one does not fit its spec."""
+        """The value of every size that these inputs have.
+
+        Raises FeedError when one does not fit its spec, BoundInputError when it has not the value that it is bound to;
+        tensors on the meta device stand for any values.
+        """
         if len(inputs) != len(self.inputs):
             names = ", ".join(spec.name for spec in self.inputs)
             raise FeedError(f"{self.name} takes {len(self.inputs)} inputs ({names}), got {len(inputs)}")
@@ -102,6 +109,9 @@ class Program:
             _bind_input(spec, value, self.sizes, bound)
         for spec, value in zip(self.inputs, inputs, strict=True):
             _check_derived(spec, value, bound)
+            if spec.name in self.bound and not value.is_meta and not torch.equal(self.bound[spec.name], value.cpu()):
+                elements = (tensor.reshape(-1).tolist() for tensor in (self.bound[spec.name], value))
+                raise BoundInputError.of(spec.name, *elements)
         return bound
 
     def graphs(self) -> Iterator[tuple[str, GraphModule]]:

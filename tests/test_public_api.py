@@ -57,7 +57,17 @@ def test_every_public_name_is_there(name: str) -> None:
 
 def test_names() -> None:
     assert graphopt.__all__ == [
-        *("Artifact", "ArtifactError", "CaptureError", "CompileError", "Declined", "Distillation", "Domain"),
+        *(
+            "Artifact",
+            "ArtifactError",
+            "BoundInputError",
+            "CaptureError",
+            "CaptureWarning",
+            "CompileError",
+            "Declined",
+            "Distillation",
+            "Domain",
+        ),
         *("FeedError", "FitError", "FitOptions", "FitResult"),
         *("GraphoptError", "InferenceSession", "Limits", "MissingExtraError", "OptimizeResult", "Pass", "PassContext"),
         *("PassError", "PassResult", "PostconditionError", "PreconditionError", "Program", "PropagationError"),

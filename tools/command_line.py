@@ -9,6 +9,7 @@ from graphopt.tools import interrupt
 
 with interrupt.leaving():
     import argparse
+    import contextlib
     import difflib
     import errno
     import importlib
@@ -17,11 +18,12 @@ with interrupt.leaving():
     import re
     import sys
     import traceback
-    from collections.abc import Iterable, Sequence
+    import warnings
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
-    from typing import NoReturn, Protocol, cast
+    from typing import NoReturn, Protocol, TextIO, cast
 
-    from graphopt.errors import GraphoptError, RecipeError, UsageError
+    from graphopt.errors import CaptureWarning, GraphoptError, RecipeError, UsageError
     from graphopt.optional import missing_extra
     from graphopt.tools.output_file import check_outputs
 
@@ -106,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and never raises for something a user can cause."""
     words = [kebab(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        return dispatch(words)
+        with one_line_warnings():
+            return dispatch(words)
     except SystemExit as e:  # argparse after --help
         return e.code if isinstance(e.code, int) else 0
     except KeyboardInterrupt:
@@ -122,6 +125,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for message in e.mistakes if isinstance(e, RecipeError) else [one_line(e)]:
             print(f"graphopt: error: {message}", file=sys.stderr)
         return exit_code(e)
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """What capturing warns of is said as errors are; other warnings as Python says them."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, CaptureWarning):
+            print(f"graphopt: warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def say_interrupted() -> int:

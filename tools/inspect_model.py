@@ -16,6 +16,8 @@ from graphopt.tools.table import add_json_option, format_bytes, format_shape, fo
 if TYPE_CHECKING:
     from graphopt.program import Domain, Program, TensorSpec
 
+_SHOWN = 8  # elements of a bound value
+
 SUMMARY = "show what a model or artifact takes, gives and is made of"
 
 
@@ -66,10 +68,11 @@ def describe(program: Program, blocks: bool = False) -> dict[str, Any]:
     example = program.bind(program.examples)
     return {
         "name": program.name,
-        "inputs": [describe_spec(spec) for spec in program.inputs],
+        "inputs": [{**describe_spec(spec), **_bound(program, spec.name)} for spec in program.inputs],
         "outputs": [describe_spec(spec) for spec in program.outputs],
         "state": [describe_spec(item.spec) for item in program.state],
         "sizes": {name: {"low": bounds.low, "high": bounds.high} for name, bounds in program.sizes.items()},
+        "notes": list(program.notes),
         "nodes": program.count_operators(),
         "operators": dict(operators.most_common()),
         "parameters": sum(item.elements for item in parameters),
@@ -90,6 +93,10 @@ def describe_domain(domain: Domain) -> str:
     return f"ids {domain.low}..{domain.high}" if domain.kind == "ids" else domain.kind
 
 
+def _bound(program: Program, name: str) -> dict[str, Any]:
+    return {"bound": program.bound[name].reshape(-1).tolist()} if name in program.bound else {}
+
+
 def print_report(report: dict[str, Any]) -> None:
     print_interface(report)
     rows = [{"operator": name, "nodes": count} for name, count in report["operators"].items()]
@@ -98,6 +105,8 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"parameters  {report['parameters']:,} in {report['parameter_tensors']} tensors, {size}")
     sizes = ", ".join(f"{name}={size}" for name, size in report["macs_at"].items())
     print(f"MACs        {report['macs']:,}{f' at {sizes}' if sizes else ''}")
+    if report["notes"]:
+        print("\nnotes\n" + indent("\n".join(report["notes"])))
     if "repeats" in report:
         print(f"\n{format_blocks(report)}")
 
@@ -105,10 +114,18 @@ def print_report(report: dict[str, Any]) -> None:
 def print_interface(report: dict[str, Any]) -> None:
     for kind in ("inputs", "outputs", "state"):
         if report[kind]:
-            rows = [{**spec, "shape": format_shape(spec["shape"])} for spec in report[kind]]
+            has_bound = any(spec.get("bound") is not None for spec in report[kind])
+            rows = [_row(spec, has_bound) for spec in report[kind]]
             print(f"{kind}\n{indent(format_table(rows))}\n")
     if report["sizes"]:
         print(f"sizes\n{indent(format_table([{'name': n, **bounds} for n, bounds in report['sizes'].items()]))}\n")
+
+
+def _row(spec: dict[str, Any], has_bound: bool) -> dict[str, Any]:
+    row = {**spec, "shape": format_shape(spec["shape"])}
+    bound = row.pop("bound", None)
+    shown = ", ".join(map(str, (bound or [])[:_SHOWN])) + (", ..." if len(bound or ()) > _SHOWN else "")
+    return {**row, "bound to": shown} if has_bound else row
 
 
 def indent(text: str) -> str:

@@ -38,9 +38,11 @@ def capture(
     source: an nn.Module, GraphModule, ExportedProgram or onnx.ModelProto, or the path of an `.onnx` or `.pt2` (read
         without running code in it).
     example_inputs: a tuple, or a dict from forward's argument names, of tensors or arrays; other values and None are
-        baked in. A `.pt2` or ExportedProgram may bring its own; without any, and for ONNX, values are drawn.
+        baked in. A `.pt2` or ExportedProgram may bring its own; without any, and for ONNX, values are drawn. An input
+        of an `.onnx` whose value decides a shape, an axis or a count is bound to its example: see `Program.bound`.
     dynamic_shapes: {input name: {axis: name or torch.export.Dim}}; axes of one name have one size. For a file,
         ExportedProgram or ModelProto it names the sizes that are dynamic already.
+    Warns with CaptureWarning where an `.onnx` fixes a size that it or `dynamic_shapes` leaves open, or makes two one.
     Raises CaptureError when the source is no model, cannot be read safely or cannot be captured as asked, and
     UnknownNameError for an input that forward does not have.
     """

@@ -46,6 +46,8 @@ class Known:
     name: str | None = None
     history: tuple[Mapping[str, Any], ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    bound: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
@@ -86,6 +88,8 @@ def assemble(flat: Flat, known: Known, *, name: str, limits: Limits) -> Program:
         name=name,
         history=known.history,
         metadata=known.metadata,
+        bound=known.bound,
+        notes=known.notes,
     )
 
 

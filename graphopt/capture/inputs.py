@@ -15,11 +15,15 @@ _DEFAULT_SIZE = 4
 def draw_inputs(program: Program, sizes: Mapping[str, int], seed: int) -> tuple[torch.Tensor, ...]:
     """Inputs of the given sizes: ids uniform over the table, masks of 0 and 1, else the spread of the examples.
 
-    `sizes` holds a value for every name in `program.sizes`; the same arguments give the same tensors.
+    Bound inputs have their one value. `sizes` holds a value for every name in `program.sizes`; the same arguments give
+    the same tensors.
     """
     generator = torch.Generator().manual_seed(seed)
     examples = program.examples or (None,) * len(program.inputs)
-    return tuple(_draw(spec, example, sizes, generator) for spec, example in zip(program.inputs, examples, strict=True))
+    return tuple(
+        program.bound[spec.name].clone() if spec.name in program.bound else _draw(spec, example, sizes, generator)
+        for spec, example in zip(program.inputs, examples, strict=True)
+    )
 
 
 def draw_examples(program: Program) -> tuple[torch.Tensor, ...]:

@@ -1,8 +1,9 @@
-"""What a `.pt2` written by graphopt says beyond the graph: names, sizes, domains. Read as untrusted data."""
+"""What a `.pt2` written by graphopt says beyond the graph: names, sizes, domains, values. Read as untrusted data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ def describe(program: Program) -> dict[str, Any]:
                 "name": spec.name,
                 "shape": list(spec.shape),
                 "domain": [spec.domain.kind, spec.domain.low, spec.domain.high],
+                "bound": bound_values(program).get(spec.name),
             }
             for spec in program.inputs
         ],
@@ -34,7 +36,29 @@ def describe(program: Program) -> dict[str, Any]:
         "sizes": {name: [bounds.low, bounds.high] for name, bounds in program.sizes.items()},
         "history": [dict(item) for item in program.history],
         "metadata": dict(program.metadata),
+        "notes": list(program.notes),
     }
+
+
+def bound_values(program: Program) -> dict[str, list[Any]]:
+    """The elements of each bound input's value, the last axis fastest."""
+    return {name: value.reshape(-1).tolist() for name, value in program.bound.items()}
+
+
+def bound_value(values: Any, dtype: torch.dtype, shape: Sequence[Any]) -> torch.Tensor:
+    """What `bound_values` gave for an input of this type and shape. Raises ValueError or TypeError for other things."""
+    if not isinstance(values, list) or not all(isinstance(item, (bool, int, float)) for item in values):
+        raise TypeError("no value")
+    sizes = [size for size in shape if isinstance(size, int)]
+    if len(sizes) != len(shape) or math.prod(sizes) != len(values):
+        raise ValueError("a value of another shape")
+    try:
+        result = torch.tensor(values, dtype=dtype)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError("a value of another type") from error
+    if result.tolist() != values:
+        raise ValueError("a value of another type")
+    return result.reshape(sizes)
 
 
 def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
@@ -50,6 +74,12 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
         metadata = {_text(key): str(said) for key, said in value.get("metadata", {}).items()}
         domains = {_text(entry["name"]): _domain(entry["domain"]) for entry in value["inputs"]}
         values = user_values(exported, inputs)
+        bound = {
+            entry["name"]: bound_value(entry["bound"], values[entry["name"]].dtype, values[entry["name"]].shape)
+            for entry in value["inputs"]
+            if entry.get("bound") is not None
+        }
+        notes = tuple(_text(note) for note in value.get("notes", ()))
         symbols: dict[str, str] = {}
         for entry in value["inputs"]:
             symbols.update(_symbols(values[entry["name"]], entry["shape"], sizes))
@@ -58,7 +88,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
     if len(outputs) != len(known.outputs or outputs):
         raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, which is not what its graph has")
     known = replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
-    return replace(known, name=name, history=history, metadata=metadata)
+    return replace(known, name=name, history=history, metadata=metadata, bound=bound, notes=notes)
 
 
 def _text(value: Any) -> str:

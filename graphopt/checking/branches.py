@@ -80,7 +80,9 @@ def _tries(program: Program) -> Iterator[Drawn]:
     sizes = check_sizes(program)[0]
     for seed, scale in itertools.product(range(_SEEDS), _SCALES):
         inputs = draw_inputs(program, sizes, seed)
-        yield Drawn(sizes, tuple(_scaled(value, scale) for value in inputs))
+        pairs = zip(program.inputs, inputs, strict=True)
+        scaled = (value if spec.name in program.bound else _scaled(value, scale) for spec, value in pairs)
+        yield Drawn(sizes, tuple(scaled))
 
 
 def _scaled(value: torch.Tensor, scale: float) -> torch.Tensor:

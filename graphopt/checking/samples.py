@@ -55,7 +55,8 @@ def with_empty_masks(program: Program, drawn: Drawn) -> Drawn | None:
     An input counts as a mask by its domain, and without one where its example holds whole numbers from 0 to 1.
     """
     masks = [
-        spec.domain.kind == "mask" or (spec.domain.kind == "any" and _holds_bits(example))
+        spec.name not in program.bound
+        and (spec.domain.kind == "mask" or (spec.domain.kind == "any" and _holds_bits(example)))
         for spec, example in zip(program.inputs, program.examples, strict=True)
     ]
     inputs = tuple(
@@ -107,7 +108,9 @@ def first_line(error: Exception) -> str:
 def _candidates(program: Program, inputs: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
     yield inputs
     free = [
-        spec.domain.kind == "any" and not (value.is_floating_point() or value.is_complex())
+        spec.domain.kind == "any"
+        and spec.name not in program.bound
+        and not (value.is_floating_point() or value.is_complex())
         for spec, value in zip(program.inputs, inputs, strict=True)
     ]
     if any(free):

@@ -26,10 +26,16 @@ def same_interface(before: Program, after: Program) -> Iterator[str]:
     for part in ("inputs", "outputs", "sizes", "symbols"):
         if getattr(before, part) != getattr(after, part):
             yield f"its {part} are {getattr(after, part)} instead of {getattr(before, part)}"
+    if _elements(before) != _elements(after):
+        yield "its bound inputs have changed"
     if [item.spec for item in before.state] != [item.spec for item in after.state]:
         yield "its state has changed"
     elif not all(_identical(*pair) for pair in zip(before.state, after.state, strict=True)):
         yield "the initial value of its state has changed"
+
+
+def _elements(program: Program) -> dict[str, object]:
+    return {name: value.tolist() for name, value in program.bound.items()}
 
 
 def _identical(before: State, after: State) -> bool:

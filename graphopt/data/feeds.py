@@ -18,22 +18,23 @@ def read_inputs(program: Program, feed: Mapping[str, Any], where: str) -> tuple[
     """The inputs of `program` in its order, copied from arrays, tensors or numbers by name.
 
     Floating-point values are rounded to the input's type; integers and booleans go into every type that holds them
-    exactly. Raises FeedError, which starts with `where`, for other names, types, ranks or sizes, for NaN, and for ids
-    outside of the input's domain.
+    exactly. A bound input may be left out. Raises FeedError, which starts with `where`, for other names, types, ranks
+    or sizes, for NaN, and for ids outside of the input's domain, BoundInputError for another value than the bound one.
     """
     check_names(program, feed, where)
+    feed = {**program.bound, **feed}
     inputs = tuple(_read_input(spec, feed[spec.name], where) for spec in program.inputs)
     try:
         program.bind(inputs)
     except FeedError as e:
-        raise FeedError(f"{where}: {e}") from e
+        raise type(e)(f"{where}: {e}") from e
     return inputs
 
 
 def check_names(program: Program, names: Mapping[str, Any], where: str) -> None:
-    """Raises FeedError unless `names` are those of the program's inputs, in any order."""
+    """Raises FeedError unless `names` are those of the program's inputs, in any order; bound ones may lack."""
     wanted = [spec.name for spec in program.inputs]
-    wrong = [f"lacks {name!r}" for name in wanted if name not in names]
+    wrong = [f"lacks {name!r}" for name in wanted if name not in names and name not in program.bound]
     wrong += [f"has {name!r}" for name in names if name not in wanted]
     if wrong:
         raise FeedError(f"{where} {' and '.join(wrong)}; give an array for each of {', '.join(wanted)}, and no other")

@@ -15,7 +15,7 @@ from graphopt.data.dataset import LABEL, Sample, held_out_count
 from graphopt.data.feeds import cast, check_names, read_inputs, read_label, read_tensor
 from graphopt.data.npz_rows import Array, NpzFile, RowReader, open_npz
 from graphopt.errors import FeedError, UsageError
-from graphopt.program import Program
+from graphopt.program import Program, TensorSpec
 
 _BATCH_SIZE = 16
 
@@ -49,7 +49,7 @@ class NpzSource:
         self.files = files
         self.batching = batching
         self.groups = groups
-        self.inputs = tuple(spec.name for spec in program.inputs)
+        self.inputs = tuple(spec.name for spec in _held(program, files[0]))
         self.labelled = LABEL in files[0].arrays and LABEL not in self.inputs
 
     def read(self, start: int, stop: int) -> Iterator[Sample]:
@@ -120,7 +120,7 @@ def _check_arrays(program: Program, file: NpzFile, first: NpzFile) -> None:
         raise FeedError(
             f"{file.path} and {first.path} do not both have labels; give all files an array 'label', or none"
         )
-    for spec in program.inputs:
+    for spec in _held(program, file):
         header = file.arrays[spec.name]
         where = f"{file.path}: input {spec.name!r}"
         cast(read_tensor(np.empty(0, header.dtype), where), spec.dtype, where)
@@ -134,13 +134,19 @@ def _check_arrays(program: Program, file: NpzFile, first: NpzFile) -> None:
         read_tensor(np.empty(0, file.arrays[LABEL].dtype), f"{file.path}: the label")
 
 
+def _held(program: Program, file: NpzFile) -> list[TensorSpec]:
+    """The inputs that the file has arrays for: all but bound ones that it leaves out."""
+    return [spec for spec in program.inputs if spec.name in file.arrays or spec.name not in program.bound]
+
+
 def _choose_batching(program: Program, file: NpzFile, batch_size: int | None) -> Batching:
     """As many rows at once as the first axis of every input allows."""
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size={batch_size} is no number of samples; write 1 or more")
-    whole = frozenset(spec.name for spec in program.inputs if len(file.arrays[spec.name].shape) > len(spec.shape))
+    inputs = _held(program, file)
+    whole = frozenset(spec.name for spec in inputs if len(file.arrays[spec.name].shape) > len(spec.shape))
     least, most = 1, None if not whole else 1
-    for spec in program.inputs:
+    for spec in inputs:
         if spec.name in whole:
             continue
         low, high = _bounds(program, spec.shape[0])
@@ -210,8 +216,11 @@ def _check_sizes(program: Program, files: Sequence[NpzFile], batching: Batching,
     seen = set()
     for group in groups:
         count = sum(rows.stop - rows.start for rows in group)
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
         for spec in program.inputs:
+            if spec.name not in files[group[0].file].arrays:  # bound, and left out
+                shapes.append(tuple(program.bound[spec.name].shape))
+                continue
             inner = files[group[0].file].arrays[spec.name].shape[1:]
             shapes.append(inner if spec.name in batching.whole else (count, *inner))
         if (key := tuple(shapes)) in seen:

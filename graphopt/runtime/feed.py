@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.errors import ArtifactError, FeedError
+from graphopt.errors import ArtifactError, BoundInputError, FeedError
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.runtime.manifest import Bounds, Entry, TensorInfo
 from graphopt.runtime.sizes import Expression, parse_size
@@ -26,7 +26,7 @@ class FeedCheck:
         self._state = tuple(_InputCheck(item) for item in entry.state)
 
     def bind(self, feed: Mapping[str, np.ndarray], state: Iterable[Any] = ()) -> tuple[list[Any], dict[str, int]]:
-        """The feed as tensors in the entry's order, and the symbolic sizes it has; raises FeedError.
+        """The feed as tensors in the entry's order, and the symbolic sizes it has; raises FeedError or BoundInputError.
 
         An array is copied only when it is not aligned to 64 bytes, contiguous and in the machine's byte order.
         """
@@ -42,6 +42,8 @@ class FeedCheck:
         for check, array in zip(self._inputs, arrays, strict=True):
             if check.expressions:
                 check.check_expressions(array.shape, sizes, where)
+            if check.bound is not None:
+                check.check_value(array)
         self._check_bounds(sizes, where)
         return [to_device(array, check.dtype) for check, array in zip(self._inputs, arrays, strict=True)], sizes
 
@@ -85,6 +87,7 @@ class _InputCheck:
         self._fixed: list[tuple[int, int]] = []
         self._names: list[tuple[int, str]] = []
         self.expressions: list[tuple[int, Expression]] = []
+        self.bound = None if info.bound is None else _bound_value(info)
         for axis, size in enumerate(info.shape):
             if isinstance(size, int):
                 self._fixed.append((axis, size))
@@ -139,11 +142,29 @@ class _InputCheck:
             elif not unknown and (expected := expression.value(sizes)) != value:
                 raise FeedError(f"size {expression.text!r} is {value} in {self._place(axis)}, expected {expected}")
 
+    def check_value(self, array: np.ndarray) -> None:
+        """A bound input has its one value."""
+        assert self.bound is not None
+        if not np.array_equal(array, self.bound):
+            raise BoundInputError.of(self.name, self.bound.reshape(-1).tolist(), array.reshape(-1).tolist())
+
     def _place(self, axis: int) -> str:
         return f"input {self.name!r} (axis {axis})"
 
     def _disagree(self, name: str, first: int, place: str, axis: int, value: int) -> None:
         raise FeedError(f"size {name!r} is {first} in {place} and {value} in {self._place(axis)}; make them equal")
+
+
+def _bound_value(info: TensorInfo) -> np.ndarray:
+    """Its shape has no symbolic sizes."""
+    shape = tuple(size for size in info.shape if isinstance(size, int))
+    try:
+        value = np.array(info.bound, DTYPES[info.dtype].carrier)
+        if value.tolist() != list(info.bound or ()):
+            raise ValueError("it changes by conversion")
+        return value.reshape(shape)
+    except (OverflowError, ValueError) as e:
+        raise ArtifactError(f"input {info.name} is bound to what is no {info.dtype}; compile the model again") from e
 
 
 def _list(shape: tuple[int, ...]) -> str:

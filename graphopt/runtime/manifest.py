@@ -8,6 +8,7 @@ over the names in `Entry.sizes`. A variant's function `entry` takes the inputs, 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,11 +23,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """dtype as numpy spells it, or "bfloat16"."""
+    """dtype as numpy spells it, or "bfloat16".
+
+    `bound` are the elements, the last axis fastest, of the one value that an input may have; None where any will do.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    bound: tuple[bool | int | float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,12 +201,24 @@ def _size(value: Any) -> int | str:
 
 
 def _tensors(items: Any) -> tuple[TensorInfo, ...]:
-    found = _list(
-        items, lambda item: TensorInfo(_string(item["name"]), _string(item["dtype"]), _list(item["shape"], _size))
-    )
+    found = _list(items, _tensor)
     if len({item.name for item in found}) != len(found):
         raise ValueError("two tensors of one entry have the same name")
     return found
+
+
+def _tensor(item: Any) -> TensorInfo:
+    shape = _list(item["shape"], _size)
+    bound = None if item.get("bound") is None else _list(item["bound"], _number)
+    if bound is not None and (any(isinstance(size, str) for size in shape) or math.prod(shape) != len(bound)):
+        raise ValueError(f"{str(item['name'])[:40]!r} is bound to a value of another shape")
+    return TensorInfo(_string(item["name"]), _string(item["dtype"]), shape, bound)
+
+
+def _number(value: Any) -> bool | int | float:
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"{str(value)[:40]!r} should be a number or a truth value")
+    return value
 
 
 def _bounds(data: Any) -> Bounds:

@@ -145,8 +145,9 @@ class InferenceSession:
     ) -> list[np.ndarray]:
         """Compute the outputs named (None: all, in order) from arrays by input name; the arrays belong to the caller.
 
-        Raises FeedError naming the input whose name, dtype, rank or size is wrong, UnknownNameError for an unknown
-        output or entry, RunError when the compiled code fails; after an error the state is what it was before.
+        Raises FeedError naming the input whose name, dtype, rank or size is wrong, BoundInputError where a bound input
+        has another value, UnknownNameError for an unknown output or entry, RunError when the compiled code fails; after
+        an error the state is what it was before.
         """
         bound = self._entry(entry)
         wanted = self._select(bound, output_names)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -14,6 +16,14 @@ def test_captured_programs_are_well_formed() -> None:
     for case in (models.mlp(), models.branching(), models.counter(), models.tied(), models.dict_output()):
         program = graphopt.capture(case[0], case[1], dynamic_shapes=case[2])
         assert find_defect(program, program) is None
+
+
+def test_bound_inputs_stay_bound() -> None:
+    program = captured(nn.Linear(4, 4), torch.randn(6, 4))
+    bound = replace(program, bound={"input": torch.zeros(6, 4)})
+    assert find_defect(bound, replace(bound, bound={"input": torch.zeros(6, 4)})) is None
+    for other in ({}, {"input": torch.ones(6, 4)}):
+        assert find_defect(bound, replace(bound, bound=other)) == "its bound inputs have changed"
 
 
 def test_samples_cover_the_sizes_worth_checking() -> None:

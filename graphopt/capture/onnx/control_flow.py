@@ -28,7 +28,7 @@ class BranchEmitter(Emitter):
     """Builds the graph of one branch: whatever it reads from outside, weights too, is an operand."""
 
     def __init__(self, outer: Emitter) -> None:
-        super().__init__(outer.mode)
+        super().__init__(outer.mode, outer.binding)
         self.weights = outer.weights
         self.origin, self.provenance = outer.origin, outer.provenance
         self._outer = outer
@@ -36,6 +36,7 @@ class BranchEmitter(Emitter):
         self._transposed = outer._transposed
         self._holder = torch.nn.Module()
         self.operands: dict[Node, Tensor] = {}  # a node outside -> its placeholder here
+        self._outside: dict[Node, Node] = {}  # and back
 
     def attribute(self, target: str) -> Tensor:
         return self.local(self._outer.attribute(target))
@@ -49,13 +50,18 @@ class BranchEmitter(Emitter):
                 node = self.graph.placeholder(outside.node.name)
             node.meta["val"] = outside.fake
             self.operands[outside.node] = Tensor(node, outside.fake)
+            self._outside[node] = outside.node
         return self.operands[outside.node]
 
+    def outside(self, node: Node) -> tuple[Emitter, Node] | None:
+        if node.graph is not self.graph:
+            return self._outer.outside(node)
+        return (self._outer, self._outside[node]) if node in self._outside else None
+
     def held(self, node: Node) -> torch.Tensor | None:
-        for outside, inner in self.operands.items():
-            if inner.node is node:
-                return self._outer.held(outside)
-        return None
+        if node.graph is not self.graph:
+            return self._outer.held(node)
+        return self._outer.held(self._outside[node]) if node in self._outside else None
 
     def holder(self) -> torch.nn.Module:
         return self._holder
@@ -95,10 +101,10 @@ def branch(importer: Importer, op: Operation, inputs: list[Value]) -> tuple[Valu
         return tuple(inner.values.get(output.name) for output in graph.output)
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].dtype != torch.bool:
         raise CaptureError("the condition of an If must be one bool")
-    return tuple(_conditional(importer, inputs[0], (then, otherwise)))
+    return tuple(_conditional(importer, op, inputs[0], (then, otherwise)))
 
 
-def _conditional(importer: Importer, condition: Tensor, graphs: Sequence[Any]) -> list[Tensor]:
+def _conditional(importer: Importer, op: Operation, condition: Tensor, graphs: Sequence[Any]) -> list[Tensor]:
     if any(size != 1 for size in condition.shape):
         raise CaptureError(f"the condition of an If has the shape {list(condition.shape)}; it must be one bool")
     outer = importer.emitter
@@ -111,7 +117,9 @@ def _conditional(importer: Importer, condition: Tensor, graphs: Sequence[Any]) -
         inner.nodes(graph)
         results = [_row_major(emitter, emitter.local(inner.result(value.name))) for value in graph.output]
         sides.append((emitter, results))
-    _check_results(sides[0][1], sides[1][1])
+    if reason := _unlike(sides[0][1], sides[1][1]):
+        op.number(condition, f"{reason}; its condition", reason)  # bound to an example, it leaves one branch
+        raise CaptureError(reason)
     if not sides[0][1]:
         return []
     read = dict.fromkeys(node for emitter, _ in sides for node in emitter.operands)
@@ -133,17 +141,19 @@ def _row_major(emitter: BranchEmitter, value: Tensor) -> Tensor:
     return contiguous
 
 
-def _check_results(then: Sequence[Tensor], otherwise: Sequence[Tensor]) -> None:
+def _unlike(then: Sequence[Tensor], otherwise: Sequence[Tensor]) -> str | None:
+    """Why the results of two branches cannot be those of one node."""
     if len(then) != len(otherwise):
-        raise CaptureError(f"the branches of an If have {len(then)} and {len(otherwise)} outputs; the file is damaged")
+        return f"the branches of an If have {len(then)} and {len(otherwise)} outputs; the file is damaged"
     for place, (left, right) in enumerate(zip(then, otherwise, strict=True)):
         kinds = [(str(value.dtype).removeprefix("torch."), shape_key(value.fake)) for value in (left, right)]
         if kinds[0] != kinds[1]:
             said = " and ".join(f"{dtype} {list(map(str, shape))}".replace("'", "") for dtype, shape in kinds)
-            raise CaptureError(
+            return (
                 f"output {place} of the If is {said} in its branches; they must have one type and shape when the "
                 "condition is only known at run time"
             )
+    return None
 
 
 def loop(importer: Importer, op: Operation, inputs: list[Value]) -> tuple[Value, ...]:
@@ -152,9 +162,11 @@ def loop(importer: Importer, op: Operation, inputs: list[Value]) -> tuple[Value,
     if body is None:
         raise CaptureError("a Loop needs a body; the file is damaged")
     trips, going, *carried = [*inputs, None, None][: max(2, len(inputs))]
-    count = MOST_TRIPS + 1 if trips is None else op.scalar(trips)  # `going` ends a Loop that does not say
+    what = "the number of trips of a Loop"
+    fixed = f"{what} must be a constant; export the model to .pt2"
+    count = MOST_TRIPS + 1 if trips is None else op.number(trips, what, fixed)  # `going` ends a Loop that says none
     if not isinstance(count, int):
-        raise CaptureError("the number of trips of a Loop must be a constant; export the model to .pt2")
+        raise CaptureError(fixed)
     if len(body.input) != len(carried) + 2 or len(body.output) < len(carried) + 1:
         raise CaptureError("the body of the Loop does not fit its inputs; the file is damaged")
     shared = importer.inside(importer.emitter)
@@ -183,7 +195,8 @@ def loop(importer: Importer, op: Operation, inputs: list[Value]) -> tuple[Value,
 
 
 def _goes_on(op: Operation, condition: Value) -> bool:
-    known_condition = op.scalar(condition)
+    refusal = "a Loop that ends by values at run time is not imported; export the model to .pt2"
+    known_condition = op.number(condition, "the condition of a Loop", refusal)
     if not isinstance(known_condition, bool):
-        raise CaptureError("a Loop that ends by values at run time is not imported; export the model to .pt2")
+        raise CaptureError(refusal)
     return known_condition

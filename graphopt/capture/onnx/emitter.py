@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.onnx.binding import Binding
 from graphopt.capture.onnx.values import SYMBOLIC, Known, Tensor
 from graphopt.capture.onnx.weights import Weights
 from graphopt.errors import CaptureError
@@ -53,8 +54,9 @@ MOST_TERMS = 1000  # of the expression of a size; sympy takes time exponential i
 class Emitter:
     """Builds one graph; `origin`, the ONNX node at hand, and `provenance` are written on every node."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, binding: Binding) -> None:
         self.mode = mode
+        self.binding = binding
         self.graph = Graph()
         self.weights = Weights()
         self.origin = ""
@@ -181,6 +183,10 @@ class Emitter:
     def local(self, value: Tensor) -> Tensor:
         """A value of this graph, or of one around it, as a value of this graph."""
         return value
+
+    def outside(self, node: Node) -> tuple[Emitter, Node] | None:
+        """For a placeholder that stands for a value of the graph around this one: that graph's emitter and node."""
+        return None
 
     def held(self, node: Node) -> torch.Tensor | None:
         """The tensor that a node reads from the model; None for nodes that compute."""

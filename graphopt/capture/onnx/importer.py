@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
-
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
+from graphopt.capture.onnx.binding import constant
 from graphopt.capture.onnx.control_flow import MOST_TRIPS_TOGETHER, branch, loop
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.capture.onnx.graphs import all_nodes, operator_name
+from graphopt.capture.onnx.ledger import Ledger
 from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
@@ -93,13 +91,13 @@ class Steps:
 class Importer:
     """Turns nodes into calls of `emitter`; `values` holds what every ONNX name stands for."""
 
-    def __init__(self, emitter: Emitter, opset: int, external: ExternalData, steps: Steps) -> None:
+    def __init__(self, emitter: Emitter, opset: int, external: ExternalData, steps: Steps, ledger: Ledger) -> None:
         self.emitter = emitter
         self.opset = opset
         self.external = external
         self.steps = steps
         self.values: dict[str, Value] = {"": None}
-        self.ledger: dict[str, list[str]] = {}  # node -> guards on sizes that it brought
+        self.ledger = ledger
 
     def initializers(self, graph: Any) -> None:
         """Small integers and settings are known numbers, other floats parameters, the rest buffers."""
@@ -156,19 +154,18 @@ class Importer:
         while inputs and inputs[-1] is None:
             inputs.pop()
         self.emitter.origin, self.emitter.provenance = label, read_provenance(node)
-        environment = self.emitter.mode.shape_env
-        assert environment is not None
-        before = len(environment.guards)
+        before = len(self.ledger)
         try:
             results = self._results(node, inputs)
         except GraphoptError as error:
-            raise CaptureError(f"ONNX node {label}{_shapes(inputs)}: {error}") from error
+            text = f"ONNX node {label}{_shapes(inputs)}: {error}"
+            raise self.ledger.failed(label, node.op_type, inputs, text, error) from error
         except _REFUSALS as error:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise CaptureError(f"ONNX node {label}{_shapes(inputs)} cannot be imported: {reason}") from error
-        if len(environment.guards) > before:
-            self.ledger.setdefault(label, []).extend(str(guard.expr) for guard in environment.guards[before:])
-            self._refuse_fixed(environment, label)
+            text = f"ONNX node {label}{_shapes(inputs)} cannot be imported: {reason}"
+            raise self.ledger.failed(label, node.op_type, inputs, text, error) from error
+        if len(self.ledger) > before:
+            self.ledger.record(label, node.op_type, inputs, before)
         for name, value in zip(node.output, results, strict=False):
             if name in self.values and name:
                 raise CaptureError(f"two values of the ONNX graph are called {name!r}; names must be unique")
@@ -185,14 +182,6 @@ class Importer:
             raise CaptureError(f"ONNX node {label} reads {name!r}, which {later}")
         return self.values[name]
 
-    def _refuse_fixed(self, environment: ShapeEnv, label: str) -> None:
-        for symbol, value in environment.replacements.items():
-            if value.is_number:
-                raise CaptureError(
-                    f"ONNX node {label} only works where the dynamic size {symbol} is {value}; give that axis the "
-                    f"number {value} in the file"
-                )
-
     def _results(self, node: Any, inputs: list[Value]) -> tuple[Value, ...]:
         used = [index for index, name in enumerate(node.output) if name]
         attributes = Attributes(node, self.external)
@@ -202,13 +191,13 @@ class Importer:
             return CONTROL_FLOW[name](self, op, inputs)
         result: Any = None
         present = [value for value in inputs if value is not None]
-        constant = bool(present) and all(isinstance(value, Known) for value in present)
-        if constant and name in SHAPE_OPERATORS:
+        is_constant = bool(present) and all(isinstance(value, Known) for value in present)
+        if is_constant and name in SHAPE_OPERATORS:
             result = _run(SHAPE_OPERATORS[name], op, inputs)
             if not self._stay_known(result if isinstance(result, tuple) else (result,)):
                 result = None
         if result is None:
-            result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES + _KEEPS_CODES)
+            result = self._emitted(op, inputs, fold=is_constant and name not in _MAKES_VALUES + _KEEPS_CODES)
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)
@@ -222,41 +211,25 @@ class Importer:
     def _emitted(self, op: Operation, inputs: list[Value], fold: bool) -> Any:
         if fold and any(value.symbolic for value in inputs if isinstance(value, Known)):
             fold = False
-        last = next(iter(reversed(self.emitter.graph.nodes)), None)
         result = _run(OPERATORS[op.name], op, inputs)
-        return self._folded(result, last) if fold else result
+        return self._folded(result) if fold else result
 
-    def _folded(self, result: Any, last: Any) -> Any:
-        """What the nodes after `last` compute from constants alone; the nodes themselves stay unread and go."""
+    def _folded(self, result: Any) -> Any:
+        """What nodes compute from constants alone; the nodes themselves stay unread and go."""
         results = result if isinstance(result, tuple) else (result,)
-        nodes = []
-        for node in reversed(self.emitter.graph.nodes):
-            if node is last:
-                break
-            nodes.append(node)
-        sizes = [leaf.numel() for node in nodes for leaf in pytree.tree_leaves(node.meta["val"])]
-        if any(not isinstance(size, int) or size > _FOLDED_ELEMENTS for size in sizes):
+        tensors = [value for value in results if isinstance(value, Tensor)]
+        if any(value.fake.numel() > KNOWN_ELEMENTS for value in tensors):
             return result
-        if any(isinstance(value, Tensor) and value.fake.numel() > KNOWN_ELEMENTS for value in results):
+        numbers = {value: constant(self.emitter, value.node, _FOLDED_ELEMENTS) for value in tensors}
+        if any(number is None for number in numbers.values()):
             return result
-        real: dict[Any, Any] = {}
-
-        def value_of(node: Any) -> Any:
-            if node not in real:
-                real[node] = self.emitter.held(node)
-                if real[node] is None:
-                    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-                    real[node] = node.target(*args, **kwargs)
-            return real[node]
-
-        with torch.no_grad():
-            done = [known_tensor(value_of(v.node)) if isinstance(v, Tensor) else v for v in results]
+        done = [numbers.get(value, value) for value in results]
         return tuple(done) if isinstance(result, tuple) else done[0]
 
     def inside(self, emitter: Emitter) -> Importer:
         """An importer of a graph within this one, which reads the values there are so far."""
-        inner = Importer(emitter, self.opset, self.external, self.steps)
-        inner.values, inner.ledger = dict(self.values), self.ledger
+        inner = Importer(emitter, self.opset, self.external, self.steps, self.ledger)
+        inner.values = dict(self.values)
         return inner
 
 

@@ -1,9 +1,9 @@
 """What an `.onnx` file says of where its nodes come from: written as metadata, read back as provenance.
 
 A node that a rule made carries `graphopt.rule` and `graphopt.from` (a JSON list of the original nodes), any node of a
-module its path as `graphopt.module`; `graphopt.rules` of the model counts the nodes of each rule. What torch's exporter
-notes is dropped: it holds lines and paths of the machine that exported. The model's own description and metadata
-are kept from file to file.
+module its path as `graphopt.module`; `graphopt.rules` of the model counts the nodes of each rule, `graphopt.bound` has
+the elements of the one value that a bound input may have. What torch's exporter notes is dropped: it holds lines and
+paths of the machine that exported. The model's own description and metadata are kept from file to file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch.fx import GraphModule, Node
 
 import graphopt
 from graphopt.capture.onnx.graphs import all_graphs, all_nodes
-from graphopt.program import provenance
+from graphopt.capture.sidecar import bound_values
+from graphopt.program import Program, provenance
 
 RULE, FROM, MODULE, RULES = "graphopt.rule", "graphopt.from", "graphopt.module", "graphopt.rules"
+BOUND = "graphopt.bound"
 DESCRIPTION = "doc_string"  # its key in `Program.metadata`
 _NOT_KEPT = ("graphopt.", "pkg.torch.")
 _EXPORTED_FROM = "pkg.torch.onnx.fx_node"
@@ -61,6 +63,22 @@ def write_provenance(model: Any, exported: GraphModule, metadata: Mapping[str, s
             model.metadata_props.add(key=key, value=value)
     if rules:
         model.metadata_props.add(key=RULES, value=json.dumps(rules, sort_keys=True))
+
+
+def write_bound(model: Any, program: Program) -> None:
+    """Note the inputs that the program is bound to the values of."""
+    if program.bound:
+        model.metadata_props.add(key=BOUND, value=json.dumps(bound_values(program), sort_keys=True))
+
+
+def read_bound(model: Any) -> dict[str, Any]:
+    """What `write_bound` wrote: input -> elements; nothing where it is not that. Whether they fit is not checked."""
+    noted = {entry.key: entry.value for entry in model.metadata_props}
+    try:
+        found = json.loads(noted.get(BOUND, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_provenance(node: Any) -> dict[str, Any] | None:

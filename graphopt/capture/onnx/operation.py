@@ -49,12 +49,11 @@ class Operation:
         return self.call(torch.ops.aten._to_copy.default, tensor, dtype=dtype)
 
     def sizes(self, value: Value, what: str) -> list[Any]:
-        """The elements of a known array; `what` names the input for the error when it is only known at run time."""
-        if isinstance(value, Known):
-            return value.items()
-        raise CaptureError(
-            f"{what} is computed from values at run time, which graphopt cannot express; make it depend on shapes only"
-        )
+        """The elements of an array, which constants or examples decide; `what` names the input for the error."""
+        if value is None:
+            raise CaptureError(f"{what} is left out, which {self.name} needs")
+        known = value if isinstance(value, Known) else self.emitter.binding.numbers(self.emitter, value, what)
+        return known.items()
 
     def integers(self, value: Value, what: str) -> list[int]:
         """Like `sizes`, where nothing symbolic is possible."""
@@ -82,6 +81,12 @@ class Operation:
             item = value.items()[0]
             return None if isinstance(item, (torch.SymFloat, torch.SymBool)) else item
         return None
+
+    def number(self, value: Value, what: str, refusal: str) -> Any:
+        """Like `scalar`, of what only works when it is known; `refusal` says so."""
+        if isinstance(value, Tensor):
+            value = self.emitter.binding.numbers(self.emitter, value, what, refusal)
+        return self.scalar(value)
 
     def refuse(self, reason: str) -> CaptureError:
         return CaptureError(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,8 +57,17 @@ def read_input(value: Any) -> Input:
         if size.HasField("dim_value") and size.dim_value >= 0:
             shape.append(int(size.dim_value))
         else:
-            shape.append(size.dim_param or f"{placeholder_name(value.name)}_axis_{axis}")
+            shape.append(size.dim_param or _unnamed(value.name, axis))
     return Input(value.name, dtype_of(tensor.elem_type, f"input {value.name!r}"), tuple(shape))
+
+
+def _unnamed(name: str, axis: int) -> str:
+    return f"{placeholder_name(name)}_axis_{axis}"
+
+
+def unnamed_sizes(inputs: Sequence[Input]) -> set[str]:
+    """The sizes that neither the file nor the caller has a name for: nothing says that two of them differ."""
+    return {_unnamed(item.name, axis) for item in inputs for axis in range(len(item.shape))}
 
 
 def renamed(inputs: Sequence[Input], wanted: Mapping[str, Any]) -> list[Input]:
@@ -73,8 +83,24 @@ def _renamed(shape: tuple[int | str, ...], wanted: Any) -> tuple[int | str, ...]
     return tuple(size if isinstance(size, int) else names.get(axis) or size for axis, size in enumerate(shape))
 
 
-def size_names(inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
-    """The inputs with names that size expressions can use, and the names that stand alone somewhere."""
+def with_sizes(inputs: Sequence[Input], numbers: Mapping[str, int]) -> list[Input]:
+    """The inputs with numbers in place of these sizes, in expressions too."""
+    return [replace(item, shape=tuple(_with_numbers(size, numbers) for size in item.shape)) for item in inputs]
+
+
+def _with_numbers(size: int | str, numbers: Mapping[str, int]) -> int | str:
+    if isinstance(size, int) or not numbers:
+        return size
+    pattern = r"\b(" + "|".join(map(re.escape, numbers)) + r")\b"
+    text = re.sub(pattern, lambda found: str(numbers[found.group()]), size)
+    try:
+        return evaluate_size(text, {})
+    except (FeedError, SyntaxError):  # names are left in it
+        return text
+
+
+def size_names(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs with names that size expressions can use."""
     alone = {size for item in inputs for size in item.shape if isinstance(size, str) and size.isidentifier()}
     cleaned = {
         size: size if size in alone or _computed(size, alone) else placeholder_name(size)
@@ -82,12 +108,13 @@ def size_names(inputs: Sequence[Input]) -> tuple[list[Input], list[str]]:
         for size in item.shape
         if isinstance(size, str)
     }
-    renamed = [
-        Input(item.name, item.dtype, tuple(cleaned[s] if isinstance(s, str) else s for s in item.shape))
-        for item in inputs
-    ]
-    free = [size for item in renamed for size in item.shape if isinstance(size, str) and size.isidentifier()]
-    return renamed, list(dict.fromkeys(free))
+    return [replace(item, shape=tuple(cleaned[s] if isinstance(s, str) else s for s in item.shape)) for item in inputs]
+
+
+def free_sizes(inputs: Sequence[Input]) -> list[str]:
+    """The names that stand alone somewhere."""
+    sizes = (size for item in inputs for size in item.shape)
+    return list(dict.fromkeys(size for size in sizes if isinstance(size, str) and size.isidentifier()))
 
 
 def _computed(text: str, names: set[str]) -> bool:

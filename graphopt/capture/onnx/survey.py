@@ -10,14 +10,25 @@ from typing import Any
 from torch.fx import GraphModule
 
 from graphopt.capture.domains import infer_domains
+from graphopt.capture.onnx.binding import Binding, ReadAgain, bound_input
 from graphopt.capture.onnx.control_flow import BranchEmitter
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.external_data import ExternalData
+from graphopt.capture.onnx.form import MOST_READINGS, Form, first_form
 from graphopt.capture.onnx.graphs import all_graphs, operator_name
 from graphopt.capture.onnx.importer import CONTROL_FLOW, Importer, Steps
+from graphopt.capture.onnx.ledger import FixedSize, Ledger
 from graphopt.capture.onnx.reading import opset_of
 from graphopt.capture.onnx.registry import OPERATORS
-from graphopt.capture.onnx.sizes import Input, Symbols, fake_input, hint_choices, make_symbols, read_input, size_names
+from graphopt.capture.onnx.sizes import (
+    Symbols,
+    fake_input,
+    free_sizes,
+    hint_choices,
+    make_symbols,
+    read_input,
+    size_names,
+)
 from graphopt.capture.onnx.values import Tensor
 from graphopt.capture.quiet import quiet
 from graphopt.errors import CaptureError, FeedError
@@ -56,24 +67,47 @@ def survey(model: Any, folder: Path | None, limits: Limits) -> Survey:
                 inputs.append(read_input(value))
         except CaptureError as error:
             problems.append(Problem(f"input {value.name!r}", str(error)))
-    inputs, names = size_names(inputs)
-    choices: list[Survey] = []
-    for hints in hint_choices(names, {}):
+    try:
+        form = first_form(model, size_names(inputs))
+    except CaptureError as error:
+        return Survey((*problems, Problem("", str(error))), 0, {})
+    for _ in range(MOST_READINGS):
+        try:
+            best = _read(_File(model, folder, opset), form, limits)
+        except ReadAgain as found:
+            form = form.after(found, {})
+            continue
+        return Survey((*problems, *best.problems), best.unseen, best.domains)
+    return Survey((*problems, Problem("", f"over {MOST_READINGS} sizes are fixed by its nodes")), 0, {})
+
+
+@dataclass(frozen=True)
+class _File:
+    model: Any
+    folder: Path | None
+    opset: int
+
+
+def _read(file: _File, form: Form, limits: Limits) -> Survey:
+    """At the sizes with the fewest problems. Raises ReadAgain where numbers in the file fix sizes."""
+    choices: list[tuple[Survey, ReadAgain | None]] = []
+    for hints in hint_choices(free_sizes(form.inputs), {}):
         steps = Steps(limits)
         with quiet():
-            choices.append(_attempt(model, folder, opset, inputs, hints, steps))
+            choices.append(_attempt(file, form, hints, steps))
         if steps.too_many:  # whatever the sizes are
             break
-    best = min(choices, key=lambda choice: len(choice.problems) + choice.unseen)
-    return Survey((*problems, *best.problems), best.unseen, best.domains)
+    best, again = min(choices, key=lambda choice: len(choice[0].problems) + choice[0].unseen)
+    if again is not None:
+        raise again
+    return best
 
 
-def _attempt(
-    model: Any, folder: Path | None, opset: int, inputs: list[Input], hints: Mapping[str, int], steps: Steps
-) -> Survey:
-    symbols = make_symbols(hints)
-    emitter = Emitter(symbols.mode)
-    importer = _Surveyor(emitter, opset, ExternalData(folder, steps.limits), steps)
+def _attempt(file: _File, form: Form, hints: Mapping[str, int], steps: Steps) -> tuple[Survey, ReadAgain | None]:
+    model, inputs, symbols = file.model, form.inputs, make_symbols(hints)
+    emitter = Emitter(symbols.mode, Binding({placeholder_name(item.name): item for item in inputs}))
+    external = ExternalData(file.folder, steps.limits)
+    importer = _Surveyor(emitter, file.opset, external, steps, Ledger(symbols, {}))
     importer.notes = _Notes(symbols, _types(model), [], set())
     for item in inputs:
         try:
@@ -81,7 +115,8 @@ def _attempt(
         except CaptureError as error:
             importer.note(f"input {item.name!r}", error)
             continue
-        importer.values[item.name] = value
+        bound = form.bound.get(item.name)
+        importer.values[item.name] = value if bound is None else bound_input(emitter, bound)
         for axis, size in enumerate(item.shape):
             if size in symbols.values:
                 emitter.name_size(symbols.values[str(size)], value, axis)
@@ -95,7 +130,7 @@ def _attempt(
     emitter.graph.output(())
     domains = infer_domains(GraphModule(emitter.weights.root, emitter.graph))
     notes = importer.notes
-    return Survey(tuple(notes.problems), notes.unseen, dict(zip(known, domains, strict=False)))
+    return Survey(tuple(notes.problems), notes.unseen, dict(zip(known, domains, strict=False))), notes.again
 
 
 @dataclass
@@ -107,6 +142,7 @@ class _Notes:
     problems: list[Problem]
     lost: set[str]
     unseen: int = 0
+    again: ReadAgain | None = None  # the first sizes that numbers in the file fix
 
 
 class _Surveyor(Importer):
@@ -118,8 +154,8 @@ class _Surveyor(Importer):
         self.notes.problems.append(Problem(where, str(error)))
 
     def inside(self, emitter: Emitter) -> _Surveyor:
-        inner = _Surveyor(emitter, self.opset, self.external, self.steps)
-        inner.values, inner.ledger, inner.notes = dict(self.values), self.ledger, self.notes
+        inner = _Surveyor(emitter, self.opset, self.external, self.steps, self.ledger)
+        inner.values, inner.notes = dict(self.values), self.notes
         return inner
 
     def initializer(self, graph: Any, proto: Any, roles: Any) -> None:
@@ -143,6 +179,8 @@ class _Surveyor(Importer):
         except CaptureError as error:
             if self.steps.too_many:
                 raise
+            if isinstance(error, FixedSize) and self.notes.again is None:
+                self.notes.again = error.again
             if len(self.notes.problems) == before:  # else it follows from one within its graphs
                 self.note(label, error)
             self._go_on(node)

@@ -31,6 +31,15 @@ def _refused(model: Any, *words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_scale_that_gives_no_whole_size() -> None:
+    node = helper.make_node("Resize", ["x", "", "by"], ["r"], name="smaller", mode="linear")
+    image: dict[str, tuple[str, Sequence[int | str]]] = {"x": ("float32", [1, 2, 8, 8])}
+    model = model_of([node], image, ["r"], {"by": np.array([1, 1, 0.6, 0.5], dtype=np.float32)})
+    _refused(model, "Resize 'smaller'", "Resize of 8 by 0.6, which is no whole size")
+    model = model_of([node], image, ["r"], {"by": np.array([1, 1, 0.75, 0.5], dtype=np.float32)})
+    assert capture(model).outputs[0].shape == (1, 2, 6, 4) and worst_error(capture(model), model) < 1e-5
+
+
 def test_all_unknown_operators_are_listed() -> None:
     nodes = [
         helper.make_node("NonZero", ["x"], ["a"], name="where"),

@@ -183,8 +183,9 @@ def identity(op: Operation, value: Present) -> Present:
 @operator("Dropout")
 def dropout(op: Operation, value: Present, ratio: Present | None = None, training: Present | None = None) -> Any:
     op.attributes.ignore("ratio", "seed")
-    if training is not None and op.scalar(training) is not False:
-        raise op.refuse("it drops values at random; export the model in eval mode")
+    refusal = "it drops values at random; export the model in eval mode"
+    if training is not None and op.number(training, "the mode of Dropout", refusal) is not False:
+        raise op.refuse(refusal)
     if op.outputs == 1:
         return value
     return value, op.call(aten.ones_like.default, value, dtype=torch.bool)

@@ -125,6 +125,9 @@ def expand(op: Operation, value: Present, shape: Present) -> Tensor:
     rank = max(len(sizes), value.ndim)
     wanted = [1] * (rank - len(sizes)) + sizes
     own = [1] * (rank - value.ndim) + list(value.shape)
+    for a, b in zip(own, wanted, strict=True):
+        if isinstance(a, SYMBOLIC) and isinstance(b, int) and b > 1 and a != b:
+            raise op.refuse(f"a dynamic size is expanded to {b}")
     result = [b if statically_known_true(a == 1) else a for a, b in zip(own, wanted, strict=True)]
     if rank == value.ndim and all(statically_known_true(a == b) for a, b in zip(own, result, strict=True)):
         return value
@@ -153,9 +156,10 @@ def pad(op: Operation, value: Present, pads: Present, fill: Value = None, axes: 
     flat = [item for a in range(value.ndim - 1, min(padded) - 1, -1) for item in (before.get(a, 0), after.get(a, 0))]
     if mode != "constant":
         return op.call(aten.pad.default, value, flat, modes[mode])
-    number = 0.0 if fill is None else op.scalar(fill)
+    refusal = "the value of Pad is computed at run time; make it a constant"
+    number = 0.0 if fill is None else op.number(fill, "the value of Pad", refusal)
     if number is None:
-        raise op.refuse("the value of Pad is computed at run time; make it a constant")
+        raise op.refuse(refusal)
     return op.call(aten.pad.default, value, flat, "constant", float(number))
 
 

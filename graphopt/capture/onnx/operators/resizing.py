@@ -12,6 +12,8 @@ from graphopt.capture.onnx.values import Present, Tensor, Value
 
 aten = torch.ops.aten
 
+_ROUNDING = 1e-4  # of a size that is a product of floats
+
 _NEAREST = {3: aten.upsample_nearest1d.vec, 4: aten.upsample_nearest2d.vec, 5: aten.upsample_nearest3d.vec}
 _LINEAR = {3: aten.upsample_linear1d.vec, 4: aten.upsample_bilinear2d.vec, 5: aten.upsample_trilinear3d.vec}
 
@@ -58,4 +60,7 @@ def _scaled(op: Operation, size: Any, factor: float) -> Any:
         return size * int(factor)
     if not isinstance(size, int):
         raise op.refuse("Resize of a dynamic size by a fraction is not imported")
-    return int(size * factor)
+    exact = size * factor
+    if abs(exact - round(exact)) > _ROUNDING:  # ONNX steps by the scale, PyTorch by the quotient of the sizes
+        raise op.refuse(f"Resize of {size} by {factor:g}, which is no whole size, is not imported; give it sizes")
+    return round(exact)
