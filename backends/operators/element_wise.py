@@ -17,7 +17,7 @@ from tvm import tirx
 from graphopt.backends.approximations import is_nan
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.backends.values import Index, Lazy, Product, Value, View
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -96,6 +96,12 @@ def cast(value: Any, dtype: str) -> Any:
     if value.dtype == dtype:
         return value
     return Lazy(value.shape, dtype, (value,), lambda kernel, i: convert(kernel.load(value, i), dtype), flat=True)
+
+
+def widened(lowering: Lowering, argument: Any) -> Value:
+    """The operand, which is a node or a value, in the dtype it is computed in."""
+    value = argument if isinstance(argument, (View, Lazy)) else lowering.tensor(argument)
+    return cast(value, computed_in(value.dtype))
 
 
 def constant(value: float, dtype: str) -> Any:

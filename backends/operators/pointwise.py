@@ -261,8 +261,8 @@ def _power(lowering: Lowering, node: Node) -> Lazy:
         return element_wise(lowering, node, [base], lambda x: whole_power(x, int(number)))
     if not node.meta["val"].dtype.is_floating_point:
         raise CompileError(f"{node.name} raises integers to a power that varies; convert them to float first")
-    wide = node.meta["val"].dtype in (torch.float32, torch.float64)  # PyTorch takes no roots of narrow floats
-    if wide and isinstance(number, float) and number in (0.5, -0.5):
+    has_roots = node.meta["val"].dtype is not torch.float16  # PyTorch takes none there
+    if has_roots and isinstance(number, float) and number in (0.5, -0.5):
         roots = {0.5: tirx.sqrt, -0.5: lambda x: like(x, 1) / tirx.sqrt(x)}
         return element_wise(lowering, node, [base], roots[number])
     return element_wise(lowering, node, [base, exponent], tirx.power)
