@@ -14,5 +14,8 @@ DTYPES: dict[torch.dtype, str] = {
     torch.int16: "int16",
     torch.int8: "int8",
     torch.uint8: "uint8",
+    torch.uint16: "uint16",  # torch has no arithmetic for the wide unsigned types: they are cast, moved and compared
+    torch.uint32: "uint32",
+    torch.uint64: "uint64",
     torch.bool: "bool",
 }

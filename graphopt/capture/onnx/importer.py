@@ -21,6 +21,7 @@ from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.tensors import FOUR_BITS, read_four_bits, read_tensor
+from graphopt.capture.onnx.unsigned import carried, declared, is_unsigned
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
 from graphopt.errors import CaptureError, GraphoptError
 
@@ -160,19 +161,19 @@ class Importer:
         result: Any = None
         present = [value for value in inputs if value is not None]
         constant = bool(present) and all(isinstance(value, Known) for value in present)
-        if constant and name in SHAPE_OPERATORS:
+        if constant and name in SHAPE_OPERATORS and not any(map(is_unsigned, present)):
             result = _run(SHAPE_OPERATORS[name], op, inputs)
         if result is None:
-            result = self._emitted(op, inputs, fold=constant and name not in _MAKES_VALUES + _KEEPS_CODES)
+            result = self._emitted(op, node, inputs, fold=constant and name not in _MAKES_VALUES + _KEEPS_CODES)
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)
 
-    def _emitted(self, op: Operation, inputs: list[Value], fold: bool) -> Any:
+    def _emitted(self, op: Operation, node: Any, inputs: list[Value], fold: bool) -> Any:
         if fold and any(value.symbolic for value in inputs if isinstance(value, Known)):
             fold = False
         last = next(iter(reversed(self.emitter.graph.nodes)), None)
-        result = _run(OPERATORS[op.name], op, inputs)
+        result = declared(op, node, inputs, _run(OPERATORS[op.name], op, carried(op, inputs)))
         return self._folded(result, last) if fold else result
 
     def _folded(self, result: Any, last: Any) -> Any:

@@ -16,6 +16,9 @@ from graphopt.errors import CaptureError
 DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.UINT8: torch.uint8,
+    TensorProto.UINT16: torch.uint16,
+    TensorProto.UINT32: torch.uint32,
+    TensorProto.UINT64: torch.uint64,
     TensorProto.INT8: torch.int8,
     TensorProto.INT16: torch.int16,
     TensorProto.INT32: torch.int32,
@@ -38,7 +41,7 @@ def dtype_of(code: int, what: str) -> torch.dtype:
     if code in DTYPES:
         return DTYPES[code]
     name = TensorProto.DataType.Name(code).lower() if code in TensorProto.DataType.values() else f"number {code}"
-    raise CaptureError(f"{what} has the element type {name}, which graphopt does not import; use float or signed types")
+    raise CaptureError(f"{what} has the element type {name}, which graphopt does not import; use floats or integers")
 
 
 def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
@@ -59,7 +62,9 @@ def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(proto.raw_data), dtype=torch.uint8).view(dtype).reshape(shape)
-    held = max(len(getattr(proto, field)) for field in ("float_data", "int32_data", "int64_data", "double_data"))
+    held = max(
+        len(getattr(proto, field)) for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+    )
     if held != count:
         raise CaptureError(f"{what} of shape {list(shape)} holds {held} values; the file is damaged")
     if dtype == torch.bfloat16:

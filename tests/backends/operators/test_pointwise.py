@@ -307,6 +307,16 @@ def test_casts(agree: Check, dtype: torch.dtype) -> None:
     agree({str(to): lambda x, to=to: x.to(to) for to in [*DTYPES, torch.bool]}, [integers((3, 21), dtype)])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_shifts(agree: Check, dtype: torch.dtype) -> None:
+    """By more places than there are, and by less than none, too."""
+    places = torch.tensor([0, 1, 7, 8, 31, 32, 63, 64, 200, 3] + ([] if dtype is torch.uint8 else [-1])).to(dtype)
+    x = integers((4, len(places)), dtype)
+    agree(
+        {"left": torch.bitwise_left_shift, "right": torch.bitwise_right_shift, "by": lambda x, n: x << 3}, [x, places]
+    )
+
+
 def test_library_functions_of_shared_values(agree: Check) -> None:
     """Values that several nodes of one kernel read are bound to variables, calls of the C library take scalars."""
 
