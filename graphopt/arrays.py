@@ -24,9 +24,16 @@ def array_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(carrier).numpy().view(dtype)
 
 
+def result_of(tensor: torch.Tensor) -> np.ndarray:
+    """The array that a session returns for this tensor: bfloat16 as float32."""
+    return array_of(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
+
+
 def tensor_of(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """What a session returned for a value of this dtype: bfloat16 comes as float32, float8 as its bits."""
-    tensor = torch.from_numpy(array)
-    if dtype is torch.bfloat16 and tensor.dtype is torch.float32:
-        return tensor.to(dtype)
-    return tensor.view(dtype) if dtype in _ADDED else tensor
+    """What a session takes or returns for a value of this dtype: bits, numbers of ml_dtypes, or float32."""
+    if dtype not in _ADDED:
+        return torch.from_numpy(array)
+    carrier, added = _ADDED[dtype]
+    if array.dtype == added or array.dtype == np.dtype(str(carrier).removeprefix("torch.")):
+        return torch.from_numpy(array.view(f"u{array.dtype.itemsize}")).view(dtype)
+    return torch.from_numpy(array).to(dtype)

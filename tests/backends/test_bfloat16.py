@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.arrays import array_of, tensor_of
+from graphopt.tools.subject import program_subject
 from tests import models
 
 Build = Callable[..., Any]
@@ -144,15 +145,30 @@ def test_state_and_samples_are_kept(tmp_path: Any) -> None:
             super().__init__()
             self.register_buffer("total", torch.zeros(4, dtype=torch.bfloat16))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             self.total.add_(x)
-            return self.total * 2
+            return self.total * 2, self.total.sum()
 
     artifact = graphopt.compile(graphopt.capture(Sum(), (torch.ones(4).bfloat16(),)), threads=1)
     artifact.save(tmp_path / "sum.gopt")
     session = graphopt.load(tmp_path / "sum.gopt")
     inputs, expected = session.samples()
     for number in (1, 2, 3):
-        (result,) = session.run(None, inputs)
+        result, total = session.run(None, inputs)
         assert tensor_of(result, torch.bfloat16).tolist() == [2.0 * number] * 4
-    np.testing.assert_array_equal(next(iter(expected.values())), 2)
+        assert total.shape == () and total == 4 * number
+    assert [value.tolist() for value in expected.values()] == [[2.0] * 4, 4.0]
+
+
+def test_what_compare_runs_takes_and_gives_what_a_session_does() -> None:
+    program = graphopt.capture(nn.Linear(8, 4).bfloat16(), (torch.randn(3, 8).bfloat16(),))
+    subject = program_subject(program)
+    feed = subject.draw({}, 0)
+    (name,) = feed
+    ((output, result),) = subject.run(feed).items()
+    (bits,) = subject.run({name: feed[name].view(np.uint16)}).values()
+    (numbers,) = subject.run({name: feed[name].astype(np.float32)}).values()
+    assert feed[name].dtype == ml_dtypes.bfloat16
+    assert result.dtype == np.float32 and output == program.outputs[0].name
+    np.testing.assert_array_equal(result, bits)
+    np.testing.assert_array_equal(result, numbers)
