@@ -20,8 +20,8 @@ from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
-from graphopt.capture.onnx.tensors import FOUR_BITS, read_four_bits, read_tensor
-from graphopt.capture.onnx.unsigned import carried, declared, is_unsigned
+from graphopt.capture.onnx.tensors import FLOAT8, FOUR_BITS, read_four_bits, read_tensor
+from graphopt.capture.onnx.carriers import carried, declared, is_unsigned
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
 from graphopt.errors import CaptureError, GraphoptError
 
@@ -78,6 +78,11 @@ class Importer:
                 self._codes(graph, proto)
                 continue
             tensor = read_tensor(proto, self.folder)
+            if proto.data_type in FLOAT8:
+                self.values[proto.name] = self.emitter.attribute(
+                    self.emitter.weights.add(proto.name, tensor, trainable=False)
+                )
+                continue
             floating = tensor.is_floating_point()
             if tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings):
                 self.values[proto.name] = known_tensor(tensor)

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import shape_operator
 from graphopt.capture.onnx.tensors import dtype_of
-from graphopt.capture.onnx.unsigned import CARRIERS
+from graphopt.capture.onnx.carriers import CARRIERS
 from graphopt.capture.onnx.values import SYMBOLIC, Known, known
 
 

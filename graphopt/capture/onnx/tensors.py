@@ -29,6 +29,12 @@ DTYPES: dict[int, torch.dtype] = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 
+FLOAT8: dict[int, torch.dtype] = {
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    TensorProto.FLOAT8E5M2: torch.float8_e5m2,
+}
+"""Types that a file may hold numbers in: they are widened as the file is read."""
+
 FOUR_BITS: dict[int, tuple[torch.dtype, tuple[int, int]]] = {
     TensorProto.UINT4: (torch.uint8, (0, 15)),
     TensorProto.INT4: (torch.int8, (-8, 7)),
@@ -50,7 +56,7 @@ def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
     Raises CaptureError where type, size or place of the data cannot be.
     """
     what = f"tensor {proto.name!r}" if proto.name else "a tensor without a name"
-    dtype, shape = dtype_of(proto.data_type, what), tuple(proto.dims)
+    dtype, shape = FLOAT8.get(proto.data_type) or dtype_of(proto.data_type, what), tuple(proto.dims)
     if any(size < 0 for size in shape):
         raise CaptureError(f"{what} has the shape {list(shape)}; a size must be 0 or more")
     count = math.prod(shape)
@@ -67,9 +73,9 @@ def read_tensor(proto: Any, folder: Path | None) -> torch.Tensor:
     )
     if held != count:
         raise CaptureError(f"{what} of shape {list(shape)} holds {held} values; the file is damaged")
-    if dtype == torch.bfloat16:
-        bits = np.array(proto.int32_data, dtype=np.uint16)
-        return torch.from_numpy(bits.view(np.int16)).view(dtype).reshape(shape)
+    if dtype == torch.bfloat16 or proto.data_type in FLOAT8:
+        bits = np.array(proto.int32_data, dtype=f"u{dtype.itemsize}")
+        return torch.from_numpy(bits).view(dtype).reshape(shape)
     return torch.from_numpy(np.array(numpy_helper.to_array(proto))).reshape(shape)
 
 

@@ -1,9 +1,9 @@
-"""uint16, uint32 and uint64, which torch has no arithmetic for: every operator computes in a wider signed type.
+"""Types that torch has no arithmetic for: uint16, uint32 and uint64 are carried in a wider signed type.
 
 A value keeps its declared type. Before an operator it is cast to its carrier, after it the result is cast back, which
 wraps around as arithmetic modulo 2^n does. A uint64 has a carrier of its own size: its bits stand for a signed number.
 What only moves, adds or multiplies bits is exact there; what compares them sees them with the sign bit flipped, which
-keeps the order; anything else is refused.
+keeps the order; anything else is refused. So is whatever reads an 8-bit float and does not widen it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.reading import DOMAINS
+from graphopt.capture.onnx.tensors import FLOAT8
 from graphopt.capture.onnx.values import Known, Present, Value, known
 from graphopt.errors import CaptureError
 
@@ -23,6 +24,7 @@ aten = torch.ops.aten
 
 CARRIERS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 _SIGN = -(2**63)
+_FLOAT8 = ("Cast", "DequantizeLinear")  # what reads weights of 8-bit floats
 _BY_TYPE = frozenset({
     "Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Identity", "Shape", "Size",
     "QuantizeLinear", "DequantizeLinear", "com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear",
@@ -46,6 +48,8 @@ def is_unsigned(value: Value) -> bool:
 
 def carried(op: Operation, inputs: Sequence[Value]) -> list[Value]:
     """The inputs in types that the operator can be computed in. Raises CaptureError where no such type is exact."""
+    if op.name not in _FLOAT8 and any(value is not None and value.dtype in FLOAT8.values() for value in inputs):
+        raise CaptureError(f"{op.name} of float8 is not imported; cast the numbers, or dequantize them, before it")
     if op.name in _BY_TYPE or not any(map(is_unsigned, inputs)):
         return list(inputs)
     widest = any(value is not None and value.dtype == torch.uint64 for value in inputs)
