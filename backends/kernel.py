@@ -18,13 +18,14 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.bfloat16 import in_float32
 from graphopt.backends.sizes import Shape, Size, Sizes, product, symbols_in
 from graphopt.backends.target import Target
 from graphopt.backends.traffic import elements_read, nodes_computed
 from graphopt.backends.values import Index, Lazy, Product, Storage, Value, View, inverse, leaves, permuted
 
 Configuration = Mapping[str, bool | int | float | str]  # what a rule chose, flat, as JSON has it
-BOUND = ("float32", "float64", "float16")  # dtypes whose values are bound to variables in kernels
+BOUND = ("float32", "float64", "float16", "bfloat16")  # dtypes whose values are bound to variables in kernels
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Kernel:
             return self._flat[id(value.storage)][self._position(value, index)]
         if isinstance(value, Product):
             return self._products[id(value)](index)
-        # TVM's interval analysis fails on bound integer vectors, and its code generation on bound bfloat16.
+        # TVM's interval analysis fails on bound integer vectors.
         if not value.shared or value.dtype not in BOUND:
             return value.element(self, index)
         self._known[key] = (T.bind(value.element(self, index)), index)
@@ -201,7 +202,7 @@ def write_kernel(
             ]
             body(kernel, results)
         function = builder.get()
-    function = without_vector_calls(function.without_attr("global_symbol"))
+    function = without_vector_calls(in_float32(function.without_attr("global_symbol")))
     touched = elements_read(reads)
     counts = tuple(touched[storage] for storage in inputs)
     return Code(

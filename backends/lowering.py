@@ -16,13 +16,14 @@ import torch
 from torch.fx import GraphModule, Node
 from tvm import relax
 
+from graphopt.arrays import array_of
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.fusion import Kinds, Place, epilogue, in_order, row_epilogue
 from graphopt.backends.kernel import BOUND, Code
 from graphopt.backends.kernel_report import Kernels
 from graphopt.backends.operators import OPERATORS, fits_epilogue, is_branching
 from graphopt.backends.operators.attention import TABLE as ATTENTION
-from graphopt.backends.operators.element_wise import constant
+from graphopt.backends.operators.element_wise import cast, computed_in, constant
 from graphopt.backends.operators.reduction import EXPANSIONS
 from graphopt.backends.operators.views import RESHAPES, permutation_of
 from graphopt.backends.rules.transpose import stored as element_wise_kernel
@@ -78,8 +79,7 @@ class Weights:
         place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         identity = (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype, key)
         if identity not in self.names:
-            exact = tensor.float() if tensor.dtype is torch.bfloat16 else tensor  # numpy has no bfloat16
-            array = exact.detach().numpy()
+            array = array_of(tensor)
             array = np.asarray(array if pack is None else pack(array), order="C")  # rank 0 stays rank 0
             name = base = f"{label}.{key}" if key else label
             while name in self.arrays:
@@ -257,14 +257,16 @@ class Lowering:
         """Lower `node` with its epilogue: `build` gets the bare result and the end of the element-wise tree over it.
 
         `begin` adds to the bare result what belongs to the node itself, such as a bias. `order`: axis n of the node is
-        axis order[n] of what the kernel writes, where they differ. `joins` as in `Place`, `ends` as in `epilogue`.
+        axis order[n] of what the kernel writes, where they differ. `joins` as in `Place`, `ends` as in `epilogue`. The
+        bare result of float16 and bfloat16 is float32, which is rounded once `begin` has been added.
         """
         shape = shape_of(node.meta["val"])
         start = Place(tuple(shape[axis] for axis in inverse(order)) if order else shape, order, joins)
         together, place = epilogue(node, start, self.order, _KINDS, ends)
-        result = Product(start.shape, DTYPES[node.meta["val"].dtype])
+        dtype = DTYPES[node.meta["val"].dtype]
+        result = Product(start.shape, computed_in(dtype))
         end: Any
-        self.env[node] = end = begin(permutation(result, order) if order else result)
+        self.env[node] = end = cast(begin(permutation(result, order) if order else result), dtype)
         for follower in together:
             end = self.follow(follower, together)
         arranged = permutation(end, inverse(place.order)) if place.order else end

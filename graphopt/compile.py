@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphopt.arrays import array_of
 from graphopt.artifact.write import write_artifact
 from graphopt.checking.output_check import check_session
 from graphopt.errors import UsageError
@@ -154,7 +155,7 @@ def _info(spec: TensorSpec) -> TensorInfo:
 
 def _initial_state(entries: Mapping[str, Program]) -> dict[str, np.ndarray]:
     return {
-        state_name(state.spec.name): state.initial.detach().contiguous().numpy()
+        state_name(state.spec.name): array_of(state.initial.detach().contiguous())
         for program in entries.values()
         for state in program.state
     }
@@ -167,5 +168,5 @@ def _samples(entries: Mapping[str, Program]) -> dict[str, np.ndarray]:
         pairs = [("input", program.inputs, program.examples), ("output", program.outputs, program(*program.examples))]
         for kind, specs, values in pairs:
             for spec, value in zip(specs, values, strict=True):
-                samples[f"{name}.{kind}.{spec.name}"] = value.detach().contiguous().numpy()
+                samples[f"{name}.{kind}.{spec.name}"] = array_of(value.detach().contiguous())
     return samples

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from graphopt.arrays import array_of
 from graphopt.contract import Timing
 from graphopt.errors import ArtifactError, CompileError, UsageError
 from graphopt.program import Program
@@ -72,7 +73,7 @@ def _prepare(program: Program, target: str, threads: int | None) -> Callable[[],
         session: InferenceSession = compile(program, target, threads=threads).session(threads)
     except ArtifactError as error:
         raise UsageError(f"nothing can be measured for target {target!r} on this machine: {error}") from error
-    feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, program.examples, strict=True)}
+    feed = {spec.name: array_of(value) for spec, value in zip(program.inputs, program.examples, strict=True)}
     return lambda: session.run(None, feed)
 
 

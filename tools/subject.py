@@ -40,8 +40,7 @@ def open_subject(path: str, dynamic: list[str], entry: str | None = None) -> Sub
 
 
 def program_subject(program: Program) -> Subject:
-    import torch
-
+    from graphopt.arrays import array_of, result_of, tensor_of
     from graphopt.capture.inputs import draw_inputs
 
     names = [spec.name for spec in program.inputs]
@@ -50,17 +49,17 @@ def program_subject(program: Program) -> Subject:
         check_sizes(sizes, program.sizes)
         example = program.bind(program.examples)
         drawn = draw_inputs(program, {**{name: example[name] for name in program.sizes}, **sizes}, seed)
-        return {name: value.numpy() for name, value in zip(names, drawn, strict=True)}
+        return {name: array_of(value) for name, value in zip(names, drawn, strict=True)}
 
     def run(feed: Mapping[str, Array]) -> Arrays:
         if unknown := set(feed) - set(names):
             raise UnknownNameError("input", min(unknown), names)
         if missing := [name for name in names if name not in feed]:
             raise FeedError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
-        inputs = tuple(torch.from_numpy(np.ascontiguousarray(feed[name])) for name in names)
+        inputs = tuple(tensor_of(np.ascontiguousarray(feed[spec.name]), spec.dtype) for spec in program.inputs)
         program.bind(inputs)
         outputs = program(*inputs)
-        return {spec.name: value.numpy() for spec, value in zip(program.outputs, outputs, strict=True)}
+        return {spec.name: result_of(value) for spec, value in zip(program.outputs, outputs, strict=True)}
 
     return Subject({spec.name: spec.shape for spec in program.inputs}, draw, run, program)
 

@@ -1,4 +1,7 @@
-"""Scaled dot-product attention: in float32 one kernel that never stores the scores."""
+"""Scaled dot-product attention: in float32 one kernel that never stores the scores.
+
+float16 and bfloat16 are widened before it and rounded after it.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import cast, computed_in, convert, like
+from graphopt.backends.operators.element_wise import cast, convert, like, widened
 from graphopt.backends.operators.reduction import exponential, exponentials, finite
 from graphopt.backends.operators.views import PERMUTATIONS, RESHAPES, expand, reshape
 from graphopt.backends.operators.windows import load_at, quotient
 from graphopt.backends.rules.attention import attention
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.backends.values import Index, Lazy, Product, View, inverse, permuted
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ def _attention(lowering: Lowering, node: Node) -> Any:
     k, v = (lowering.tensor(x) for x in (k, v))
     if (unrepeated := _unrepeated(k, v)) and not grouped:
         grouped, (k, v) = True, unrepeated
-    query, key, value = (_rows_of_vectors(lowering, x, grouped) for x in (q, k, v))
+    query, key, value = (_rows_of_vectors(lowering, widened(lowering, x), grouped) for x in (q, k, v))
     batch, heads = shape[:2] if not flat else (1, shape[0]) if grouped else (shape[0], 1)
     if not all(isinstance(size, int) for size in (heads, query.shape[-1], value.shape[-1])):
         raise CompileError(f"{node.name} attends with a dynamic number of heads or depth; fixed ones have a lowering")
@@ -56,26 +59,30 @@ def _attention(lowering: Lowering, node: Node) -> Any:
     if bias is not None and flat and len(bias.shape) == 3 and not grouped:
         bias = _with_one_head(bias)
     if query.dtype != "float32":
-        result = _in_parts(lowering, query, key, value, bias, float(scale), bool(causal))
-        return reshape(lowering, cast(result, DTYPES[node.meta["val"].dtype]), shape)
+        return reshape(lowering, _in_parts(lowering, query, key, value, bias, float(scale), bool(causal)), shape)
 
     def build(result: Product, end: Any) -> Code:
         return attention(query, key, value, bias, float(scale), bool(causal), result, end, lowering.target)
 
     order = (0, 2, 1, 3) if not flat else (1, 0, 2) if grouped else ()
+    dtype = DTYPES[node.meta["val"].dtype]
+    if dtype != query.dtype:
+        whole = Product(tuple(shape[axis] for axis in inverse(order)) if order else shape, query.dtype)
+        (stored,) = lowering.call(build(whole, whole))
+        return cast(permuted(stored, order) if order else stored, dtype)
     return lowering.anchored(node, build, order=order, joins=True, ends=_ends)
 
 
 def _in_parts(
     lowering: Lowering, query: View, key: View, value: View, bias: View | None, scale: float, causal: bool
 ) -> View:
-    """float64 and float16 by plain products and reductions, with the scores in memory; a row of no keys is 0."""
+    """float64 by plain products and reductions, with the scores in memory; a row of no keys is 0."""
     (batch, heads, rows, depth), columns = query.shape, key.shape[2]
-    dtype, shared = computed_in(query.dtype), int(heads) // int(key.shape[1])
+    dtype, shared = query.dtype, int(heads) // int(key.shape[1])
 
     def at(kernel: Kernel, view: View, index: Index, *last: Any) -> Any:
         head = index.axis(1) if view is query else quotient(index.axis(1), shared)
-        return convert(load_at(kernel, view, (index.axis(0), head, *last)), dtype)
+        return load_at(kernel, view, (index.axis(0), head, *last))
 
     def score(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
         left = at(kernel, query, index, index.axis(2), reduced[0])

@@ -1,6 +1,7 @@
-"""Convolution by a constant float32 filter on feature maps stored channels last; others take the generic kernel.
+"""Convolution by a constant filter on feature maps stored channels last; others take the generic kernel.
 
-1 x 1 filters are a matrix product over pixels, filters of one channel each run depthwise, the rest directly.
+1 x 1 filters are a matrix product over pixels, filters of one channel each run depthwise, the rest directly. Feature
+maps of float16 and bfloat16 are widened to float32 as they are stored, their filters where they are read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.kernel import int64
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of
+from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of, widened
 from graphopt.backends.operators.linear import packed_product
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.operators.windows import each_axis, load_at, quotient, surrounded
@@ -102,10 +103,11 @@ def _convolution(spatial: int) -> Lower:
 
 
 def _is_constant(lowering: Lowering, node: Node, call: _Call) -> bool:
-    """A fixed float32 filter over a fixed number of channels."""
+    """A fixed filter, computed with in float32, over a fixed number of channels."""
     weight = lowering.value(call.weight)
     channels = shape_of(call.x.meta["val"])[-len(weight.shape) + 1]
-    return isinstance(weight, torch.Tensor) and node.meta["val"].dtype == torch.float32 and isinstance(channels, int)
+    computed = computed_in(DTYPES[node.meta["val"].dtype])
+    return isinstance(weight, torch.Tensor) and computed == "float32" and isinstance(channels, int)
 
 
 def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any:
@@ -176,7 +178,7 @@ def _minimal(
 
 def _channels_last(lowering: Lowering, argument: Any, spatial: int) -> View:
     """[N, C, ...] in memory as [N, ..., C]: channels beside each other, or in planes where they are few."""
-    value = lowering.tensor(argument)
+    value = widened(lowering, argument)
     if len(value.shape) == spatial + 1:
         value = reshape(lowering, value, (1, *value.shape))
     order = (0, *range(2, spatial + 2), 1)
@@ -202,7 +204,8 @@ def _both(numbers: tuple[int, ...], first: int) -> tuple[int, ...]:
 
 def _plus_channels(value: Any, added: View, axis: int) -> Lazy:
     def element(kernel: Kernel, index: Index) -> Any:
-        return kernel.load(value, index) + kernel.flat(added.storage)[index.axis(axis)]
+        number = kernel.flat(added.storage)[index.axis(axis)]
+        return kernel.load(value, index) + convert(number, value.dtype)
 
     return Lazy(value.shape, value.dtype, (value, added), element)
 

@@ -17,7 +17,7 @@ from tvm import tirx
 from graphopt.backends.approximations import is_nan
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Index, Lazy, Product, View
+from graphopt.backends.values import Index, Lazy, Product, Value, View
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Expression = Callable[..., Any]
 _NARROW_FLOATS = ("float16", "bfloat16")
-_NARROW_INTEGERS = {"int8": 8, "uint8": 8, "int16": 16, "int32": 32}
+_NARROW_INTEGERS = {"int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int32": 32, "uint32": 32}
 
 
 def element_wise(
@@ -86,8 +86,8 @@ def convert(value: Any, dtype: str) -> Any:
         return not_equal(value, tirx.const(0, have))
     if have in _NARROW_FLOATS or dtype in _NARROW_FLOATS:
         return value.astype("float32").astype(dtype)
-    if is_float(have) and dtype in ("int8", "uint8", "int16"):
-        return value.astype("int32").astype(dtype)
+    if is_float(have) and dtype in _NARROW_INTEGERS and dtype != "int32":
+        return value.astype("int64" if dtype == "uint32" else "int32").astype(dtype)
     return value.astype(dtype)
 
 
@@ -96,6 +96,12 @@ def cast(value: Any, dtype: str) -> Any:
     if value.dtype == dtype:
         return value
     return Lazy(value.shape, dtype, (value,), lambda kernel, i: convert(kernel.load(value, i), dtype), flat=True)
+
+
+def widened(lowering: Lowering, argument: Any) -> Value:
+    """The operand, which is a node or a value, in the dtype it is computed in."""
+    value = argument if isinstance(argument, (View, Lazy)) else lowering.tensor(argument)
+    return cast(value, computed_in(value.dtype))
 
 
 def constant(value: float, dtype: str) -> Any:
@@ -107,7 +113,8 @@ def constant(value: float, dtype: str) -> Any:
             return tirx.const(float(np.dtype(dtype).type(value)), dtype)
     bits = _NARROW_INTEGERS.get(dtype, 64)
     whole = int(value) % 2**bits
-    return tirx.const(whole - 2**bits if dtype != "uint8" and whole >= 2 ** (bits - 1) else whole, dtype)
+    signed = not dtype.startswith("u")
+    return tirx.const(whole - 2**bits if signed and whole >= 2 ** (bits - 1) else whole, dtype)
 
 
 def not_equal(a: Any, b: Any) -> Any:

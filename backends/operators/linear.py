@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import computed_in, convert, like
+from graphopt.backends.operators.element_wise import computed_in, convert, like, widened
 from graphopt.backends.rules.batched_gemm import batched_gemm
 from graphopt.backends.rules.gemm import configure, gemm, pack_weight
 from graphopt.backends.rules.generic import reduce_generic
@@ -65,19 +65,19 @@ def _bare(result: Any) -> Any:
 
 
 def _packable(lowering: Lowering, node: Node, weight: Any) -> bool:
-    """An empty weight has no panels to pack."""
+    """An empty weight has no panels to pack; narrow floats are multiplied as float32."""
     return (
         isinstance(weight, torch.Tensor)
         and weight.dim() == 2
         and weight.numel() > 0
-        and weight.dtype == torch.float32
-        and node.meta["val"].dtype == torch.float32
+        and weight.dtype == node.meta["val"].dtype
+        and computed_in(DTYPES[weight.dtype]) == "float32"
         and node.meta["val"].dim() > 1
     )
 
 
 def _packed(lowering: Lowering, node: Node, x: Any, weight: torch.Tensor, begin: Callable[[Any], Any]) -> Any:
-    a = lowering.view(x)
+    a = lowering.view(widened(lowering, x))
     return packed_product(lowering, node, a if a.strides[-1] == 1 else lowering.contiguous(a), weight, begin)
 
 
@@ -129,7 +129,9 @@ def _matmul_of(
     """Product of two computed tensors with broadcast leading axes; `transposed`: y is [N, K]."""
     a, b = lowering.view(x), lowering.view(y)
     b = permuted(b, (*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)) if transposed else b
-    if len(a.shape) > 1 and len(b.shape) > 1 and a.dtype == b.dtype == DTYPES[node.meta["val"].dtype] == "float32":
+    same = a.dtype == b.dtype == DTYPES[node.meta["val"].dtype]
+    if same and len(a.shape) > 1 and len(b.shape) > 1 and computed_in(a.dtype) == "float32":
+        a = lowering.view(widened(lowering, a))
         return lowering.anchored(
             node, lambda result, end: batched_gemm(a, b, result, end, f"matmul_{node.name}", lowering.target), begin
         )
@@ -179,8 +181,8 @@ def _einsum(lowering: Lowering, node: Node) -> Any:
         result = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
     views = [lowering.view(tensor) for tensor in tensors]
     matrices = _matrices(terms.split(","), views, result)
-    if matrices and node.meta["val"].dtype == torch.float32:
-        a, b = matrices
+    if matrices and computed_in(DTYPES[node.meta["val"].dtype]) == "float32":
+        a, b = lowering.view(widened(lowering, matrices[0])), matrices[1]
         return lowering.anchored(
             node, lambda bare, end: batched_gemm(a, b, bare, end, f"einsum_{node.name}", lowering.target)
         )

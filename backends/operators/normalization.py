@@ -15,7 +15,7 @@ from tvm import tirx
 
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import cast, computed_in, convert, like
+from graphopt.backends.operators.element_wise import cast, computed_in, convert, like, widened
 from graphopt.backends.operators.reduction import exponentials, moments, reduce
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules.rows import layer_norm, rms_norm, softmax
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
-
-
-def _widened(lowering: Lowering, argument: Any) -> Any:
-    """The operand in the dtype it is computed in, wherever it is."""
-    value = lowering.tensor(argument)
-    return cast(value, computed_in(value.dtype))
 
 
 def _narrowed(node: Node, value: Any) -> Any:
@@ -107,7 +101,7 @@ def _rms_norm(lowering: Lowering, node: Node) -> Any:
 
 def _over_last_axes(lowering: Lowering, node: Node, x: Any, count: int, build: Callable[[View], Any]) -> Any:
     """Several normalised axes are one, since memory is contiguous."""
-    value = lowering.contiguous(_widened(lowering, x))
+    value = lowering.contiguous(widened(lowering, x))
     shape = value.shape
     kept = len(shape) - count
     merged = lowering.contiguous(reshape(lowering, value, (*shape[:kept], product(shape[kept:]))))
@@ -162,7 +156,7 @@ def _instance_norm(lowering: Lowering, node: Node) -> Any:
 
 
 def _in_groups(lowering: Lowering, node: Node, x: Any, groups: int, weight: Any, bias: Any, epsilon: float) -> Any:
-    value = lowering.contiguous(_widened(lowering, x))
+    value = lowering.contiguous(widened(lowering, x))
     shape = value.shape
     rows = lowering.contiguous(reshape(lowering, value, (shape[0], groups, product(shape[1:]) // groups)))
     normalized = reshape(lowering, standardized(lowering, rows, None, None, epsilon), shape)
@@ -215,7 +209,7 @@ def _batch_statistics(lowering: Lowering, node: Node) -> tuple[Any, Any, Any]:
     x, weight, bias, training, _, epsilon = arguments(node).values()
     if not training:
         raise CompileError(f"{node.name} is a batch norm without any statistics; give it running ones")
-    value = lowering.view(_widened(lowering, x))
+    value = lowering.view(widened(lowering, x))
     axes = [axis for axis in range(len(value.shape)) if axis != 1]
     scale, center = moments(lowering, value, axes, value.dtype, 0, _inverse_root(float(epsilon)))
     gain, shift = (_parameter(lowering, each, value.dtype) for each in (weight, bias))

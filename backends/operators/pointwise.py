@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import tvm
 from torch.fx import Node
 from tvm import tirx
 
@@ -261,8 +262,8 @@ def _power(lowering: Lowering, node: Node) -> Lazy:
         return element_wise(lowering, node, [base], lambda x: whole_power(x, int(number)))
     if not node.meta["val"].dtype.is_floating_point:
         raise CompileError(f"{node.name} raises integers to a power that varies; convert them to float first")
-    wide = node.meta["val"].dtype in (torch.float32, torch.float64)  # PyTorch takes no roots of narrow floats
-    if wide and isinstance(number, float) and number in (0.5, -0.5):
+    has_roots = node.meta["val"].dtype is not torch.float16  # PyTorch takes none there
+    if has_roots and isinstance(number, float) and number in (0.5, -0.5):
         roots = {0.5: tirx.sqrt, -0.5: lambda x: like(x, 1) / tirx.sqrt(x)}
         return element_wise(lowering, node, [base], roots[number])
     return element_wise(lowering, node, [base, exponent], tirx.power)
@@ -349,6 +350,22 @@ def _bitwise(on_flags: Expression, on_integers: Expression) -> Lower:
     return simple(_by_kind(on_integers, on_integers, on_flags), 2)
 
 
+def _shift(left: bool) -> Expression:
+    """By as many places as the dtype has, or more, or less than none: 0, to the right the sign."""
+
+    def expression(a: Any, places: Any) -> Any:
+        dtype = dtype_of(a)
+        most = like(places, tvm.DataType(dtype).bits - 1)
+        inside = tirx.all(places >= like(places, 0), places <= most)
+        kept = tirx.Select(inside, places, most)
+        shifted = a << kept if left else a >> kept
+        signed = not dtype.startswith("u")
+        return shifted if signed and not left else tirx.Select(inside, shifted, like(a, 0))
+
+    return expression
+
+
+_LEFT, _RIGHT = simple(_shift(left=True), 2), simple(_shift(left=False), 2)
 _COMPARISONS: dict[str, Expression] = {
     "eq": lambda a, b: tirx.Not(not_equal(a, b)) if is_float(dtype_of(a)) else tirx.EQ(a, b),
     "ne": not_equal,
@@ -389,6 +406,8 @@ TABLE: dict[Any, Lower] = {
     **_overloads({aten.where: _where}, "self", "ScalarOther", "ScalarSelf", "Scalar"),
     **_overloads({aten.masked_fill: _masked_fill}, "Scalar", "Tensor"),
     **_overloads({aten.to: _cast}, "dtype", "dtype_layout", "device"),
+    **_overloads({aten.bitwise_left_shift: _LEFT, aten.bitwise_right_shift: _RIGHT}, "Tensor", "Tensor_Scalar"),
+    **_overloads({aten.__lshift__: _LEFT, aten.__rshift__: _RIGHT}, "Tensor", "Scalar"),
     aten.bitwise_not.default: simple(lambda a: tirx.Not(a) if dtype_of(a) == "bool" else ~a, 1),
     aten.logical_and.default: in_dtype("bool", tirx.all, 2),
     aten.logical_or.default: in_dtype("bool", tirx.any, 2),

@@ -148,7 +148,8 @@ class _Batched:
 
         def copy_one(k: Any, c: Any) -> None:
             column = tirx.min(first + c, self.n - 1)
-            T.buffer_store(copy, right[start + k * stride + column * step], [k * self.columns + c])
+            value = right[start + k * stride + column * step].astype("float32")
+            T.buffer_store(copy, value, [k * self.columns + c])
 
         whole = first + self.columns <= self.n
         if across == 1:
@@ -157,7 +158,8 @@ class _Batched:
                     for c in range(self.choice.tile.vectors):
                         with kernel.vectorized(self.lanes) as lane:
                             at = c * self.lanes + lane
-                            T.buffer_store(copy, right[start + k * stride + first + at], [k * self.columns + at])
+                            value = right[start + k * stride + first + at].astype("float32")
+                            T.buffer_store(copy, value, [k * self.columns + at])
                 with T.Else(), kernel.serial(self.k) as k, kernel.serial(self.columns) as c:
                     copy_one(k, c)
             return
@@ -176,4 +178,4 @@ class _Batched:
         vectors = [T.bind(right[span(start + column * step, lanes)]) for column in columns]
         for number, vector in enumerate(transposed(vectors)):
             place = (block * lanes + number) * self.columns + c * lanes
-            T.buffer_store(copy, vector, [span(place, lanes)])
+            T.buffer_store(copy, vector.astype(f"float32x{lanes}"), [span(place, lanes)])

@@ -315,7 +315,9 @@ class _Convolution:
             registers.multiply(
                 extent,
                 lambda row, k: read.buffer[starts[row] + offset + k * stride],
-                lambda k, c, lane: self.weights[base + (depth + k) * self.columns + c * self.lanes + lane],
+                lambda k, c, lane: self.weights[base + (depth + k) * self.columns + c * self.lanes + lane].astype(
+                    "float32"
+                ),
             )
 
         down, across = window.dilations[0] * read.row, window.dilations[1] * read.column

@@ -30,8 +30,8 @@ def pack_depthwise(weight: np.ndarray) -> np.ndarray:
 def depthwise(x: View, weight: View, result: Product, end: Any, window: Window, name: str, target: Target) -> Code:
     """out[n, i..., c] = sum over taps t of x[n, i s - p + t d, c] weight[t, c], then the tree `end` over `result`.
 
-    float32; `x` [N, spatial axes, C] with channel stride 1, `weight` [taps..., C] contiguous, `result` [N, outputs...,
-    C]. What lies outside `x` is zero.
+    float32, `weight` also float16 or bfloat16; `x` [N, spatial axes, C] with channel stride 1, `weight` [taps..., C]
+    contiguous, `result` [N, outputs..., C]. What lies outside `x` is zero.
     """
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
@@ -41,7 +41,7 @@ def depthwise(x: View, weight: View, result: Product, end: Any, window: Window, 
         def multiply_add(step: Step) -> None:
             for pixel, tap in step.taps:
                 with kernel.vectorized(step.width) as lane:
-                    factor = filters[(step.first + tap) * channels + step.channel + lane]
+                    factor = filters[(step.first + tap) * channels + step.channel + lane].astype("float32")
                     total = step.accumulators[pixel, lane] + step.load(pixel, tap, lane) * factor
                     T.buffer_store(step.accumulators, total, [pixel, lane])
 

@@ -44,7 +44,7 @@ _TYPICAL_ROWS = 128  # what prefetching expects of a row count known at run time
 _SERIAL_BELOW = 1 << 18  # multiply-adds that are not worth the launch of threads
 _FEW_ROWS = (1, 4)  # up to which a row count known at run time is one tile of so many rows
 _AHEAD = 4 << 10  # bytes ahead of a weight that is read once: faster than 16 KB, and than a whole panel
-_LINE = 16  # float32 values of a cache line
+_LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def gemm(
 ) -> Code:
     """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`.
 
-    float32; `a` [..., K] has its last axis contiguous, `weight` is packed as `pack_weight` does for the columns of the
-    tile of `choice`, by default what `configure` says.
+    float32, `weight` also float16 or bfloat16; `a` [..., K] has its last axis contiguous, `weight` is packed as
+    `pack_weight` does for the columns of the tile of `choice`, by default what `configure` says.
     """
     rows, n, k = product(result.shape[:-1]), int(result.shape[-1]), int(a.shape[-1])
     choice = configure(target, rows, n, k) if choice is None else choice
@@ -164,6 +164,8 @@ class _Gemm:
         self.output, self.end, self.result = output, end, result
         self.view, self.a, self.b = a, kernel.flat(a.storage), kernel.flat(weight.storage)
         self.panels, self.k, self.columns = (int(size) for size in weight.shape)
+        self.width = np.dtype(weight.dtype).itemsize  # bytes of a weight
+        self.line = _LINE // self.width
         self.n, self.lanes = int(result.shape[-1]), kernel.target.lanes
         self.row_count = product(result.shape[:-1])
         self.rows = kernel.size(self.row_count)
@@ -275,27 +277,27 @@ class _Step:
         registers.multiply(
             min(depth, gemm_.k) if even else tirx.min(int64(depth), gemm_.k - self.part * depth),
             lambda r, k: gemm_.a[starts[r] + k],
-            lambda k, c, lane: gemm_.b[weights + k * gemm_.columns + c * gemm_.lanes + lane],
+            lambda k, c, lane: gemm_.b[weights + k * gemm_.columns + c * gemm_.lanes + lane].astype("float32"),
             lambda outer: self.prefetch(weights, outer),
         )
 
     def prefetch(self, weights: Any, outer: Any) -> None:
         """Touch this step's share of the lines of the next part of a panel, or of those a little ahead."""
         gemm_ = self.gemm
-        tiles_ = gemm_.expected_tiles(self.tile)
+        tiles_, line = gemm_.expected_tiles(self.tile), gemm_.line
         if tiles_ == 1:
             step = self.tile.steps * gemm_.columns
-            self.touch(weights + _AHEAD // 4 + outer * step, -(-step // _LINE))
+            self.touch(weights + _AHEAD // gemm_.width + outer * step, -(-step // line))
             return
         depth = min(self.depth, gemm_.k)
         steps = max(1, depth // self.tile.steps)
-        lines = -(-depth * gemm_.columns // _LINE)
+        lines = -(-depth * gemm_.columns // line)
         share = -(-lines // (tiles_ * steps))
-        self.touch(weights + (lines + (self.number * steps + outer) * share) * _LINE, share)
+        self.touch(weights + (lines + (self.number * steps + outer) * share) * line, share)
 
     def touch(self, position: Any, lines: int) -> None:
         for line in range(lines):
-            address = tirx.address_of(self.gemm.b[position + line * _LINE])
+            address = tirx.address_of(self.gemm.b[position + line * self.gemm.line])
             T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
     def write_end(self, registers: RegisterTile) -> None:

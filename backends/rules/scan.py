@@ -12,6 +12,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.rules.reduction import accumulated_in
 from graphopt.backends.rules.windows import vector_width
 from graphopt.backends.sizes import product
 from graphopt.backends.target import Target
@@ -22,7 +23,10 @@ _ROWS = 8  # summed up side by side along the innermost axis
 
 
 def running_sum(source: View, axis: int, dtype: str, target: Target) -> Code:
-    """out[..., i, ...] = sum of source[..., j, ...] over j <= i along `axis`, in dtype `dtype`."""
+    """out[..., i, ...] = sum of source[..., j, ...] over j <= i along `axis`; `dtype` is that of the result.
+
+    float16 and bfloat16 are added up in float32.
+    """
     last = len(source.shape) - 1
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
@@ -55,9 +59,9 @@ def _write_columns(kernel: Kernel, source: View, axis: int, output: Output) -> N
         part = tirx.truncmod(task, tasks)
 
         def add(width: int, column: Any) -> None:
-            total = kernel.registers(width, dtype=output.dtype)
+            total = kernel.registers(width, dtype=accumulated_in(output.dtype))
             with kernel.vectorized(width) as lane:
-                T.buffer_store(total, tirx.const(0, output.dtype), [lane])
+                T.buffer_store(total, tirx.const(0, total.dtype), [lane])
             with kernel.serial(kernel.size(source.shape[axis])) as step, kernel.vectorized(width) as lane:
                 position = {**at, axis: step, len(source.shape) - 1: column + lane}
                 _accumulate(kernel, source, position, output, total, lane)
@@ -75,9 +79,9 @@ def _write_rows(kernel: Kernel, source: View, axis: int, output: Output) -> None
 
     def add(first: Any, count: int) -> None:
         places = [kernel.index(outer, linear=first + number) for number in range(count)]
-        totals = kernel.registers(count, dtype=output.dtype)
+        totals = kernel.registers(count, dtype=accumulated_in(output.dtype))
         for number in range(count):
-            T.buffer_store(totals, tirx.const(0, output.dtype), [number])
+            T.buffer_store(totals, tirx.const(0, totals.dtype), [number])
         with kernel.serial(kernel.size(source.shape[-1])) as step:
             for number, place in enumerate(places):
                 position = {n: place.axis(n) for n in range(len(outer))} | {axis: step}
@@ -97,5 +101,5 @@ def _accumulate(
 ) -> None:
     index = Index(source.shape, kernel.sizes, axes=tuple(position[n] for n in range(len(source.shape))))
     value = kernel.load(source, index)
-    T.buffer_store(totals, totals[number] + value.astype(output.dtype), [number])
+    T.buffer_store(totals, totals[number] + value.astype(totals.dtype), [number])
     output.store(index.flat(), totals[number])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from graphopt.capture.lift import lift
 from graphopt.capture.onnx.metadata import write_bound, write_provenance
@@ -22,6 +23,7 @@ from graphopt.capture.sidecar import SIDECAR, describe
 from graphopt.errors import UsageError, WriteError
 from graphopt.program import Program
 
+_BFLOAT16_OPSET = 22
 _INLINE_BYTES = 3 << 29  # 1.5 GB: a protobuf message must stay under 2 GB
 
 
@@ -105,7 +107,7 @@ def _onnx_model(program: Program) -> Any:
                 dynamo=True,
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
-                opset_version=write_quantization.OPSET if write_quantization.has_codes(program) else None,
+                opset_version=_opset(program),
                 custom_translation_table={**write_quantization.TRANSLATIONS, **write_recurrent.TRANSLATIONS},
             )
             assert converted is not None and converted.exported_program is not None
@@ -123,6 +125,17 @@ def _onnx_model(program: Program) -> Any:
     _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)
     return model
+
+
+def _opset(program: Program) -> int | None:
+    """None: the exporter's own choice, which has neither bfloat16 convolutions and pools nor codes in blocks."""
+    from graphopt.capture.onnx import write_quantization
+
+    for _, module in program.graphs():
+        for node in module.graph.nodes:
+            if any(getattr(value, "dtype", None) is torch.bfloat16 for value in tree_leaves(node.meta.get("val"))):
+                return _BFLOAT16_OPSET
+    return write_quantization.OPSET if write_quantization.has_codes(program) else None
 
 
 def _merge_matrices(graph: Any) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from graphopt.arrays import array_of, tensor_of
 from graphopt.checking.branches import search_branches
 from graphopt.checking.reference import largest_error, magnitude, run_float64
 from graphopt.checking.samples import Drawn, draw_samples, from_state
@@ -44,8 +45,9 @@ def check_session(session: InferenceSession, entries: Mapping[str, Program]) -> 
             session.reset()
             state = tuple(item.initial for item in program.state)
             for _ in range(_STEPS if state else 1):
-                feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, case.inputs, strict=True)}
-                results = [torch.from_numpy(array) for array in session.run(None, feed, entry=name)]
+                feed = {spec.name: array_of(value) for spec, value in zip(program.inputs, case.inputs, strict=True)}
+                arrays = session.run(None, feed, entry=name)
+                results = [tensor_of(each, spec.dtype) for each, spec in zip(arrays, program.outputs, strict=True)]
                 outputs, following = program.step(case.inputs, state)
                 exact = run_float64(from_state(program, state), case.inputs)
                 for spec, result, eager, reference in zip(program.outputs, results, outputs, exact, strict=False):

@@ -57,7 +57,7 @@ def from_device(tensor: Any, dtype: str) -> np.ndarray:
 
 def widen(array: np.ndarray, dtype: str) -> np.ndarray:
     """The bits of a bfloat16 array as float32; other dtypes as they are."""
-    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
+    return np.asarray(array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
 
 
 def aligned_copy(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.arrays import array_of, tensor_of
 from graphopt.capture import capture
 from graphopt.compile import Artifact
 from graphopt.program import Program
@@ -39,8 +40,9 @@ class Compiled:
         self.session = artifact.session()
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        feed = {spec.name: tensor.numpy() for spec, tensor in zip(self.program.inputs, tensors, strict=True)}
-        return [torch.from_numpy(array) for array in self.session.run(None, feed)]
+        feed = {spec.name: array_of(tensor) for spec, tensor in zip(self.program.inputs, tensors, strict=True)}
+        results = self.session.run(None, feed)
+        return [tensor_of(array, spec.dtype) for array, spec in zip(results, self.program.outputs, strict=True)]
 
 
 @pytest.fixture

@@ -112,3 +112,35 @@ def test_damaged_provenance_is_none(text: str) -> None:
             if entry.key == "graphopt.from":
                 entry.value = text
     assert not any(provenance(node).get("rule") == "gated-attention" for node in capture(model).nodes())
+
+
+class Layers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.convolution = (
+            torch.nn.Linear(8, 6),
+            torch.nn.LayerNorm(6),
+            torch.nn.Conv1d(6, 4, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.gelu(self.norm(self.linear(x)))
+        return torch.softmax(self.convolution(x[..., None])[..., 0] * 2 + 0.5, -1)
+
+
+class Integers(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x.to(torch.int32) * 3).to(x.dtype), x.t()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint16], ids=str)
+def test_dtypes_are_written_and_read_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    module = Layers().eval().to(dtype) if dtype.is_floating_point else Integers()
+    x = torch.randn(3, 8).to(dtype) if dtype.is_floating_point else torch.arange(24).reshape(3, 8).to(dtype)
+    program = capture(module, (x,))
+    program.to_onnx(str(tmp_path / "m.onnx"))
+    onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
+    again = capture(tmp_path / "m.onnx")
+    assert [spec.dtype for spec in (*again.inputs, *again.outputs)] == [dtype] * (1 + len(program.outputs))
+    for found, want in zip(again(x), program(x), strict=True):
+        assert torch.equal(found, want)

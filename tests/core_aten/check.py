@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from graphopt.arrays import array_of, tensor_of
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
 from tests.core_aten.samples import (
@@ -139,8 +140,9 @@ def _compared(module: Calls) -> dict[str, str]:
     for tensors in [[pair[side] for pair in pairs] for side in ((0, 1) if shapes else (0,))]:
         wanted = module(tensors)
         eager = program(*tensors)
-        feed = {spec.name: tensor.numpy() for spec, tensor in zip(program.inputs, tensors, strict=True)}
-        results = [torch.from_numpy(array) for array in session.run(None, feed)]
+        feed = {spec.name: array_of(tensor) for spec, tensor in zip(program.inputs, tensors, strict=True)}
+        arrays = session.run(None, feed)
+        results = [tensor_of(array, spec.dtype) for array, spec in zip(arrays, program.outputs, strict=True)]
         place = 0
         for case, want in zip(module.cases, wanted, strict=True):
             for each, once, result in zip(want, eager[place:], results[place:], strict=False):

@@ -41,7 +41,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 DTYPE_EXCEPTIONS: dict[tuple[str, torch.dtype], str] = {
     **{(name, dtype): _INTEGER_POWER for name in ("pow.Scalar", "pow.Tensor_Tensor") for dtype in _INTEGERS},
     ("upsample_bilinear2d.vec", torch.uint8): "PyTorch interpolates by weights of 16 bits; refused, not approximated",
-    ("grid_sampler_2d.default", torch.float16): "PyTorch rounds positions to float16 and reads elsewhere",
+    **{
+        ("grid_sampler_2d.default", dtype): "PyTorch rounds positions to 8 or 11 bits and reads elsewhere"
+        for dtype in (torch.float16, torch.bfloat16)
+    },
 }
 UNSPECIFIED = frozenset({"empty.memory_format", "empty_strided.default"})  # only shape and dtype can be compared
 FIRST_ONLY = frozenset({"_embedding_bag.default"})  # the other results serve gradients, and are empty or not as it runs

@@ -67,7 +67,9 @@ def test_every_sample_in_a_wide_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.int8, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.int32, torch.int8, torch.uint8, torch.bool], ids=str
+)
 def test_two_samples_of_every_overload_in_a_narrow_dtype(dtype: torch.dtype) -> None:
     """The first and the last; `python -m tests.core_aten --dtype` takes all."""
     each = [cases_of(overload, dtype) for overload in supported()]

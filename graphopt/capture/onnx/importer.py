@@ -11,6 +11,7 @@ from typing import Any
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
 from graphopt.capture.onnx.binding import constant
+from graphopt.capture.onnx.carriers import carried, declared, is_unsigned
 from graphopt.capture.onnx.control_flow import MOST_TRIPS_TOGETHER, branch, loop
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.external_data import ExternalData
@@ -19,7 +20,7 @@ from graphopt.capture.onnx.ledger import Ledger
 from graphopt.capture.onnx.metadata import read_provenance
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
-from graphopt.capture.onnx.tensors import FOUR_BITS, read_four_bits, read_tensor
+from graphopt.capture.onnx.tensors import FLOAT8, FOUR_BITS, read_four_bits, read_tensor
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, MOST_KNOWN, Known, Tensor, Value, known_tensor, stays_known
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.untrusted.limits import Limits
@@ -117,10 +118,11 @@ class Importer:
             return
         tensor = read_tensor(proto, self.external)
         floating = tensor.is_floating_point()
-        if tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings):
+        is_short = tensor.numel() <= KNOWN_ELEMENTS and (not floating or tensor.ndim == 0 or proto.name in settings)
+        if is_short and proto.data_type not in FLOAT8:
             self.values[proto.name] = known_tensor(tensor)
             return
-        trainable = floating and proto.name not in statistics
+        trainable = floating and proto.name not in statistics and proto.data_type not in FLOAT8
         target = self.emitter.weights.add(proto.name, tensor, trainable=trainable)
         self.values[proto.name] = self.emitter.attribute(target)
 
@@ -192,12 +194,12 @@ class Importer:
         result: Any = None
         present = [value for value in inputs if value is not None]
         is_constant = bool(present) and all(isinstance(value, Known) for value in present)
-        if is_constant and name in SHAPE_OPERATORS:
+        if is_constant and name in SHAPE_OPERATORS and not any(map(is_unsigned, present)):
             result = _run(SHAPE_OPERATORS[name], op, inputs)
             if not self._stay_known(result if isinstance(result, tuple) else (result,)):
                 result = None
         if result is None:
-            result = self._emitted(op, inputs, fold=is_constant and name not in _MAKES_VALUES + _KEEPS_CODES)
+            result = self._emitted(op, node, inputs, fold=is_constant and name not in _MAKES_VALUES + _KEEPS_CODES)
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)
@@ -208,10 +210,10 @@ class Importer:
             self.emitter.refuse_long(item)
         return all(map(stays_known, arrays))
 
-    def _emitted(self, op: Operation, inputs: list[Value], fold: bool) -> Any:
+    def _emitted(self, op: Operation, node: Any, inputs: list[Value], fold: bool) -> Any:
         if fold and any(value.symbolic for value in inputs if isinstance(value, Known)):
             fold = False
-        result = _run(OPERATORS[op.name], op, inputs)
+        result = declared(op, node, inputs, _run(OPERATORS[op.name], op, carried(op, inputs)))
         return self._folded(result) if fold else result
 
     def _folded(self, result: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from graphopt.capture.onnx.attributes import Attributes
 from graphopt.capture.onnx.emitter import Emitter
+from graphopt.capture.onnx.tensors import FLOAT8
 from graphopt.capture.onnx.values import Known, Present, Tensor, Value
 from graphopt.errors import CaptureError
 
@@ -46,7 +48,16 @@ class Operation:
         tensor = self.tensor(value)
         if tensor.dtype == dtype:
             return tensor
+        if tensor.dtype in FLOAT8.values():
+            return self.weight(tensor, lambda held: held.to(dtype))
         return self.call(torch.ops.aten._to_copy.default, tensor, dtype=dtype)
+
+    def weight(self, value: Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensor:
+        """What `change` makes of a tensor that the file holds, held in its place."""
+        held = self.emitter.held(value.node)
+        assert held is not None  # only weights are float8
+        target = self.emitter.weights.add(f"{value.node.target}_wide", change(held.detach()), trainable=True)
+        return self.emitter.attribute(target)
 
     def sizes(self, value: Value, what: str) -> list[Any]:
         """The elements of an array, which constants or examples decide; `what` names the input for the error."""

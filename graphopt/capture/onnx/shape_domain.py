@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.capture.onnx.carriers import CARRIERS
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import shape_operator
 from graphopt.capture.onnx.tensors import dtype_of
@@ -126,7 +127,7 @@ for _name, (_function, _dtype) in _FUNCTIONS.items():
 def cast(op: Operation, value: Known) -> Known | None:
     dtype = dtype_of(op.attributes.integer("to"), "the result of Cast")
     op.attributes.ignore("saturate", "round_mode")
-    if any(isinstance(item, (torch.SymFloat, torch.SymBool)) for item in value.items()):
+    if dtype in CARRIERS or any(isinstance(item, (torch.SymFloat, torch.SymBool)) for item in value.items()):
         return None
     if dtype.is_floating_point:
         convert: Callable[[Any], Any] = torch.sym_float

@@ -15,6 +15,9 @@ from graphopt.errors import CaptureError
 DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.UINT8: torch.uint8,
+    TensorProto.UINT16: torch.uint16,
+    TensorProto.UINT32: torch.uint32,
+    TensorProto.UINT64: torch.uint64,
     TensorProto.INT8: torch.int8,
     TensorProto.INT16: torch.int16,
     TensorProto.INT32: torch.int32,
@@ -32,6 +35,11 @@ _FIELDS = {
     TensorProto.UINT32: "uint64_data",
     TensorProto.UINT64: "uint64_data",
 }  # all others: int32_data
+FLOAT8: dict[int, torch.dtype] = {
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    TensorProto.FLOAT8E5M2: torch.float8_e5m2,
+}
+"""Types that a file may hold numbers in: they are widened as the file is read."""
 
 FOUR_BITS: dict[int, tuple[torch.dtype, tuple[int, int]]] = {
     TensorProto.UINT4: (torch.uint8, (0, 15)),
@@ -45,7 +53,7 @@ def dtype_of(code: int, what: str) -> torch.dtype:
     if code in DTYPES:
         return DTYPES[code]
     name = TensorProto.DataType.Name(code).lower() if code in TensorProto.DataType.values() else f"number {code}"
-    raise CaptureError(f"{what} has the element type {name}, which graphopt does not import; use float or signed types")
+    raise CaptureError(f"{what} has the element type {name}, which graphopt does not import; use floats or integers")
 
 
 def read_tensor(proto: Any, external: ExternalData) -> torch.Tensor:
@@ -54,7 +62,7 @@ def read_tensor(proto: Any, external: ExternalData) -> torch.Tensor:
     Raises CaptureError where type, size or place of the data cannot be.
     """
     what = f"tensor {proto.name!r}" if proto.name else "a tensor without a name"
-    dtype, shape = dtype_of(proto.data_type, what), tuple(proto.dims)
+    dtype, shape = FLOAT8.get(proto.data_type) or dtype_of(proto.data_type, what), tuple(proto.dims)
     if any(size < 0 for size in shape):
         raise CaptureError(f"{what} has the shape {list(shape)}; a size must be 0 or more")
     count = math.prod(shape)
@@ -69,9 +77,9 @@ def read_tensor(proto: Any, external: ExternalData) -> torch.Tensor:
     held = len(getattr(proto, _FIELDS.get(proto.data_type, "int32_data")))
     if held != count:
         raise CaptureError(f"{what} of shape {list(shape)} holds {held} values; the file is damaged")
-    if dtype == torch.bfloat16:
-        bits = np.array(proto.int32_data, dtype=np.uint16)
-        return torch.from_numpy(bits.view(np.int16)).view(dtype).reshape(shape)
+    if dtype == torch.bfloat16 or proto.data_type in FLOAT8:
+        bits = np.array(proto.int32_data, dtype=f"u{dtype.itemsize}")
+        return torch.from_numpy(bits).view(dtype).reshape(shape)
     return torch.from_numpy(np.array(numpy_helper.to_array(proto))).reshape(shape)
 
 

@@ -185,6 +185,7 @@ DTYPES = [
     torch.float32,
     torch.float64,
     torch.float16,
+    torch.bfloat16,
     torch.int64,
     torch.int32,
     torch.int16,
@@ -228,7 +229,7 @@ def test_unary(agree: Check) -> None:
     agree(cases, [torch.randn(3, 37) * 3], more=[(SPECIAL.repeat(10)[:111].view(3, 37),)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_unary_of_other_floats(agree: Check, dtype: torch.dtype) -> None:
     x = torch.randn(3, 37).to(dtype) * 3
     agree(chosen(UNARY, x), [x])
@@ -299,16 +300,21 @@ def test_power_of_integers_that_varies_is_refused(compiled: Callable[..., Any]) 
         compiled({"power": lambda x: x**x}, [torch.tensor([1, 2, 3])])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+)
 def test_casts(agree: Check, dtype: torch.dtype) -> None:
     agree({str(to): lambda x, to=to: x.to(to) for to in [*DTYPES, torch.bool]}, [integers((3, 21), dtype)])
 
 
-def test_bfloat16_is_refused(compiled: Callable[..., Any]) -> None:
-    with pytest.raises(CompileError, match=r"a is torch\.bfloat16, which has no lowering"):
-        compiled({"add": lambda x: x + 1}, [torch.ones(3, dtype=torch.bfloat16)])
-    with pytest.raises(CompileError, match=r"is torch\.bfloat16, which has no lowering"):
-        compiled({"add": lambda x: x.bfloat16().float()}, [torch.ones(3)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_shifts(agree: Check, dtype: torch.dtype) -> None:
+    """By more places than there are, and by less than none, too."""
+    places = torch.tensor([0, 1, 7, 8, 31, 32, 63, 64, 200, 3] + ([] if dtype is torch.uint8 else [-1])).to(dtype)
+    x = integers((4, len(places)), dtype)
+    agree(
+        {"left": torch.bitwise_left_shift, "right": torch.bitwise_right_shift, "by": lambda x, n: x << 3}, [x, places]
+    )
 
 
 def test_library_functions_of_shared_values(agree: Check) -> None:

@@ -86,7 +86,7 @@ def test_axes(agree: Check, dtype: torch.dtype) -> None:
     agree(applicable(x), [x])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float16, torch.bfloat16])
 def test_dtypes(agree: Check, dtype: torch.dtype) -> None:
     x = values(dtype, 2, 3, 18)
     names = ("sum_last", "sum_first", "amax", "amin", "max_axis", "argmax", "any_number", "cumsum", "mean_dtype")

@@ -113,6 +113,9 @@ def programs() -> dict[str, Program]:
         "sorted": (Case(lambda x: x.sort(-1)[0]), (r(16, 96),)),
         "scattered": (Case(lambda x, i: x.index_add(0, i, x)), (r(16, 96), torch.arange(16))),
         "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
+        "brain_linear": (nn.Sequential(nn.Linear(64, 96), nn.GELU()).bfloat16(), (r(256, 64).bfloat16(),)),
+        "brain_image": (nn.Conv2d(96, 96, 3, padding=1, stride=2).bfloat16(), (images.bfloat16(),)),
+        "brain_chain": (Case(lambda x: torch.relu(x * 2 + 1)), (r(16, 6144).bfloat16(),)),
     }
     return {name: capture(module.eval(), inputs) for name, (module, inputs) in cases.items()}
 
@@ -197,7 +200,9 @@ def test_accumulators_stay_in_registers(compiled: Compiled, rule: str) -> None:
 
 def test_tiles_have_the_size_that_was_chosen(compiled: Compiled) -> None:
     for kernel, parts in compiled.of_rule("packed-gemm").items():
-        if "linear" not in compiled.kernels[kernel].nodes:  # one row alone is computed once and not eight times
+        if not {"linear", "brain_linear"} & {
+            *compiled.kernels[kernel].nodes
+        }:  # one row alone is computed once and not eight times
             continue
         chosen = compiled.kernels[kernel].configuration
         tile = int(chosen["rows"]) * int(chosen["columns"]) // compiled.lanes * int(chosen["steps"])

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,12 +14,16 @@ from onnx.backend.test.case.node import collect_testcases
 
 import graphopt.capture.onnx  # noqa: F401  fills the table
 from graphopt import Program
+from graphopt.arrays import array_of
 from graphopt.capture import capture
 from graphopt.capture.onnx.registry import OPERATORS
 from graphopt.errors import CaptureError
 
-PLAIN = (np.float32, np.float64, np.int64, np.int32, np.bool_)
-LEAST = 900  # cases that are right today; a fall means operators were lost
+SIGNED = ("float16", "float32", "float64", "int8", "int16", "int32", "int64")
+UNSIGNED = ("bool", "uint8", "uint16", "uint32", "uint64")
+PLAIN = (*map(np.dtype, (*SIGNED, *UNSIGNED)), np.dtype(ml_dtypes.bfloat16))
+TOLERANCES = {"float16": (3e-3, 1e-3), "bfloat16": (1e-2, 1e-2)}  # others: 1e-3, 1e-5
+LEAST = 1000  # cases that are right today; a fall means operators were lost
 BOUND = 200  # of these, cases whose inputs decide shapes, axes or counts
 # PyTorch leaves open which of equal elements comes first.
 TIES = ("test_top_k_same_values", "test_top_k_same_values_largest", "test_top_k_same_values_2d")
@@ -40,14 +45,29 @@ def _cases() -> Iterator[Any]:
             yield case
 
 
-def _captured(model: Any, feed: dict[str, Any]) -> Program | None:
+def _captured(model: Any, feed: dict[str, torch.Tensor]) -> Program | None:
     """Without examples where that is possible; None where it is refused."""
-    for examples in (None, {name: np.array(value) for name, value in feed.items()}):
+    for examples in (None, feed):
         try:
             return capture(model, examples)
         except CaptureError:
             continue
     return None
+
+
+def torch_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def agrees(wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> bool:
+    if wanted.dtype != found.dtype or wanted.shape != found.shape:
+        return False
+    if wanted.dtype.kind in "biu":
+        return np.array_equal(wanted, found)
+    near = TOLERANCES.get(wanted.dtype.name, (1e-3, 1e-5))
+    return np.allclose(wanted.astype(np.float64), found.astype(np.float64), *near, equal_nan=True)
 
 
 @pytest.mark.slow
@@ -56,13 +76,13 @@ def test_no_case_is_wrong() -> None:
     for case in _cases():
         inputs, outputs = case.data_sets[0]
         feed = dict(zip((value.name for value in case.model.graph.input), inputs, strict=True))
-        program = _captured(case.model, feed)
+        given = {name: torch_tensor(np.array(value)) for name, value in feed.items()}
+        program = _captured(case.model, given)
         if program is None:
             continue
         bound += bool(program.bound)
-        results = program(*(torch.from_numpy(np.array(feed[spec.name])) for spec in program.inputs))
-        pairs = list(zip(outputs, results, strict=True))
-        same = all(a.shape == tuple(b.shape) and np.allclose(a, b, 1e-3, 1e-5, equal_nan=True) for a, b in pairs)
+        results = program(*(given[spec.name] for spec in program.inputs))
+        same = all(agrees(np.asarray(a), array_of(b)) for a, b in zip(outputs, results, strict=True))
         right += same
         wrong += [] if same else [case.name]
     assert not wrong and right > LEAST and bound > BOUND, (wrong, right, bound)

@@ -89,6 +89,15 @@ def bitwise(op: Operation, left: Present, right: Present) -> Tensor:
     return op.call(_BITWISE[op.name], left, right)
 
 
+@operator("BitShift")
+def bit_shift(op: Operation, value: Present, places: Present) -> Tensor:
+    targets = {"LEFT": aten.bitwise_left_shift.Tensor, "RIGHT": aten.bitwise_right_shift.Tensor}
+    direction = op.attributes.text("direction", "")
+    if direction not in targets:
+        raise op.refuse(f"the direction {direction!r} is neither LEFT nor RIGHT")
+    return op.call(targets[direction], value, places)
+
+
 @operator(*_UNARY)
 def unary(op: Operation, value: Present) -> Tensor:
     return op.call(_UNARY[op.name].default, value)

@@ -18,9 +18,9 @@ from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.operators.convolution import conv
 from graphopt.capture.onnx.operators.linear import matmul
 from graphopt.capture.onnx.registry import operator
-from graphopt.capture.onnx.tensors import dtype_of
+from graphopt.capture.onnx.tensors import FLOAT8, dtype_of
 from graphopt.capture.onnx.values import Known, Present, Tensor, Value, known
-from graphopt.operators.quantization import CODES
+from graphopt.operators.quantization import CODES, along
 from graphopt.program import get_attribute
 
 aten = torch.ops.aten
@@ -69,12 +69,24 @@ def dequantized(
 ) -> Tensor:  # fmt: skip
     """The numbers that codes stand for, by default in the type of the scale; `codes`: the lowest and highest one."""
     value = op.tensor(value)
+    if value.dtype in FLOAT8.values():
+        return _widened(op, value, scale, axis, block, scale.dtype if dtype is None else dtype)
     if value.dtype not in CODES:
         raise op.refuse(f"codes of type {str(value.dtype).removeprefix('torch.')} are not imported; use 8 bits")
     low, high = codes or op.emitter.weights.codes.get(str(value.node.target)) or CODES[value.dtype]
     dtype = scale.dtype if dtype is None else dtype
     scale, zero, where = parameters(op, value, scale, zero, axis, block)
     return op.call(_DEQUANTIZE, value, scale, zero, **where, qmin=low, qmax=high, dtype=dtype)
+
+
+def _widened(op: Operation, value: Tensor, scale: Present, axis: int, block: int, dtype: torch.dtype) -> Tensor:
+    """Weights of 8-bit floats times their scale; the standard allows no zero point but 0."""
+    steps = held_tensor(op, scale)
+    if steps is None or block:
+        raise op.refuse("float8 with a scale that is computed, or in blocks, is not imported")
+    if steps.numel() > 1:
+        steps = steps.reshape(along(op.axis(axis, value.ndim), value.ndim))
+    return op.weight(value, lambda held: (held.float() * steps.float()).to(dtype).reshape(held.shape))
 
 
 def parameters(
