@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from graphopt import Program
 from graphopt.capture import capture
 from graphopt.errors import CaptureError
 
-LAYERS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
+LAYERS: dict[str, tuple[Callable[..., nn.RNNBase], dict[str, Any]]] = {
     "lstm": (nn.LSTM, {}),
     "gru": (nn.GRU, {}),
     "rnn": (nn.RNN, {}),
@@ -155,8 +156,8 @@ class Dropping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         zeros = torch.zeros(2, x.shape[1], 5)
-        layer = self.layer
-        result: Tensor = torch.lstm(x, (zeros, zeros), layer._flat_weights, True, 2, 0.5, True, False, False)[0]
+        weights: Any = self.layer._flat_weights
+        result: Tensor = torch.lstm(x, (zeros, zeros), weights, True, 2, 0.5, True, False, False)[0]
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import graphopt.operators  # noqa: F401
 from graphopt.errors import UsageError
 
 STEPS, ROWS, INPUTS, HIDDEN = 5, 3, 4, 6
-KINDS: dict[str, tuple[type[nn.RNNBase], tuple[int, ...]]] = {
+KINDS: dict[str, tuple[Callable[..., nn.RNNBase], tuple[int, ...]]] = {
     "rnn": (nn.RNN, (0,)),
     "gru": (nn.GRU, (1, 0, 2)),
     "lstm": (nn.LSTM, (0, 3, 1, 2)),

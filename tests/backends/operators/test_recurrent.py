@@ -15,7 +15,7 @@ from graphopt.runtime.sizes import parse_size
 
 Check = Callable[..., Any]
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-BOTH = {"direction": "bidirectional"}
+BOTH: dict[str, Any] = {"direction": "bidirectional"}
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -24,6 +24,9 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 class Layer(nn.Module):
     """One operator with weights of its own; what forward is given follows the biases."""
+
+    w: Tensor
+    r: Tensor
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class Network(nn.Module):
         return self.head(torch.relu(y)), state
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("layer", [nn.LSTM, *(pytest.param(each, marks=pytest.mark.slow) for each in (nn.GRU, nn.RNN))])
 def test_networks_of_any_size(agree: Check, layer: Callable[..., nn.RNNBase]) -> None:
     more = [(torch.randn(rows, steps, 6),) for rows, steps in ((1, 1), (1, 19), (13, 2), (9, 11))]
     run = agree(Network(layer).eval(), [torch.randn(3, 7, 6)], [{0: "rows", 1: "steps"}], more)
@@ -96,7 +99,9 @@ def test_work_is_that_of_the_layer(compiled: Check) -> None:
     assert flops["recurrence"] is not None and products < flops["recurrence"] < products + 7 * 3 * 20 * 200
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize(
+    "direction", ["bidirectional", *(pytest.param(each, marks=pytest.mark.slow) for each in ("forward", "reverse"))]
+)
 def test_rows_of_different_lengths(agree: Check, direction: str) -> None:
     layers = {kind: Layer(kind, 4, 18, direction=direction) for kind in GATES}
     layers["after"] = Layer("gru", 4, 18, direction=direction, linear_before_reset=True)
@@ -108,8 +113,8 @@ def test_rows_of_different_lengths(agree: Check, direction: str) -> None:
 
 
 def test_options(agree: Check) -> None:
-    mixed = {**BOTH, "activations": ["HardSigmoid", "Elu", "ScaledTanh", "Sigmoid", "Softsign", "Relu"]}
-    numbers = {"alpha": [0.3, 0.7, 0.5, 0.0, 0.0, 0.0], "beta": [0.4, 0.0, 0.6, 0.0, 0.0, 0.0]}
+    mixed: dict[str, Any] = {**BOTH, "activations": ["HardSigmoid", "Elu", "ScaledTanh", "Sigmoid", "Softsign", "Relu"]}
+    numbers: dict[str, Any] = {"alpha": [0.3, 0.7, 0.5, 0.0, 0.0, 0.0], "beta": [0.4, 0.0, 0.6, 0.0, 0.0, 0.0]}
     layers = {
         "clipped": Layer("lstm", 4, 5, clip=0.4),
         "coupled": Layer("lstm", 4, 5, input_forget=True),
@@ -125,7 +130,7 @@ def test_options(agree: Check) -> None:
     agree(Layers({"looking": Layer("lstm", 4, 17, **BOTH)}, peepholes=True), [torch.randn(5, 1, 4)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_other_types(agree: Check, dtype: torch.dtype) -> None:
     layers = {kind: Layer(kind, 4, 18, dtype=dtype, **BOTH) for kind in GATES}
     layers["after"] = Layer("gru", 4, 18, dtype=dtype, linear_before_reset=True)

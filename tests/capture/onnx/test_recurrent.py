@@ -52,7 +52,7 @@ def layer(
     outputs = ["Y", "Y_h", "Y_c"][: 3 if kind == "LSTM" else 2]
     node = helper.make_node(kind, given, outputs, hidden_size=HIDDEN, **attributes)
     kind_of = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    feed = {name: values[name] for name in ("X", "lengths", "h", "c") if name in given}
+    feed: Feed = {name: values[name] for name in ("X", "lengths", "h", "c") if name in given}
     graph = helper.make_graph(
         [node],
         "layer",
@@ -164,11 +164,15 @@ def test_both_exporters_give_the_form_of_pytorch(exporter: str, kind: str, tmp_p
 @pytest.mark.parametrize("kind", ["LSTM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("RNN", "GRU"))])
 def test_written_read_again_and_run(kind: str, tmp_path: Path) -> None:
     path, count = str(tmp_path / "m.onnx"), FUNCTIONS[kind]
+    own: dict[str, dict[str, Any]] = {
+        "LSTM": {"left_out": "", "input_forget": 1},
+        "GRU": {"linear_before_reset": 1},
+    }
     cases: list[dict[str, Any]] = [
         {"direction": "bidirectional", "lengths": [5, 2, 3]},
         {"left_out": "BhcP", "direction": "reverse", "clip": 0.3},
         {"activations": ["HardSigmoid", "LeakyRelu", "Tanh"][:count]},
-        {"LSTM": {"left_out": "", "input_forget": 1}, "GRU": {"linear_before_reset": 1}}.get(kind, {}),
+        own.get(kind, {}),
     ]
     for options in cases:
         model, feed = layer(kind, **options)
