@@ -18,6 +18,8 @@ import graphopt
 from graphopt import Program
 from graphopt.capture import capture
 from graphopt.errors import CaptureError
+from graphopt.fitting.options import FitOptions
+from tests.fitting.cases import perturbed
 
 LAYERS: dict[str, tuple[Callable[..., nn.RNNBase], dict[str, Any]]] = {
     "lstm": (nn.LSTM, {}),
@@ -130,6 +132,17 @@ def test_levels_run_over_them() -> None:
     result = graphopt.optimize(program, "O2")
     assert operators(result.program)["graphopt.lstm.default"] == 2
     agrees(result.program, module, torch.randn(4, 9, 6))
+
+
+def test_weights_are_trained() -> None:
+    """Towards the outputs of the same layer with other weights."""
+    x = torch.randn(2, 3, 4)
+    teacher = capture(Layer("gru").eval(), (x,))
+    student = perturbed(teacher, "layer.weight_hh_l0")
+    data = [{"x": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(n)).numpy()} for n in range(10)]
+    options = FitOptions(epochs=4, learning_rate=2e-2)
+    result = graphopt.fit(student, data, train=["layer.weight_hh_l0"], teacher=teacher, options=options)
+    assert result.history[-1].held_out < result.history[0].held_out / 2
 
 
 class Packed(nn.Module):
