@@ -74,7 +74,7 @@ class _Lowered:
         hidden = int(self.tensors["r"].meta["val"].shape[2])
         compute = computed_in(self.dtype)
         self.layer = Layer(kind, hidden, options.reverse, _activations(options), options.flag, compute)
-        self.plan = choose_plan(self.layer, self.batch, lowering.target)
+        self.plan = choose_plan(self.layer, self.batch or 1, lowering.target)
 
     def results(self) -> Any:
         layer, name = self.layer, f"{self.layer.kind}_{self.width}x{self.layer.hidden}"

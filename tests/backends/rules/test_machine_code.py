@@ -54,6 +54,7 @@ EXPECTED = {
     "pooling": Expected(),
     "resampling": Expected(wide=False),  # positions are scalars
     "scan": Expected(),
+    "recurrence": Expected(accumulates=True, workspace=True),
     "row-reduction": Expected(),
     "column-reduction": Expected(),
     "transpose": Expected(),
@@ -112,6 +113,8 @@ def programs() -> dict[str, Program]:
         "double": (Case(torch.matmul), (r(8, 16).double(), r(16, 8).double())),
         "sorted": (Case(lambda x: x.sort(-1)[0]), (r(16, 96),)),
         "scattered": (Case(lambda x, i: x.index_add(0, i, x)), (r(16, 96), torch.arange(16))),
+        "recurrent": (nn.LSTM(48, 96), (r(4, 6, 48),)),
+        "gated": (nn.GRU(48, 96), (r(4, 6, 48),)),
         "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
         "brain_linear": (nn.Sequential(nn.Linear(64, 96), nn.GELU()).bfloat16(), (r(256, 64).bfloat16(),)),
         "brain_image": (nn.Conv2d(96, 96, 3, padding=1, stride=2).bfloat16(), (images.bfloat16(),)),
@@ -191,7 +194,7 @@ def test_loops_compute_in_the_widest_registers(compiled: Compiled, rule: str) ->
 def test_accumulators_stay_in_registers(compiled: Compiled, rule: str) -> None:
     """Loops of matrix products store nothing and read nothing back."""
     for kernel, parts in compiled.of_rule(rule).items():
-        hot = products(parts) if rule == "fused-attention" else hottest(parts)
+        hot = products(parts) if rule in ("fused-attention", "recurrence") else hottest(parts)
         assert hot, kernel
         for loop in hot:
             assert not [line for line in loop.body if STORE.match(line) or SPILLED.match(line)], kernel
