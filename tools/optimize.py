@@ -150,6 +150,8 @@ def print_passes(report: dict[str, Any]) -> None:
         if points := item["trade_offs"]:
             print(f"\n{format_table(trade_off_rows(points, report['metric']))}\n")
     print(f"nodes  {report['nodes_before']} -> {report['nodes_after']}")
+    for note in report["notes"]:
+        print(f"note   {note}")
     if metric := report["metric"]:
         print(f"{metric['name']}  {metric['before']:.6g} -> {metric['after']:.6g} on held-out data")
     if reasons := top_reasons(report):

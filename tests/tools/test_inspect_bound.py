@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from tests.capture.onnx.test_binding import noted, top_k
-from tests.capture.onnx.test_fixed_sizes import reshape
+from tests.capture.onnx.test_fixed_sizes import positions_cut, reshape
 from tests.tools.conftest import Cli
 
 
@@ -28,6 +28,12 @@ def test_bound_inputs_of_models_and_artifacts(cli: Cli, counted: Path, tmp_path:
     np.savez(tmp_path / "feed.npz", x=np.ones((3, 4), np.float32), k=np.array([3]))
     refused = cli("run", tmp_path / "m.gopt", "--input", tmp_path / "feed.npz", "-o", tmp_path / "y.npz")
     refused.refused("'k' is bound to [2], got [3]")
+
+
+def test_optimize_says_what_limits_a_size(cli: Cli, tmp_path: Path) -> None:
+    onnx.save(positions_cut(), tmp_path / "m.onnx")
+    outcome = cli("optimize", tmp_path / "m.onnx", "-O0", "-o", tmp_path / "m.pt2")
+    assert "note   size 'seq' is at most 16: ONNX node Slice 'cut' needs that\n" in outcome.out
 
 
 def test_nothing_of_it_where_nothing_is_bound(cli: Cli, artifact: str) -> None:
