@@ -95,7 +95,8 @@ def rewire(rng: random.Random, model: onnx.ModelProto) -> None:
 
 def rename_output(rng: random.Random, model: onnx.ModelProto) -> None:
     node = _node(rng, model)
-    node.output[0] = rng.choice(_names(model))
+    if node.output:
+        node.output[0] = rng.choice(_names(model))
 
 
 def drop_input(rng: random.Random, model: onnx.ModelProto) -> None:
