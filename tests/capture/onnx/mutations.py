@@ -262,7 +262,9 @@ def spell_out(rng: random.Random, model: onnx.ModelProto) -> None:
         proto.ClearField("raw_data")
         del values[len(values) - rng.choice([0, 0, 1]) :]
         field = rng.choice(["float_data", "int64_data", "int32_data", "double_data"])
-        getattr(proto, field).extend(value if "a" in field[:5] or "double" in field else int(value) for value in values)
+        getattr(proto, field).extend(
+            value if "a" in field[:5] or "double" in field else int(value) % 2**31 for value in values
+        )
 
 
 def turn_around(rng: random.Random, model: onnx.ModelProto) -> None:
