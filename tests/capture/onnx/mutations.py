@@ -95,7 +95,8 @@ def rewire(rng: random.Random, model: onnx.ModelProto) -> None:
 
 def rename_output(rng: random.Random, model: onnx.ModelProto) -> None:
     node = _node(rng, model)
-    node.output[0] = rng.choice(_names(model))
+    if node.output:
+        node.output[0] = rng.choice(_names(model))
 
 
 def drop_input(rng: random.Random, model: onnx.ModelProto) -> None:
@@ -261,7 +262,9 @@ def spell_out(rng: random.Random, model: onnx.ModelProto) -> None:
         proto.ClearField("raw_data")
         del values[len(values) - rng.choice([0, 0, 1]) :]
         field = rng.choice(["float_data", "int64_data", "int32_data", "double_data"])
-        getattr(proto, field).extend(value if "a" in field[:5] or "double" in field else int(value) for value in values)
+        getattr(proto, field).extend(
+            value if "a" in field[:5] or "double" in field else int(value) % 2**31 for value in values
+        )
 
 
 def turn_around(rng: random.Random, model: onnx.ModelProto) -> None:
