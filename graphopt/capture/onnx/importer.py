@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
+from graphopt.capture.onnx.carriers import carried, declared, is_unsigned
 from graphopt.capture.onnx.control_flow import branch, loop
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.metadata import read_provenance
@@ -21,7 +22,6 @@ from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.reading import all_nodes, operator_name
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.tensors import FLOAT8, FOUR_BITS, read_four_bits, read_tensor
-from graphopt.capture.onnx.carriers import carried, declared, is_unsigned
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Tensor, Value, known_tensor
 from graphopt.errors import CaptureError, GraphoptError
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphopt.capture.onnx.carriers import CARRIERS
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import shape_operator
 from graphopt.capture.onnx.tensors import dtype_of
-from graphopt.capture.onnx.carriers import CARRIERS
 from graphopt.capture.onnx.values import SYMBOLIC, Known, known
 
 
