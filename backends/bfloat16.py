@@ -22,6 +22,8 @@ _MAGNITUDE, _INFINITY, _QUIET, _UPPER, _BELOW_HALF = 0x7FFFFFFF, 0x7F800000, 0x0
 
 def in_float32(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """The function with float32 numbers in place of its bfloat16 ones; its arguments keep their dtype."""
+    if not _occurs(function):
+        return function
     numbers = _Numbers(function)
     callbacks = [
         (tirx.FloatImm, numbers.constant),
@@ -34,6 +36,15 @@ def in_float32(function: tirx.PrimFunc) -> tirx.PrimFunc:
         (tirx.BufferStore, numbers.store),
     ]
     return function.with_body(tvm_ffi.structural_map(function.body, callbacks))
+
+
+def _occurs(function: tirx.PrimFunc) -> bool:
+    """Whether anything is bfloat16: an argument, or what a number is cast to."""
+    if any(map(_is_buffer, function.params)):
+        return True
+    found: list[bool] = []
+    tvm_ffi.structural_walk(function.body, (tirx.Cast, lambda cast: found.append(_is_narrow(cast))))
+    return any(found)
 
 
 def rounded(x: Any) -> Any:
@@ -73,6 +84,10 @@ def _is_narrow(value: Any) -> bool:
     return isinstance(value.ty, tvm.ir.PrimType) and str(value.ty.dtype).startswith(BFLOAT16)
 
 
+def _is_buffer(variable: Any) -> bool:
+    return isinstance(variable.ty, tirx.BufferType) and str(variable.dtype) == BFLOAT16
+
+
 class _Numbers:
     """The expressions and statements of one function, bottom up: what has a narrow type has wide operands by then."""
 
@@ -93,7 +108,7 @@ class _Numbers:
     def _wide(self, variable: Any) -> Any:
         if _is_narrow(variable):
             return tirx.Var(variable.name, _like("float32", str(variable.ty.dtype)))
-        if not isinstance(variable.ty, tirx.BufferType) or str(variable.dtype) != BFLOAT16:
+        if not _is_buffer(variable):
             return variable
         dtype = "float32" if variable in self._inside else "uint16"
         return tirx.decl_buffer(variable.shape, dtype, variable.name, scope=variable.scope(), layout=None)
