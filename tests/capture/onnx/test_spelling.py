@@ -9,8 +9,6 @@ from onnx import helper
 from graphopt import Program
 from tests.capture.onnx.tiny import Array, imported, model_of, worst_error
 
-MATRIX = ("float32", ["n", 6])
-
 
 def floats(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -54,7 +52,7 @@ def test_logic(nodes: list[str], wanted: list[str]) -> None:
 )
 def test_split(sizes: list[int], wanted: str) -> None:
     node = helper.make_node("Split", ["x", "sizes"], ["a", "b", "c"], axis=1)
-    model = model_of([node], {"x": MATRIX}, ["a", "b", "c"], {"sizes": np.array(sizes)})
+    model = model_of([node], {"x": ("float32", ["n", 6])}, ["a", "b", "c"], {"sizes": np.array(sizes)})
     program = imported(model)
     assert wanted in operators(program)
     assert worst_error(program, model) == 0
