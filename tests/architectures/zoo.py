@@ -172,7 +172,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     torch.manual_seed(0)
     if isinstance(architecture.model, str):
         config = getattr(transformers, architecture.config)(**architecture.options)
-        # The other forms of experts are calls of transformers' own operators, or loops over what a token chooses.
+        # Of the other forms of experts torch exports only grouped_mm, for which neither ONNX exporter has a form; the
+        # loop of "eager" goes over the experts that the tokens choose.
         config._experts_implementation = "batched_mm"
         model: Any = getattr(transformers, architecture.model)(config).eval()
     else:
