@@ -180,7 +180,7 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         model = architecture.model().eval()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim == 1:  # norms begin equal, and exporters merge what is equal
+            if weight.numel() == max(weight.shape, default=0):  # norms begin equal, and exporters merge what is equal
                 weight += 0.1 * torch.randn_like(weight)
     inputs = architecture.inputs()
     if isinstance(architecture.model, str):
