@@ -238,12 +238,14 @@ class _Recurrence:
     def allocate(self) -> None:
         """Two states h, of which each step reads one and writes the other, and what is kept besides, row after row."""
         kernel, dtype = self.kernel, self.layer.dtype
-        self.h = kernel.scratch(self.room * 2, dtype=dtype)
-        self.c = kernel.scratch(self.room, dtype=dtype) if self.layer.states == 2 else None
+        self.h: Any = kernel.scratch(self.room * 2, dtype=dtype)
+        self.c: Any = kernel.scratch(self.room, dtype=dtype) if self.layer.states == 2 else None
         in_two = len(self.layer.stages) == 2
+        self.kept: Any
+        self.changed: Any
         self.kept, self.changed = (kernel.scratch(self.room, dtype=dtype) if in_two else None for _ in range(2))
         self.sums = kernel.registers(self.plan.rows * max(self.columns), dtype=dtype)
-        self.settled = kernel.registers(_MOST_SETTLED, self.lanes, dtype=dtype)
+        self.settled: Any = kernel.registers(_MOST_SETTLED, self.lanes, dtype=dtype)
 
     def run(self, number: int) -> None:
         """All steps of a direction with the activations of this number."""
@@ -329,7 +331,6 @@ class _Recurrence:
         registers = RegisterTile(self.kernel, Tile(rows, columns // self.lanes), layer.dtype)
         registers.zero()
         block = self.direction * self.plan.panels + self.panel
-
         source, offset = (self.h, self.current) if stage == 0 else (self.changed, int64(0))
         weights = self.kernel.flat(operands.weights[stage].storage)
         first = T.bind(block * (layer.hidden * columns))
@@ -372,10 +373,10 @@ class _Recurrence:
             T.buffer_store(self.settled, value, [place, lane])
             return self.settled[place, lane]
 
-        own = operands.own_bias
+        own, given = operands.own_bias, flat(operands.given.storage)
         return Units(
             lambda gate: self.sums[where + gates.index(gate) * plan.units],
-            lambda gate: flat(operands.given.storage)[start + gate * plan.units],
+            lambda gate: given[start + gate * plan.units],
             self.h[self.current + unit],
             None if self.c is None else self.c[unit],
             None if self.kept is None else self.kept[unit],
