@@ -1,5 +1,5 @@
 """The graphopt:: operators: what ATen cannot say."""
 
-from graphopt.operators import quantization
+from graphopt.operators import gating, quantization
 
-__all__ = ["quantization"]
+__all__ = ["gating", "quantization"]
