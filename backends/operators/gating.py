@@ -36,11 +36,11 @@ def _gates(lowering: Lowering, node: Node) -> tuple[torch.Tensor, Gates]:
     weight = lowering.value(given["weight"])
     if not isinstance(weight, torch.Tensor) or node.meta["val"].dtype != torch.float32:
         raise CompileError(f"{node.name} is gated and not float32 by a constant weight; gate it with form=mask")
-    views = [
+    inputs, outputs, bias = (
         None if given[name] is None else lowering.contiguous(given[name])
         for name in ("active_inputs", "active_outputs", "bias")
-    ]
-    return weight, Gates(*views, given["block"])
+    )
+    return weight, Gates(inputs, outputs, bias, given["block"])
 
 
 def _convolution(lowering: Lowering, node: Node) -> Any:

@@ -34,10 +34,13 @@ class Gates:
 
 
 class ActiveList:
-    """Units of `width` channels of those blocks that a sample's mask names; `width` divides a block."""
+    """Units of `width` channels of those blocks that a sample's mask names; `width` divides a block.
+
+    Without a mask it is all of them, the last of which may be smaller.
+    """
 
     def __init__(self, kernel: Kernel, mask: View | None, block: int, channels: int, width: int) -> None:
-        self.kernel, self.mask, self.total = kernel, mask, channels // width
+        self.kernel, self.mask, self.total = kernel, mask, -(-channels // width)
         self.blocks, self.each = channels // block, block // width
         if mask is not None:
             self.numbers = kernel.scratch(self.total, dtype="int32")
@@ -93,9 +96,12 @@ def store_vector(
 ) -> None:
     """One vector of the tree `end` at `row` of the result, from `column` on.
 
-    `value(lane)` is a sum without bias; None stands for what takes no part, which is zero and has no bias.
+    `value(lane)` is a sum without bias; None stands for what takes no part, which is zero and has no bias. Of the last
+    vector only the columns that exist are stored.
     """
-    with kernel.vectorized(kernel.target.lanes) as lane:
+    lanes, width = kernel.target.lanes, int(result.shape[-1])
+
+    def store(lane: Any) -> None:
         if value is None:
             total: Any = tirx.const(0, "float32")
         elif gates.bias is None:
@@ -105,3 +111,17 @@ def store_vector(
         kernel.define(result, lambda _: total)
         index = kernel.index(end.shape, row=row, column=column + lane)
         output.store(row * kernel.size(end.shape[-1]) + column + lane, kernel.load(end, index))
+
+    def whole() -> None:
+        with kernel.vectorized(lanes) as lane:
+            store(lane)
+
+    if width % lanes == 0:
+        whole()
+        return
+    with T.If(column + lanes <= width):
+        with T.Then():
+            whole()
+        with T.Else(), kernel.serial(width - column) as lane:
+            store(lane)
+            kernel.forget()

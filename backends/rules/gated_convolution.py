@@ -8,6 +8,7 @@ blocks of input channels that take part are gone through. The last panel of a bl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -111,7 +112,7 @@ class _Gated(ConvolutionWriter):
             with T.If(first + r < block.pixels), T.Then():
                 for c, vector in enumerate(self.vectors):
                     row = block.first_pixel + first + r
-                    self.store(row, vector * self.lanes, lambda lane, r=r, c=c: registers.values[r, c, lane])
+                    self.store(row, vector * self.lanes, partial(registers.value, r, c))
 
     def store(self, row: Any, column: Any, value: Callable[[Any], Any] | None) -> None:
         store_vector(self.kernel, self.gates, self.result, self.end, self.output, row, column, value)

@@ -140,11 +140,10 @@ class _Gated(WinogradWriter):
         kernel = self.kernel
         with kernel.serial(here) as tile:
             image, top, left = self.tile_place(first + tile)
-            with kernel.serial(OUT) as i, kernel.serial(OUT) as j:
-                with T.If(tirx.all(top + i < self.height, left + j < self.width)), T.Then():
-                    row = (image * self.height + top + i) * self.width + left + j
-                    with self.making.each_other() as place:
-                        self.store(row, self.making.unit(count + place) * self.lanes, None)
+            rows, columns = (tirx.min(int64(OUT), size - at) for size, at in ((self.height, top), (self.width, left)))
+            with kernel.serial(rows) as i, kernel.serial(columns) as j, self.making.each_other() as place:
+                row = (image * self.height + top + i) * self.width + left + j
+                self.store(row, self.making.unit(count + place) * self.lanes, None)
 
     def store(self, row: Any, column: Any, value: Callable[[Any], Any] | None) -> None:
         store_vector(self.kernel, self.gates, self.result, self.end, self.output, row, column, value)

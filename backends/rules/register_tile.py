@@ -75,6 +75,10 @@ class RegisterTile:
         self.kernel, self.tile, self.lanes = kernel, tile, kernel.target.lanes
         self.values = kernel.registers(tile.rows, tile.vectors, self.lanes)
 
+    def value(self, row: int, vector: int, lane: Any) -> Any:
+        """One sum."""
+        return self.values[row, vector, lane]
+
     def zero(self) -> None:
         zero_tile(self.kernel, self.values, self.tile.rows, self.tile.vectors)
 
