@@ -95,7 +95,7 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
 
 
 def _onnx_model(program: Program) -> Any:
-    from graphopt.capture.onnx import write_quantization
+    from graphopt.capture.onnx import write_gating, write_quantization
 
     try:
         with quiet():
@@ -106,7 +106,7 @@ def _onnx_model(program: Program) -> Any:
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
                 opset_version=write_quantization.OPSET if write_quantization.has_codes(program) else None,
-                custom_translation_table=write_quantization.TRANSLATIONS,
+                custom_translation_table={**write_quantization.TRANSLATIONS, **write_gating.TRANSLATIONS},
             )
             assert converted is not None and converted.exported_program is not None
             model = converted.model_proto

@@ -10,7 +10,7 @@ All forms but the last one compute the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,10 @@ gated_operators = torch.ops.graphopt
 
 @dataclass(frozen=True)
 class State:
-    """A product as it is by now: `node` in the graph, its weight and bias as tensors or nodes, and its masks."""
+    """A product as it is by now: `node` in the graph, its weight and bias as tensors or nodes.
+
+    `taking` and `making` say which of its inputs and outputs there are: masks, or channels in gather.
+    """
 
     product: Product
     node: Node
@@ -49,15 +52,13 @@ class Writer:
 
     def state(self, product: Product) -> State:
         """How the product stands."""
-        start = State(product, product.node, product.weight, product.bias)
-        return self.states.get(product.node.name, start)
+        return self.states.get(product.node.name) or State(product, product.node, product.weight, product.bias)
 
     def write(self, site: Site, predictor: Predictor) -> bool:
         """Put the form in place of the site's consumers; False, with the reason recorded, where it does not fit."""
         if (reason := self.declines(site, predictor)) is not None:
             self.editor.decline(self.rule, self.state(site.consumers[0]).node, reason)
             return False
-        consumers = [self.state(item) for item in site.consumers]
         made: list[State] = []
         found: list[Node] = []
 
@@ -67,8 +68,8 @@ class Writer:
             found.extend(() if active is None else (active,))
             return [item.node for item in new]
 
-        inner = [self.state(site.producer).node, *site.way]
-        if not self.editor.replace(self.rule, [item.node for item in consumers], build, inner=inner):
+        outputs, inner = self.replaced(site)
+        if not self.editor.replace(self.rule, outputs, build, inner=inner):
             return False
         self.states.update((item.product.node.name, item) for item in made)
         if found:
@@ -78,6 +79,10 @@ class Writer:
     def declines(self, site: Site, predictor: Predictor) -> str | None:
         """Why the form does not fit the site, or None."""
         return None
+
+    def replaced(self, site: Site) -> tuple[list[Node], list[Node]]:
+        """The nodes whose values are written anew, one for each consumer, and those between them and the producer."""
+        return [self.state(item).node for item in site.consumers], [self.state(site.producer).node, *site.way]
 
     def build(self, builder: Builder, site: Site, predictor: Predictor) -> tuple[list[State], Node | None]:
         """The new consumers, and what decides."""
@@ -105,7 +110,7 @@ class ProductWriter(Writer):
     """Writes the producer, the way and the consumers anew; a form says how each product is changed."""
 
     def build(self, builder: Builder, site: Site, predictor: Predictor) -> tuple[list[State], Node | None]:
-        decision = self.decide(builder, current(self, site), predictor)
+        decision = self.decide(builder, site, predictor)
         old = self.state(site.producer)
         state = self.made(builder, old, decision)
         node = self.emit(builder, state, argument(old.node, "x" if is_gated(old.node) else "input"))
@@ -138,15 +143,21 @@ class ProductWriter(Writer):
 
     def emit(self, builder: Builder, state: State, source: Node) -> Node:
         """The call of a product on `source`."""
-        weight, bias, options = state.weight, state.bias, state.product.options
-        if options is None:
-            return builder.call(aten.linear.default, source, weight, bias)
-        groups = options["groups"]
-        if groups > 1:
-            shape = weight.meta["val"].shape if isinstance(weight, Node) else weight.shape
-            groups = shape[0]
-        sizes = (options["stride"], options["padding"], options["dilation"])
-        return builder.call(aten.conv2d.default, source, weight, bias, *sizes, groups)
+        weight, bias = state.weight, state.bias
+        made = weight.meta["val"].shape[0] if isinstance(weight, Node) else weight.shape[0]
+        return call_product(builder.call, state.product, source, weight, bias, made)
+
+
+def call_product(
+    call: Callable[..., Node], product: Product, source: Node, weight: Any, bias: Any, channels: int
+) -> Node:
+    """`product` of `source` by another weight, a node or a tensor; depthwise it has so many `channels`."""
+    if product.options is None:
+        return call(aten.linear.default, source, weight, bias)
+    options = product.options
+    groups = channels if product.is_depthwise else 1
+    given = (options["stride"], options["padding"], options["dilation"], groups)
+    return call(aten.conv2d.default, source, weight, bias, *given)
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ class BlockWriter(ProductWriter):
         return None
 
     def decide(self, builder: Builder, site: Site, predictor: Predictor) -> _Blocks:
-        return _Blocks(active_blocks(builder, site, predictor), predictor.order, site.block)
+        return _Blocks(active_blocks(builder, current(self, site), predictor), predictor.order, site.block)
 
     def decider(self, decision: _Blocks) -> Node:
         return decision.active
@@ -194,7 +205,8 @@ class GatherWriter(ProductWriter):
 
     def decide(self, builder: Builder, site: Site, predictor: Predictor) -> Node:
         """int64 [count * block]: the channels that take part, those of the block with the highest score first."""
-        chosen = chosen_blocks(builder, scores(builder, site, predictor), predictor)
+        inputs = self.state(site.producer).taking
+        chosen = chosen_blocks(builder, scores(builder, current(self, site), predictor, inputs), predictor)
         members = builder.constant(predictor.order.reshape(site.blocks, site.block))
         row = builder.call(aten.view.default, chosen, [-1])
         return builder.call(aten.view.default, builder.call(aten.index_select.default, members, 0, row), [-1])
@@ -203,7 +215,7 @@ class GatherWriter(ProductWriter):
         return selected(builder, state, 0, decision)
 
     def taken(self, builder: Builder, state: State, decision: Node) -> State:
-        return selected(builder, state, 1, decision)
+        return replace(selected(builder, state, 1, decision), taking=decision)
 
 
 class StaticWriter(ProductWriter):

@@ -28,6 +28,7 @@ from graphopt.edit import Edit, GraphEditor
 from graphopt.errors import UsageError
 from graphopt.passes.batch_norm_folding import BatchNormFolding
 from graphopt.passes.channel_gating.account import SAMPLES, Active, active_on, count_kept, describe, shares
+from graphopt.passes.channel_gating.buckets import BucketWriter
 from graphopt.passes.channel_gating.fitting import fit_predictors
 from graphopt.passes.channel_gating.forms import BlockWriter, GatherWriter, MaskWriter, StaticWriter, Writer
 from graphopt.passes.channel_gating.predictor import Kind, Predictor, first_predictor
@@ -129,12 +130,13 @@ class ChannelGating(Pass):
     def choose(
         self, base: Program, context: PassContext, predictors: Mapping[str, Predictor], notes: list[str]
     ) -> Written:
-        """The form that is asked for, or of those that fit the one that is measured to be the fastest."""
+        """The form that is asked for, or of those that fit most sites the one that is measured to be the fastest."""
         if self.form != "auto":
             return self.write(base, context, predictors)
-        forms: tuple[Form, ...] = ("block",) if self.keep is None else ("block", "gather")
+        forms: tuple[Form, ...] = ("block", "bucket") if self.keep is None else ("block", "bucket", "gather")
         found = {form: replace(self, form=form).write(base, context, predictors) for form in forms}
-        found = {form: written for form, written in found.items() if written.result.rewrites}
+        most = max(len(written.result.rewrites) for written in found.values())
+        found = {form: written for form, written in found.items() if 0 < len(written.result.rewrites) == most}
         times: dict[Form, float] = {}
         for number, (form, written) in enumerate(found.items()):
             context.progress(f"{self.name}: measuring form={form}", number, len(found))
@@ -161,7 +163,7 @@ class ChannelGating(Pass):
         """The program in this form; `used` is for static."""
         edit = Edit(base, context, self.name)
         active: dict[str, str] = {}
-        for editor in edit.graphs():
+        for editor in list(edit.graphs()):  # without the branches that are added
             writer = self.writer(editor, used)
             for found in list(find_sites(editor, through_norms=self.form == "mask")):
                 if isinstance(found, NoSite):
@@ -177,7 +179,7 @@ class ChannelGating(Pass):
     def writer(self, editor: GraphEditor, used: Mapping[str, Tensor] | None) -> Writer:
         if used is not None:
             return StaticWriter(editor, self.name, used)
-        kind = {"mask": MaskWriter, "block": BlockWriter, "gather": GatherWriter}[self.form]
+        kind = {"mask": MaskWriter, "block": BlockWriter, "gather": GatherWriter, "bucket": BucketWriter}[self.form]
         return kind(editor, self.name)
 
     def account(self, base: Program, written: Written, targets: Active, samples: Sequence[Sample]) -> list[str]:

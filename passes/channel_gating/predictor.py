@@ -50,10 +50,13 @@ def pooled(builder: Builder, product: Product, kind: Kind) -> Node:
     return builder.call(aten.mean.dim, node, axes) if axes else node
 
 
-def scores(builder: Builder, site: Site, predictor: Predictor) -> Node:
-    """[N, blocks], before the rule."""
+def scores(builder: Builder, site: Site, predictor: Predictor, inputs: Node | None = None) -> Node:
+    """[N, blocks], before the rule; `inputs` are the channels that are left of the input, where some were taken out."""
     features = pooled(builder, site.producer, predictor.kind)
-    return builder.call(aten.linear.default, features, predictor.weight, predictor.bias)
+    weight: Any = predictor.weight
+    if inputs is not None:
+        weight = builder.call(aten.index_select.default, builder.constant(weight), 1, inputs)
+    return builder.call(aten.linear.default, features, weight, predictor.bias)
 
 
 def active_blocks(builder: Builder, site: Site, predictor: Predictor) -> Node:

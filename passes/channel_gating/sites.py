@@ -75,8 +75,12 @@ class Product:
 
 @dataclass(frozen=True)
 class Site:
-    """Channels of `gated` that may be left out: made by `producer`, filtered by `depthwise`, read by `consumers`."""
+    """Channels of `gated` that may be left out: made by `producer`, filtered by `depthwise`, read by `consumers`.
 
+    `name` is that of the producer's node before anything is rewritten.
+    """
+
+    name: str
     producer: Product
     depthwise: tuple[Product, ...]
     way: tuple[Node, ...]
@@ -86,10 +90,6 @@ class Site:
     def gated(self) -> Node:
         """What the consumers read."""
         return self.way[-1] if self.way else self.producer.node
-
-    @property
-    def name(self) -> str:
-        return self.producer.node.name
 
     @property
     def channels(self) -> int:
@@ -175,7 +175,7 @@ class _Search:
             consumers = [self.product(user) if _reads_as_input(user, node) else None for user in readers]
             if readers and all(isinstance(item, Product) and not item.is_depthwise for item in consumers):
                 found = tuple(item for item in consumers if isinstance(item, Product))
-                return self.checked(Site(producer, tuple(depthwise), tuple(way), found))
+                return self.checked(Site(producer.node.name, producer, tuple(depthwise), tuple(way), found))
             if len(readers) != 1:
                 names = ", ".join(reader.name for reader in readers) or "nothing"
                 return NoSite(producer.node, f"{node.name} is read by {names}, not by products alone")
@@ -187,7 +187,7 @@ class _Search:
             elif self.through_norms and _normalizes(user, node):
                 pass
             elif (reason := _stops(user, node, producer)) is not None:
-                return NoSite(producer.node, reason, nearly=user.target not in _JOINS and user.op != "output")
+                return NoSite(producer.node, reason, nearly=not is_known(user))
             way.append(user)
             node = user
 
@@ -232,11 +232,21 @@ def _stops(user: Node, node: Node, producer: Product) -> str | None:
         return f"{node.name} {_JOINS[user.target].format(name=user.name)}"
     if user.target in NORMS:
         return f"{node.name} is normalized at {user.name}; run batch-norm-folding before"
-    if user.target in _ELEMENTWISE:
+    if is_activation(user):
         return _moves_zero(user)
     if user.target in _POOLING:
         return _mixes(user, node, producer)
     return f"{node.name} is read by {describe(user)}, which takes no part of its channels"
+
+
+def is_known(user: Node) -> bool:
+    """Whether it is of a kind for which a condition decides."""
+    return user.op == "output" or user.target in _ELEMENTWISE | _POOLING | NORMS | _JOINS.keys()
+
+
+def is_activation(node: Node) -> bool:
+    """Whether it computes each element of its one tensor by itself."""
+    return node.target in _ELEMENTWISE and len(node.all_input_nodes) == 1
 
 
 def _normalizes(user: Node, node: Node) -> bool:

@@ -97,7 +97,7 @@ def _holding(ordered: Tensor, mass: float | None) -> Tensor:
 def share_of(heat: Tensor) -> Tensor:
     """Heat [samples, channels] over its sum for each sample, float64; zeros stay zeros."""
     heat = heat.double()
-    return heat.div(heat.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.div(heat, heat.sum(1, keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny))
 
 
 def block_heat(heat: Tensor, order: Tensor, block: int) -> Tensor:

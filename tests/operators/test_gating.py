@@ -57,7 +57,7 @@ def test_all_rows_of_a_sample_share_the_masks_of_a_linear(lead: tuple[int, ...])
 
 
 def test_gradients_are_those_of_what_takes_part() -> None:
-    options = {"dtype": torch.float64, "requires_grad": True}
+    options: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
     x, weight, bias = torch.randn(3, 32, **options), torch.randn(48, 32, **options), torch.randn(48, **options)
     for inputs, outputs in ((INPUTS, OUTPUTS), (INPUTS, None), (None, OUTPUTS)):
         ours = torch.autograd.grad(linear(x, weight, bias, inputs, outputs).sin().sum(), (x, weight, bias))
