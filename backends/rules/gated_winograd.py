@@ -121,6 +121,7 @@ class _Gated(WinogradWriter):
                 count,
                 lambda r, k: inputs[starts[r] + place + k],
                 lambda k, c, lane: self.weights[streams[c] + (channel + k) * self.lanes + lane],
+                lambda outer: self.prefetch(streams, channel + outer * self.choice.tile.steps),
             )
 
         if self.gates.inputs is None:
@@ -128,6 +129,13 @@ class _Gated(WinogradWriter):
             return
         with self.taking.each_active() as number:
             run(self.lanes, number * self.lanes, T.bind(self.taking.unit(number) * self.lanes))
+
+    def prefetch(self, streams: Sequence[Any], channel: Any) -> None:
+        """Ask for the lines that the next point reads where this one is: streams that lie apart come late otherwise."""
+        for stream in streams:
+            for step in range(self.choice.tile.steps):
+                place = stream + (self.channels + channel + step) * self.lanes
+                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(self.weights[place]), 0, 3, 1))
 
     def column(self, panel: Any, c: int) -> Any:
         return self.vectors[c] * self.lanes

@@ -32,7 +32,7 @@ from graphopt.watched import with_outputs
 aten = torch.ops.aten
 
 LEARNING_RATE = 1e-2  # of predictors alone
-JOINT_RATE = 1e-3  # of whole networks
+JOINT_RATE = 2e-3  # of whole networks
 RULE = "channel-gating"
 
 

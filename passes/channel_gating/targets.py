@@ -97,7 +97,8 @@ def _holding(ordered: Tensor, mass: float | None) -> Tensor:
 def share_of(heat: Tensor) -> Tensor:
     """Heat [samples, channels] over its sum for each sample, float64; zeros stay zeros."""
     heat = heat.double()
-    return torch.div(heat, heat.sum(1, keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny))
+    total: Tensor = heat.sum(1, keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
+    return heat / total
 
 
 def block_heat(heat: Tensor, order: Tensor, block: int) -> Tensor:
