@@ -97,13 +97,13 @@ def _holding(ordered: Tensor, mass: float | None) -> Tensor:
 def share_of(heat: Tensor) -> Tensor:
     """Heat [samples, channels] over its sum for each sample, float64; zeros stay zeros."""
     heat = heat.double()
-    total: Tensor = heat.sum(1, keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
-    return heat / total
+    return heat / heat.sum(1, keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
 
 
 def block_heat(heat: Tensor, order: Tensor, block: int) -> Tensor:
     """[samples, blocks] of heat [samples, channels] whose channels are put in this order."""
-    return heat.double()[:, order].unflatten(1, (-1, block)).sum(2)
+    blocks: Tensor = heat.double()[:, order].unflatten(1, (-1, block))
+    return blocks.sum(2)
 
 
 def group_channels(heat: Tensor, block: int) -> Tensor:
