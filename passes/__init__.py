@@ -8,6 +8,7 @@ if __name__ != "graphopt.passes":
 PASSES = {
     "batch-norm-folding": "graphopt.passes.batch_norm_folding:BatchNormFolding",
     "block-folding": "graphopt.passes.block_folding:BlockFolding",
+    "channel-gating": "graphopt.passes.channel_gating:ChannelGating",
     "common-subexpressions": "graphopt.passes.common_subexpressions:CommonSubexpressions",
     "constant-folding": "graphopt.passes.constant_folding:ConstantFolding",
     "dead-code": "graphopt.passes.dead_code:DeadCode",

@@ -20,6 +20,7 @@ from graphopt.backends.operators import (
     creation,
     distances,
     embedding_bags,
+    gating,
     grid_sampling,
     indexing,
     linear,
@@ -58,6 +59,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **distances.TABLE,
     **grid_sampling.TABLE,
     **embedding_bags.TABLE,
+    **gating.TABLE,
     **control_flow.TABLE,
 }
 

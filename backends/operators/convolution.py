@@ -115,7 +115,7 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
     weight = lowering.value(call.weight)
     shape = shape_of(node.meta["val"])
     batched = len(shape) == spatial + 2
-    x = _channels_last(lowering, call.x, spatial)
+    x = channels_last(lowering, call.x, spatial)
     order = (0, spatial + 1, *range(1, spatial + 1)) if batched else (spatial, *range(spatial))
     added = None if call.bias is None else lowering.contiguous(call.bias)
 
@@ -176,7 +176,7 @@ def _minimal(
     return lowering.anchored(node, lambda r, end: winograd.winograd(call, r, end, name, target), begin, order)
 
 
-def _channels_last(lowering: Lowering, argument: Any, spatial: int) -> View:
+def channels_last(lowering: Lowering, argument: Any, spatial: int) -> View:
     """[N, C, ...] in memory as [N, ..., C]: channels beside each other, or in planes where they are few."""
     value = widened(lowering, argument)
     if len(value.shape) == spatial + 1:

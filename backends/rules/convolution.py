@@ -10,6 +10,7 @@ cache's share are taken a row of taps at a time, with partial sums in scratch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +121,7 @@ def convolution(direct: Direct, result: Product, end: Any, name: str, target: Ta
     choice, depth = direct.choice, int(direct.weight.shape[1])
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Convolution(kernel, direct, result, end, outputs[0]).write()
+        ConvolutionWriter(kernel, direct, result, end, outputs[0]).write()
 
     return write_kernel(
         RULE,
@@ -145,7 +146,7 @@ def convolution(direct: Direct, result: Product, end: Any, name: str, target: Ta
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where the tap (row, column, channel) of a pixel lies: in x, or in the scratch copy of a block's rows."""
 
     buffer: Any
@@ -155,7 +156,7 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Pixels [first_pixel, first_pixel + pixels) of the result and one panel of the weights."""
 
     first_pixel: Any
@@ -163,7 +164,7 @@ class _Block:
     panel: Any
 
 
-class _Convolution:
+class ConvolutionWriter:
     def __init__(self, kernel: Kernel, direct: Direct, result: Product, end: Any, output: Output) -> None:
         self.kernel, self.x, self.window, self.groups = kernel, direct.x, direct.window, direct.groups
         self.result, self.end, self.output, self.choice = result, end, output, direct.choice
@@ -183,10 +184,10 @@ class _Convolution:
         per_image = tirx.floordiv(self.height + (choice.block_rows - 1), int64(choice.block_rows))
         blocks = self.batch * per_image
         blocks_each = tirx.floordiv(blocks + (choice.row_groups - 1), int64(choice.row_groups))
-        panels_each = -(-self.panels // choice.panel_groups)
         with kernel.parallel(choice.row_groups * choice.panel_groups) as task:
             first_block = tirx.truncdiv(task, int64(choice.panel_groups)) * blocks_each
-            first_panel = tirx.truncmod(task, int64(choice.panel_groups)) * panels_each
+            share = tirx.truncmod(task, int64(choice.panel_groups))
+            self.begin_task()
             copy = kernel.scratch(kernel.size(self.copied())) if self.padded else None
             partial = kernel.scratch(kernel.size(self.partial())) if choice.chunked else None
             with kernel.serial(tirx.min(blocks_each, blocks - first_block)) as number:
@@ -194,8 +195,17 @@ class _Convolution:
                 image = tirx.truncdiv(block, per_image)
                 first_row = tirx.truncmod(block, per_image) * choice.block_rows
                 source = self.source(copy, image, first_row)
-                with kernel.serial(tirx.min(int64(panels_each), self.panels - first_panel)) as panel:
-                    self.write_panel(source, partial, image, first_row, first_panel + panel)
+                self.write_panels(source, partial, image, first_row, share)
+
+    def begin_task(self) -> None:
+        """What a task allocates besides."""
+
+    def write_panels(self, source: tuple[Source, Any], partial: Any, image: Any, first_row: Any, share: Any) -> None:
+        """The share of the panels over one block of rows of an image."""
+        each = -(-self.panels // self.choice.panel_groups)
+        first = share * each
+        with self.kernel.serial(tirx.min(int64(each), self.panels - first)) as panel:
+            self.write_panel(source, partial, image, first_row, first + panel)
 
     # Input ------------------------------------------------------------------------------------------------------------
     def copied_shape(self) -> tuple[int, Size]:
@@ -215,24 +225,24 @@ class _Convolution:
         pixels = self.choice.block_rows * self.shape[2]
         return (pixels + self.choice.tile.rows - 1) * self.columns
 
-    def source(self, copy: Any, image: Any, first_row: Any) -> tuple[_Source, Any]:
+    def source(self, copy: Any, image: Any, first_row: Any) -> tuple[Source, Any]:
         """Where taps are read, and the position of the block's first one."""
         kernel, x = self.kernel, self.x
         strides = [kernel.size(stride) for stride in x.strides]
         start = kernel.size(x.offset) + image * strides[0] + first_row * self.window.strides[0] * strides[1]
         if copy is None:
-            return _Source(kernel.flat(x.storage), *strides[1:]), start
+            return Source(kernel.flat(x.storage), *strides[1:]), start
         rows, columns = self.copied_shape()
         wide, channels = kernel.size(columns), int(x.shape[3])
         to = (
-            _Source(copy, wide * channels, int64(channels), int64(1))
+            Source(copy, wide * channels, int64(channels), int64(1))
             if self.inner
-            else _Source(copy, wide, int64(1), wide * rows)
+            else Source(copy, wide, int64(1), wide * rows)
         )
         self.copy_rows(to, rows, wide, image, first_row)
         return to, int64(0)
 
-    def copy_rows(self, to: _Source, rows: int, wide: Any, image: Any, first_row: Any) -> None:
+    def copy_rows(self, to: Source, rows: int, wide: Any, image: Any, first_row: Any) -> None:
         """The block's rows of x with zeros around them."""
         kernel, x, window = self.kernel, self.x, self.window
         strides = [kernel.size(stride) for stride in x.strides]
@@ -270,13 +280,13 @@ class _Convolution:
         for_columns(self.kernel, count, lambda at: T.buffer_store(buffer, source[start + at * stride], [place + at]))
 
     # Products ---------------------------------------------------------------------------------------------------------
-    def write_panel(self, source: tuple[_Source, Any], partial: Any, image: Any, first_row: Any, panel: Any) -> None:
+    def write_panel(self, source: tuple[Source, Any], partial: Any, image: Any, first_row: Any, panel: Any) -> None:
         """All tiles of a block: whole depth at once, or a row of taps after the other with partial sums between."""
         kernel, choice = self.kernel, self.choice
         rows = tirx.min(int64(choice.block_rows), self.height - first_row)
         pixels = rows * self.width
         tiles = tirx.floordiv(pixels + (choice.tile.rows - 1), int64(choice.tile.rows))
-        block = _Block((image * self.height + first_row) * self.width, pixels, panel)
+        block = Block((image * self.height + first_row) * self.width, pixels, panel)
         every, last = (0, self.window.taps[0]), self.window.taps[0] - 1
         if partial is None:
             with kernel.serial(tiles) as number:
@@ -302,36 +312,42 @@ class _Convolution:
             self.write_tile(registers, block, number)
 
     def multiply(
-        self, registers: RegisterTile, source: tuple[_Source, Any], block: _Block, number: Any, first: Any, count: int
+        self, registers: RegisterTile, source: tuple[Source, Any], block: Block, number: Any, first: Any, count: int
     ) -> None:
         """Add the products over `count` rows of taps from the row `first` on."""
         kernel, window, each = self.kernel, self.window, self.channels
         read, origin = source
         starts = self.starts(read, origin, block, number)
         columns = window.taps[1]
-        base = block.panel * (self.depth * self.columns)
 
         def run(extent: int, stride: Any, offset: Any, depth: Any) -> None:
             registers.multiply(
                 extent,
                 lambda row, k: read.buffer[starts[row] + offset + k * stride],
-                lambda k, c, lane: self.weights[base + (depth + k) * self.columns + c * self.lanes + lane].astype(
-                    "float32"
-                ),
+                lambda k, c, lane: self.weights[self.weight_place(block.panel, depth + k, c) + lane].astype("float32"),
             )
 
         down, across = window.dilations[0] * read.row, window.dilations[1] * read.column
         if self.inner:
             with kernel.serial(count) as row, kernel.serial(columns) as column:
                 tap_row = first + row
-                run(each, read.channel, tap_row * down + column * across, (tap_row * columns + column) * each)
+                place, depth = tap_row * down + column * across, (tap_row * columns + column) * each
+                self.run_channels(lambda at, count: run(count, read.channel, place + at * read.channel, depth + at))
             return
         with kernel.serial(each) as channel, kernel.serial(count) as row:
             tap_row = first + row
             depth = (channel * window.taps[0] + tap_row) * columns
             run(columns, across, channel * read.channel + tap_row * down, depth)
 
-    def starts(self, read: _Source, origin: Any, block: _Block, number: Any) -> list[Any]:
+    def weight_place(self, panel: Any, depth: Any, c: int) -> Any:
+        """Where the vector `c` of a panel lies in the packed weights."""
+        return panel * (self.depth * self.columns) + depth * self.columns + c * self.lanes
+
+    def run_channels(self, run: Callable[[Any, int], None]) -> None:
+        """`run` (first, count) the channels under one tap."""
+        run(0, self.channels)
+
+    def starts(self, read: Source, origin: Any, block: Block, number: Any) -> list[Any]:
         """Where the first tap of each of the tile's pixels lies; past the last pixel it is read again."""
         window, tile = self.window, self.choice.tile
         group = tirx.truncdiv(block.panel, int64(self.panels // self.groups)) * self.channels * read.channel
@@ -348,7 +364,7 @@ class _Convolution:
         """Where a tile's sums lie between rows of taps."""
         return number * (self.choice.tile.rows * self.columns)
 
-    def write_tile(self, registers: RegisterTile, block: _Block, number: Any) -> None:
+    def write_tile(self, registers: RegisterTile, block: Block, number: Any) -> None:
         """The element-wise tree over each pixel and channel of the tile that exists."""
         per_group = self.panels // self.groups
         group, local = tirx.truncdiv(block.panel, int64(per_group)), tirx.truncmod(block.panel, int64(per_group))

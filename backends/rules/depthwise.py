@@ -14,6 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Kernel, Output, write_kernel
 from graphopt.backends.operations import operations
+from graphopt.backends.rules.active_blocks import Gates
 from graphopt.backends.rules.windows import Step, Window, Windows, channel_shares, tile_pixels, vector_width
 from graphopt.backends.sizes import product
 from graphopt.backends.target import Target
@@ -27,11 +28,21 @@ def pack_depthwise(weight: np.ndarray) -> np.ndarray:
     return np.moveaxis(weight[:, 0], 0, -1)
 
 
-def depthwise(x: View, weight: View, result: Product, end: Any, window: Window, name: str, target: Target) -> Code:
+def depthwise(
+    x: View,
+    weight: View,
+    result: Product,
+    end: Any,
+    window: Window,
+    name: str,
+    target: Target,
+    gates: Gates | None = None,
+) -> Code:
     """out[n, i..., c] = sum over taps t of x[n, i s - p + t d, c] weight[t, c], then the tree `end` over `result`.
 
     float32, `weight` also float16 or bfloat16; `x` [N, spatial axes, C] with channel stride 1, `weight` [taps..., C]
-    contiguous, `result` [N, outputs..., C]. What lies outside `x` is zero.
+    contiguous, `result` [N, outputs..., C]. What lies outside `x` is zero. With `gates`, channels that take no part are
+    left out and zero.
     """
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
@@ -45,13 +56,13 @@ def depthwise(x: View, weight: View, result: Product, end: Any, window: Window, 
                     total = step.accumulators[pixel, lane] + step.load(pixel, tap, lane) * factor
                     T.buffer_store(step.accumulators, total, [pixel, lane])
 
-        Windows(kernel, x, window, result, end, outputs[0]).write(0.0, multiply_add)
+        Windows(kernel, x, window, result, end, outputs[0], gates).write(0.0, multiply_add)
 
     return write_kernel(
-        RULE,
+        RULE if gates is None else f"gated-{RULE}",
         fused_name(name, end),
         target,
-        [x, weight, end],
+        [x, weight, *(gates.reads if gates else ()), end],
         [(end.shape, end.dtype)],
         body,
         configuration={

@@ -80,6 +80,10 @@ class RegisterTile:
         self.lanes = lanes_of(kernel.target, dtype)
         self.values = kernel.registers(tile.rows, tile.vectors, self.lanes, dtype=dtype)
 
+    def value(self, row: int, vector: int, lane: Any) -> Any:
+        """One sum."""
+        return self.values[row, vector, lane]
+
     def zero(self) -> None:
         for r, c, lane in self._elements():
             T.buffer_store(self.values, tirx.const(0, self.dtype), [r, c, lane])

@@ -17,6 +17,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Kernel, Output, int64
+from graphopt.backends.rules.active_blocks import Gates
 from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Index, Product, View
@@ -86,10 +87,21 @@ class Windows:
     """A kernel over all windows of `x` [N, spatial axes, C] or [spatial axes, C], which has channel stride 1.
 
     `start` is what accumulators begin with, `combine` adds a step to them. `end` is the element-wise tree over the bare
-    `result`, which has the axes of `x`. float16 and bfloat16 are combined in float32.
+    `result`, which has the axes of `x`. float16 and bfloat16 are combined in float32. With `gates`, the bias of which
+    is added, vectors of channels that take no part are left out: the bare result is zero there.
     """
 
-    def __init__(self, kernel: Kernel, x: View, window: Window, result: Product, end: Any, output: Output) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        x: View,
+        window: Window,
+        result: Product,
+        end: Any,
+        output: Output,
+        gates: Gates | None = None,
+    ) -> None:
+        self.gates = gates
         self.kernel, self.window, self.result, self.end, self.output = kernel, window, result, end, output
         self.x, self.data = x, kernel.flat(x.storage)
         self.lead = len(result.shape) - len(window.taps) - 1  # axes before the spatial ones
@@ -112,7 +124,24 @@ class Windows:
             first = tirx.truncdiv(task, rows) * each if shares > 1 else int64(0)
             with kernel.serial(tirx.min(each, vectors - first)) as vector:
                 self.channel = tirx.min((first + vector) * self.width, self.channels - self.width)
+                self.write_row_if_active()
+
+    def write_row_if_active(self) -> None:
+        kernel, mask = self.kernel, self.gates.outputs if self.gates else None
+        if self.gates is None or mask is None:
+            self.write_row()
+            return
+        block = self.place[0] * kernel.size(mask.shape[1]) + tirx.truncdiv(self.channel, int64(self.gates.block))
+        with T.If(kernel.flat(mask.storage)[block]):
+            with T.Then():
                 self.write_row()
+            with T.Else():
+                self.write_zeros()
+
+    def write_zeros(self) -> None:
+        """A row of what takes no part."""
+        with self.kernel.serial(self.kernel.size(self.outputs)) as pixel, self.kernel.vectorized(self.width) as lane:
+            self.store(tirx.const(0, self.compute), pixel, self.channel + lane)
 
     def write_row(self) -> None:
         runs = self.runs()
@@ -227,7 +256,10 @@ class Windows:
         """The epilogue of each pixel, and the store."""
         for pixel in range(pixels):
             with self.kernel.vectorized(self.width) as lane:
-                self.store(accumulators[pixel, lane], first + pixel, self.channel + lane)
+                value = accumulators[pixel, lane]
+                if self.gates is not None and self.gates.bias is not None:
+                    value = value + self.kernel.flat(self.gates.bias.storage)[self.channel + lane]
+                self.store(value, first + pixel, self.channel + lane)
 
     def store(self, value: Any, pixel: Any, channel: Any) -> None:
         kernel, result = self.kernel, self.result

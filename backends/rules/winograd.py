@@ -10,7 +10,8 @@ run on vectors of channels: 144 and 130 operations on vectors a tile, for 36 C O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,8 @@ from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "winograd"
-_OUT, _IN = 4, 6  # outputs and inputs of a tile along one axis
-_POINTS = _IN * _IN
+OUT, _IN = 4, 6  # outputs and inputs of a tile along one axis
+POINTS = _IN * _IN
 _NEAR, _FAR = 0.75, 1.5  # products are taken at 0, +-_NEAR, +-_FAR and infinity: a third of the error of 0, +-1, +-2
 _BLOCK_BYTES = 512 << 10  # transformed inputs and sums of a block: half of a common L2 cache
 _WEIGHT_BYTES = 12 << 20  # transformed filters beyond this are read more slowly than direct products run
@@ -54,8 +55,8 @@ def suits(outputs: Shape, filters: Shape, groups: int, window: Window, target: T
     channels = int(filters[1])
     if not plain or min(channels, int(count)) < _LEAST_CHANNELS or channels % target.lanes:
         return False
-    computed = -(-height // _OUT) * -(-width // _OUT) * _POINTS
-    weight_bytes = _POINTS * channels * int(count) * 4
+    computed = -(-height // OUT) * -(-width // OUT) * POINTS
+    weight_bytes = POINTS * channels * int(count) * 4
     return computed * 2 <= height * width * 9 and weight_bytes <= _WEIGHT_BYTES
 
 
@@ -70,30 +71,30 @@ def transform_filters(filters: np.ndarray, columns: int) -> np.ndarray:
     rows = [np.array([1, p, p * p]) / np.prod([p - other for other in points if other != p]) for p in points]
     matrix = np.array([*rows, [0, 0, 1]])
     spread = np.einsum("ij,ocjk,lk->iloc", matrix, filters.astype(np.float64), matrix)
-    spread = spread.reshape(_POINTS, outputs, channels)
-    packed = np.zeros((_POINTS, panels * columns, channels), np.float32)
+    spread = spread.reshape(POINTS, outputs, channels)
+    packed = np.zeros((POINTS, panels * columns, channels), np.float32)
     packed[:, :outputs] = spread
-    return packed.reshape(_POINTS, panels, columns, channels).transpose(1, 0, 3, 2)
+    return packed.reshape(POINTS, panels, columns, channels).transpose(1, 0, 3, 2)
 
 
 def configure(outputs: Shape, channels: int, target: Target) -> Configuration:
     """The default for outputs [N, OH, OW, O]: the shares with the least work, blocks that fit the L2 cache."""
     _, height, width, count = outputs
-    tiles = -(-int(height) // _OUT) * -(-int(width) // _OUT)
+    tiles = -(-int(height) // OUT) * -(-int(width) // OUT)
     best: tuple[float, Configuration] | None = None
     for panel_groups in range(1, target.threads + 1):
         if target.threads % panel_groups:
             continue
         tile_groups = target.threads // panel_groups
         own = -(-tiles // tile_groups)
-        fitting = max(8, _BLOCK_BYTES // (_POINTS * 4 * (channels + 64)))
+        fitting = max(8, _BLOCK_BYTES // (POINTS * 4 * (channels + 64)))
         blocks = -(-own // fitting)
         block = -(-own // blocks)
         tile = choose_tile(target, block, int(count), channels)
         columns = tile.vectors * target.lanes
         panels = -(-int(count) // columns)
         own_panels = -(-panels // panel_groups)
-        products = blocks * -(-block // tile.rows) * tile.rows * own_panels * columns * channels * _POINTS
+        products = blocks * -(-block // tile.rows) * tile.rows * own_panels * columns * channels * POINTS
         transforms = blocks * block * (channels * 250 + own_panels * columns * 200)
         work = products + 2 * transforms
         if best is None or work < best[0]:
@@ -122,7 +123,7 @@ def winograd(convolution: Winograd, result: Product, end: Any, name: str, target
     choice, channels = convolution.choice, int(convolution.x.shape[3])
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Writer(kernel, convolution, result, end, outputs[0]).write()
+        WinogradWriter(kernel, convolution, result, end, outputs[0]).write()
 
     return write_kernel(
         RULE,
@@ -135,7 +136,7 @@ def winograd(convolution: Winograd, result: Product, end: Any, name: str, target
             "rows": choice.tile.rows,
             "columns": choice.tile.vectors * target.lanes,
             "lanes": target.lanes,
-            "outputs": f"{_OUT}x{_OUT}",
+            "outputs": f"{OUT}x{OUT}",
             "block_tiles": choice.block_tiles,
             "tile_groups": choice.tile_groups,
             "panel_groups": choice.panel_groups,
@@ -145,7 +146,7 @@ def winograd(convolution: Winograd, result: Product, end: Any, name: str, target
     )
 
 
-class _Writer:
+class WinogradWriter:
     def __init__(self, kernel: Kernel, convolution: Winograd, result: Product, end: Any, output: Output) -> None:
         self.kernel, self.x, self.window = kernel, convolution.x, convolution.window
         self.result, self.end, self.output, self.choice = result, end, output, convolution.choice
@@ -154,7 +155,7 @@ class _Writer:
         self.panels, _, self.channels, self.columns = (int(size) for size in convolution.weight.shape)
         self.batch = kernel.size(convolution.outputs[0])
         self.height, self.width, self.count = (int(size) for size in convolution.outputs[1:])
-        self.down, self.across = -(-self.height // _OUT), -(-self.width // _OUT)
+        self.down, self.across = -(-self.height // OUT), -(-self.width // OUT)
 
     def write(self) -> None:
         """Tiles of all images are numbered through; a task takes its blocks of them and its panels."""
@@ -166,9 +167,9 @@ class _Writer:
         with kernel.parallel(choice.tile_groups * choice.panel_groups) as task:
             first_block = tirx.truncdiv(task, int64(choice.panel_groups)) * blocks_each
             first_panel = tirx.truncmod(task, int64(choice.panel_groups)) * panels_each
-            inputs = kernel.scratch(_POINTS * choice.block_tiles * self.channels)
+            inputs = kernel.scratch(POINTS * choice.block_tiles * self.channels)
             rows = -(-choice.block_tiles // choice.tile.rows) * choice.tile.rows
-            sums = kernel.scratch(_POINTS * rows * self.columns)
+            sums = kernel.scratch(POINTS * rows * self.columns)
             with kernel.serial(tirx.min(blocks_each, blocks - first_block)) as number:
                 first = (first_block + number) * choice.block_tiles
                 here = tirx.min(int64(choice.block_tiles), tiles - first)
@@ -184,7 +185,7 @@ class _Writer:
         each = self.down * self.across
         image, inside = tirx.truncdiv(tile, int64(each)), tirx.truncmod(tile, int64(each))
         row, column = tirx.truncdiv(inside, int64(self.across)), tirx.truncmod(inside, int64(self.across))
-        return T.bind(image), T.bind(row * _OUT), T.bind(column * _OUT)
+        return T.bind(image), T.bind(row * OUT), T.bind(column * OUT)
 
     def transform_inputs(self, inputs: Any, first: Any, here: Any) -> None:
         """B^T d B of every tile and vector of channels; rows and columns outside of x are zero."""
@@ -196,8 +197,8 @@ class _Writer:
             start = T.bind(kernel.size(x.offset) + image * strides[0])
             rows = [self.tap(top + i - self.window.pads[0], extents[0], strides[1]) for i in range(_IN)]
             columns = [self.tap(left + i - self.window.pads[1], extents[1], strides[2]) for i in range(_IN)]
-            with kernel.serial(self.channels // self.lanes) as vector:
-                channel = start + vector * self.lanes
+            with self.input_vectors() as (source, vector):
+                channel = start + source * self.lanes
 
                 def read(i: int, j: int, lane: Any, channel: Any = channel) -> Any:
                     (row, row_inside), (column, column_inside) = rows[i], columns[j]
@@ -210,6 +211,12 @@ class _Writer:
                     T.buffer_store(inputs, value, [place + lane])
 
                 self.both_axes(spread_inputs, _IN, read, write)
+
+    @contextmanager
+    def input_vectors(self) -> Iterator[tuple[Any, Any]]:
+        """A loop over the vectors of channels that take part: the number of each in x and in scratch."""
+        with self.kernel.serial(self.channels // self.lanes) as vector:
+            yield vector, vector
 
     def tap(self, position: Any, extent: Any, stride: Any) -> tuple[Any, Any]:
         """(offset, whether it lies inside); outside the offset is that of an element that exists."""
@@ -242,7 +249,7 @@ class _Writer:
         with kernel.serial(here) as tile:
             image, top, left = self.tile_place(first + tile)
             for c in range(self.choice.tile.vectors):
-                outputs = kernel.registers(_OUT, _OUT, self.lanes)
+                outputs = kernel.registers(OUT, OUT, self.lanes)
 
                 def read(i: int, j: int, lane: Any, c: int = c) -> Any:
                     return sums[((i * _IN + j) * rows + tile) * self.columns + c * self.lanes + lane]
@@ -250,14 +257,18 @@ class _Writer:
                 def write(i: int, j: int, lane: Any, value: Any, outputs: Any = outputs) -> None:
                     T.buffer_store(outputs, value, [i, j, lane])
 
-                self.both_axes(gather_outputs, _OUT, read, write)
-                column = panel * self.columns + c * self.lanes
-                for i in range(_OUT):
-                    for j in range(_OUT):
+                self.both_axes(gather_outputs, OUT, read, write)
+                column = self.column(panel, c)
+                for i in range(OUT):
+                    for j in range(OUT):
                         row = (image * self.height + top + i) * self.width + left + j
                         inside = tirx.all(top + i < self.height, left + j < self.width)
                         with T.If(inside), T.Then():
                             self.write_output(outputs, i, j, row, column)
+
+    def column(self, panel: Any, c: int) -> Any:
+        """The first channel of vector `c` of a panel."""
+        return panel * self.columns + c * self.lanes
 
     def write_output(self, outputs: Any, i: int, j: int, row: Any, column: Any) -> None:
         kernel = self.kernel
@@ -287,20 +298,26 @@ class _Writer:
         kernel, choice, tile = self.kernel, self.choice, self.choice.tile
         row_tiles = tirx.floordiv(here + (tile.rows - 1), int64(tile.rows))
         rows = -(-choice.block_tiles // tile.rows) * tile.rows
-        with kernel.serial(_POINTS) as point, kernel.serial(row_tiles) as number:
+        with kernel.serial(POINTS) as point, kernel.serial(row_tiles) as number:
             registers = RegisterTile(kernel, tile)
             registers.zero()
-            weights = (panel * _POINTS + point) * (self.channels * self.columns)
             starts = [
                 T.bind((point * choice.block_tiles + tirx.min(number * tile.rows + r, here - 1)) * self.channels)
                 for r in range(tile.rows)
             ]
-            registers.multiply(
-                self.channels,
-                lambda r, k: inputs[starts[r] + k],
-                lambda k, c, lane: self.weights[weights + k * self.columns + c * self.lanes + lane],
-            )
+            self.multiply_point(registers, inputs, starts, panel, point)
             registers.keep(sums, (point * rows + number * tile.rows) * self.columns)
+
+    def multiply_point(
+        self, registers: RegisterTile, inputs: Any, starts: Sequence[Any], panel: Any, point: Any
+    ) -> None:
+        """The product at one of the 36 points over the channels that take part."""
+        weights = (panel * POINTS + point) * (self.channels * self.columns)
+        registers.multiply(
+            self.channels,
+            lambda r, k: inputs[starts[r] + k],
+            lambda k, c, lane: self.weights[weights + k * self.columns + c * self.lanes + lane],
+        )
 
 
 def spread_inputs(d: Sequence[Any]) -> list[Any]:

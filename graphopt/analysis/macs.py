@@ -1,10 +1,10 @@
 """How many multiply-accumulates and element-wise operations one call does: a table by operator.
 
 Multiply-accumulates are counted for products of matrices, convolutions, attention and recurrent layers; biases count
-nothing, zero padding and masked positions count as if they were computed, and an einsum over more than two tensors as
-if it were one loop nest. Everything else that gives floating-point numbers counts one operation for each element of the
-largest tensor it reads or gives, operators that the table does not know included; what only moves numbers counts
-nothing.
+nothing, zero padding, masked positions and gated blocks count as if they were computed, and an einsum over more than
+two tensors as if it were one loop nest. Everything else that gives floating-point numbers counts one operation for each
+element of the largest tensor it reads or gives, operators that the table does not know included; what only moves
+numbers counts nothing.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ MACS: Mapping[str, Callable[[Call], int]] = {
     "convolution": _convolution,
     **{f"conv{axes}d": _direct for axes in (1, 2, 3)},
     **{f"conv_transpose{axes}d": _transposed for axes in (1, 2, 3)},
+    "gated_convolution": _direct,
+    "gated_linear": _product("x"),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
     "bilinear": _bilinear,

@@ -97,8 +97,9 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
 
 
 def _onnx_model(program: Program) -> Any:
-    from graphopt.capture.onnx import write_quantization, write_recurrent
+    from graphopt.capture.onnx import write_gating, write_quantization, write_recurrent
 
+    tables = (write_quantization.TRANSLATIONS, write_recurrent.TRANSLATIONS, write_gating.TRANSLATIONS)
     try:
         with quiet():
             converted = torch.onnx.export(
@@ -108,7 +109,7 @@ def _onnx_model(program: Program) -> Any:
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
                 opset_version=_opset(program),
-                custom_translation_table={**write_quantization.TRANSLATIONS, **write_recurrent.TRANSLATIONS},
+                custom_translation_table={target: write for table in tables for target, write in table.items()},
             )
             assert converted is not None and converted.exported_program is not None
             model = converted.model_proto

@@ -1,5 +1,5 @@
 """The graphopt:: operators: what ATen cannot say."""
 
-from graphopt.operators import quantization, recurrent
+from graphopt.operators import gating, quantization, recurrent
 
-__all__ = ["quantization", "recurrent"]
+__all__ = ["gating", "quantization", "recurrent"]

@@ -113,8 +113,9 @@ def train(
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         if (step + 1) * EVALUATIONS // steps > step * EVALUATIONS // steps:
-            with torch.no_grad():
-                losses.append(float(cross_entropy(module, held_out)))
+            with torch.no_grad():  # and without statistics of what is held out in norms
+                losses.append(float(cross_entropy(module.eval(), held_out)))
+            module.train()
     return Trained(module.eval(), tuple(losses), steps, time.monotonic() - began)
 
 

@@ -133,8 +133,28 @@ def folding_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     )
 
 
+def gating_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import gating
+    from graphopt.tools.benchmarking.gating_cases import CASES
+    from graphopt.tools.benchmarking.gating_chart import draw_gating
+    from graphopt.tools.benchmarking.models import choose_models
+
+    if arguments.against is not None:
+        raise UsageError("--suite gating stands beside the network without gates; leave out --against")
+    cases = {name: CASES[name] for name in choose_models(arguments.models, CASES)}
+    return Suite(
+        lambda publish: gating.run_gating(cases, settings, publish),
+        lambda report: gating.format_model(report["models"][-1]),
+        gating.format_suite,
+        gating.format_markdown,
+        draw_gating,
+        lambda report: all(map(gating.is_right, report["models"])),
+    )
+
+
 SUITES: Mapping[str, Callable[[argparse.Namespace, Settings], Suite]] = {
     "e2e": models_suite,
     "kernels": kernels_suite,
     "folding": folding_suite,
+    "gating": gating_suite,
 }

@@ -1,0 +1,59 @@
+"""What channel gating costs a network on digits that was trained: bounds that hold for three seeds with room."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+import graphopt
+from graphopt.passes.channel_gating import estimate
+from graphopt.report import PassReport
+from graphopt.tools.benchmarking import digits_cnn
+from graphopt.tools.benchmarking.small_transformers import Case
+
+SEEDS = (0, 1, 2)
+WIDTHS, SIDE, STEPS = (64, 128, 128), 8, 80
+FIT_STEPS = 120
+
+
+@cache
+def digits(seed: int) -> Case:
+    return digits_cnn.case(seed, STEPS, WIDTHS, SIDE)
+
+
+def gated(seed: int, options: str) -> tuple[float, float, PassReport]:
+    """Per cent of the held-out digits that are right before and after, and the account."""
+    case = digits(seed)
+    spec = f"channel-gating{{{options}}}"
+    result = graphopt.optimize(case.program, spec, data=case.data, metric=case.metric, seed=seed, verify="structure")
+    assert result.report.metric is not None
+    (report,) = result.report.passes
+    return 100 * result.report.metric.before, 100 * result.report.metric.after, report
+
+
+def percent(report: PassReport, pattern: str) -> float:
+    """The number in the note that begins so."""
+    (found,) = [match for note in report.notes if (match := re.match(pattern + r"[^0-9]*([0-9.]+)%", note))]
+    return float(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_predictors_follow_their_targets_without_training(seed: int) -> None:
+    before, after, report = gated(seed, "mass=0.8,form=mask")
+    assert before > 96 and after >= before - 4
+    assert percent(report, "predictors agree") >= 75
+    told = 100 * estimate(digits(seed).program, digits(seed).data, mass=0.8).total
+    assert told == pytest.approx(percent(report, "estimated before training"), abs=0.1)
+    assert abs(told - percent(report, "measured on the data")) <= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_learns_with_its_gates_is_right_with_less_work(seed: int) -> None:
+    before, after, report = gated(seed, f"mass=0.65,form=mask,fit-steps={FIT_STEPS},joint=true")
+    _, untrained, _ = gated(seed, "mass=0.65,form=mask")
+    assert after >= before - 3 and after > untrained
+    assert percent(report, "measured on the data") <= 75
