@@ -1,0 +1,156 @@
+"""Let a network answer as soon as it is sure: heads at earlier values, a policy, and forms that skip the rest.
+
+Before: y = head(block3(block2(block1(x))))
+After:  h1 = block1(x);  y1 = head1(h1)
+        y = y1 where confidence(y1) >= threshold, else head(block3(block2(h1)))
+
+Heads share all weights of the network's own head but those of its last product, of which each trains a copy on labels,
+or on the network's own logits where there are no labels; the network itself stays as it is. Thresholds are chosen on a
+fifth of the data that was never fitted on, and which is not that held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from graphopt.contract import Declined, Pass, PassContext, PassResult
+from graphopt.errors import UsageError
+from graphopt.passes.early_exit import thresholds as choosing
+from graphopt.passes.early_exit.account import account, trade_offs
+from graphopt.passes.early_exit.decisions import Policy
+from graphopt.passes.early_exit.forms import Form, with_exits
+from graphopt.passes.early_exit.learning import Learned, learn
+from graphopt.passes.early_exit.places import find_places
+from graphopt.passes.early_exit.thresholds import Outcomes, Point
+from graphopt.program import Program
+
+LOSS = 0.005  # of accuracy, where neither a threshold nor a target is given
+MOST_EXITS = 3
+LEAST_GAIN = 0.02  # of the network's work, for which one more exit is worth its kernels
+
+
+@dataclass(frozen=True)
+class EarlyExit(Pass):
+    """Let a network answer as soon as it is sure, and skip the rest."""
+
+    name = "early-exit"
+    preserves = "approximate"
+    measured = False
+    exits: Literal["auto"] | tuple[int, ...] | tuple[str, ...] = "auto"
+    policy: Literal["pmax", "entropy", "margin", "gate"] = "pmax"
+    threshold: Literal["auto"] | float | tuple[float, ...] = "auto"
+    target_accuracy: float | None = None
+    target_cost: float | None = None
+    shares: tuple[float, ...] | None = None
+    form: Literal["auto", "cond", "staged", "multi-output"] = "auto"
+    fit_steps: int = 200
+
+    def __post_init__(self) -> None:
+        given = [self.threshold != "auto", self.target_accuracy is not None, self.target_cost is not None]
+        if sum([*given, self.shares is not None]) > 1:
+            raise UsageError("threshold, target-accuracy, target-cost and shares exclude each other; give one of them")
+        if self.exits == ():
+            raise UsageError("exits=[] makes none; give exits=auto, numbers of blocks or names of nodes")
+        for name in ("target_accuracy", "target_cost"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UsageError(f"{name.replace('_', '-')}={value} must be over 0 and at most 1")
+        if self.shares is not None and (min(self.shares, default=0) < 0 or sum(self.shares) > 1):
+            raise UsageError(f"shares={list(self.shares)} must be 0 or more and add up to at most 1, the rest goes on")
+        if self.fit_steps < 0:
+            raise UsageError(f"fit-steps={self.fit_steps} must be 0 or more")
+
+    def requires(self, program: Program) -> str | None:
+        if program.state:
+            return f"it has state ({program.state[0].spec.name}), which a run that ends early would leave as it was"
+        return "it has exits already" if program.exits is not None else None
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        found = find_places(program, self.exits, needs_product=True)
+        if isinstance(found, str):
+            return PassResult(program, notes=(found,))
+        form, why = self._form(program)
+        learned = learn(program, [node.name for node in found.exits], context, self.fit_steps)
+        policy = Policy(self.policy)
+        outcomes = learned.choosing.outcomes(policy)
+        chosen = self._exits(outcomes, learned, context)
+        point = self._choose(outcomes.of(chosen), learned.whole.costs(chosen))
+        products, places = learned.heads.products(), [learned.heads.places[index] for index in chosen]
+        exits = {name: products[name] for name in places}
+        policy = replace(policy, thresholds=point.thresholds)
+        result = with_exits(program, context, exits, policy, form, point.shares)
+        declined = tuple(Declined(self.name, node.name, reason) for node, reason in found.refused)
+        if result.program is program:
+            return replace(result, declined=(*declined, *result.declined))
+        judged = learned.held_out.outcomes(policy).of(chosen)
+        costs = learned.whole.costs(chosen)
+        return replace(
+            result,
+            declined=(*declined, *result.declined),
+            notes=(*learned.notes, *why, *account(places, judged, costs, point)),
+            trade_offs=trade_offs(judged, costs, point, self.policy),
+        )
+
+    def _form(self, program: Program) -> tuple[Form, tuple[str, ...]]:
+        """The form, and why, where it is chosen here: `staged` where the number of samples may change."""
+        rows = program.outputs[0].shape[0] if program.outputs[0].shape else 0
+        if self.form == "staged" and not isinstance(rows, str):
+            raise UsageError(
+                f"form=staged takes samples out between stages, but the program takes {rows} at a time; "
+                "capture it with a dynamic first axis, or give form=cond"
+            )
+        if self.form != "auto":
+            return self.form, ()
+        if isinstance(rows, str):
+            return "staged", ("form=staged, as the number of samples may change: each leaves on its own",)
+        alone = "is" if rows == 1 else "would leave together"
+        return "cond", (f"form=cond, as {'one sample' if rows == 1 else f'{rows} samples'} {alone} all there is",)
+
+    def _exits(self, outcomes: Outcomes, learned: Learned, context: PassContext) -> list[int]:
+        """Which of the places: all that were named; else those that save most, one after another."""
+        places = range(len(learned.heads.places))
+        if self.exits != "auto":
+            return list(places)
+        chosen: list[int] = []
+        best = 1.0
+        while len(chosen) < MOST_EXITS:
+            tries = {}
+            for index in set(places) - set(chosen):
+                some = sorted((*chosen, index))
+                tries[index] = self._aim(outcomes.of(some), learned.whole.costs(some))
+            if not tries:
+                break
+            index = min(tries, key=lambda index: tries[index])
+            if chosen and tries[index] > best - LEAST_GAIN:
+                break
+            best = tries[index]
+            chosen = sorted((*chosen, index))
+        return chosen
+
+    def _aim(self, outcomes: Outcomes, costs: Sequence[float]) -> float:
+        """What is made small by the choice of places: the cost at the aimed-at quality, or what is lost of quality."""
+        point = self._choose(outcomes, costs)
+        lost = choosing.judge(outcomes, costs, [2.0] * (len(costs) - 1)).quality - point.quality
+        return lost if self.target_cost is not None or self.shares is not None else point.cost
+
+    def _choose(self, outcomes: Outcomes, costs: Sequence[float]) -> Point:
+        """Thresholds as the options have them, and what they come to."""
+        count = len(costs) - 1
+        if self.target_cost is not None:
+            return choosing.for_cost(outcomes, costs, self.target_cost)
+        if self.shares is not None:
+            return choosing.for_shares(outcomes, costs, _of_each("shares", self.shares, count))
+        if self.threshold == "auto":
+            whole = float(outcomes.quality[:, -1].mean())
+            target = whole - LOSS if self.target_accuracy is None else self.target_accuracy
+            return choosing.for_quality(outcomes, costs, target)
+        limits = (self.threshold,) * count if isinstance(self.threshold, float) else self.threshold
+        return choosing.judge(outcomes, costs, _of_each("threshold", limits, count))
+
+
+def _of_each(option: str, values: Sequence[float], count: int) -> Sequence[float]:
+    if len(values) != count:
+        raise UsageError(f"{option}={list(values)} has {len(values)} numbers for {count} exits; name the exits too")
+    return values

@@ -1,0 +1,95 @@
+"""What heads learn, and what they then make of samples that they did not learn from.
+
+The data to learn from has two parts: the first four fifths are fitted on, the last fifth is what thresholds and places
+are chosen by. The data held out from the pass is only judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from graphopt.contract import PassContext
+from graphopt.data.dataset import Sample
+from graphopt.errors import UsageError
+from graphopt.passes.early_exit.candidates import Heads, Whole, build_heads, fit_heads, record
+from graphopt.passes.early_exit.decisions import Policy, last_step
+from graphopt.passes.early_exit.thresholds import Outcomes
+from graphopt.program import Program
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits of every exit [samples, classes], those of the end, and the classes, or None without labels."""
+
+    exits: tuple[Tensor, ...]
+    final: Tensor
+    label: Tensor | None
+
+    def outcomes(self, policy: Policy) -> Outcomes:
+        """How sure each exit is, and whether it is right: by labels, else where it says what the network does."""
+        classes = self.final.argmax(-1) if self.label is None else self.label
+        right = [logits.argmax(-1) == classes for logits in (*self.exits, self.final)]
+        return Outcomes(policy.confidences(self.exits), torch.stack(right, 1).double())
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Trained heads; their answers on samples to choose by and on those to judge by."""
+
+    whole: Whole
+    heads: Heads
+    choosing: Answers
+    held_out: Answers
+    notes: tuple[str, ...]
+
+
+def learn(program: Program, places: Sequence[str], context: PassContext, steps: int) -> Learned:
+    """Heads behind all of these nodes, trained for at most so many steps. Raises UsageError for too little data."""
+    data = context.data
+    if data is None:
+        raise UsageError("early-exit learns its heads and thresholds from data; give data and a metric")
+    if not len(data.held_out):
+        raise UsageError("early-exit is judged on held-out data; give at least two feeds")
+    whole, heads = build_heads(program, places)
+    parts = data.for_fitting()
+    labelled = by_labels(parts.fit, context)
+    notes: tuple[str, ...] = ()
+    if steps:
+        samples, finals = record(whole.program, heads, parts.fit)
+        if not labelled:
+            samples = [replace(sample, label=final) for sample, final in zip(samples, finals, strict=True)]
+        heads, note = fit_heads(heads, samples, context, steps)
+        notes = (note,)
+    choosing, held_out = (answers(whole, heads, part, labelled) for part in (parts.held_out, data.held_out))
+    return Learned(whole, heads, choosing, held_out, notes)
+
+
+def by_labels(samples: Iterable[Sample], context: PassContext) -> bool:
+    """Whether answers are judged by labels: whole numbers, and no metric that compares with the network itself."""
+    label = next(iter(samples)).label
+    compares = context.metric is not None and context.metric.compares
+    return label is not None and not label.is_floating_point() and not compares
+
+
+def answers(whole: Whole, heads: Heads, part: Iterable[Sample], labelled: bool) -> Answers:
+    """What the heads and the network say of these samples, at the last step where there are steps."""
+    samples, finals = record(whole.program, heads, part)
+    exits = [[last_step(item, item.dim()) for item in heads.logits(sample)] for sample in samples]
+    final = torch.cat([last_step(item, item.dim()) for item in finals])
+    joined = [torch.cat(column) for column in zip(*exits, strict=True)]
+    if not labelled:
+        return Answers(tuple(joined), final, None)
+    label = torch.cat([_last_label(sample.label, item) for sample, item in zip(samples, finals, strict=True)])
+    kept = label != IGNORED
+    return Answers(tuple(item[kept] for item in joined), final[kept], label[kept])
+
+
+def _last_label(label: Tensor | None, logits: Tensor) -> Tensor:
+    assert label is not None
+    return label.reshape(logits.shape[:-1])[:, -1] if logits.dim() == 3 else label.reshape(-1)
