@@ -45,7 +45,8 @@ def check_session(session: InferenceSession, entries: Mapping[str, Program]) -> 
             state = tuple(item.initial for item in program.state)
             for _ in range(_STEPS if state else 1):
                 feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, case.inputs, strict=True)}
-                results = [torch.from_numpy(array) for array in session.run(None, feed, entry=name)]
+                names = [spec.name for spec in program.outputs]
+                results = [torch.from_numpy(array) for array in session.run(names, feed, entry=name)]
                 outputs, following = program.step(case.inputs, state)
                 exact = run_float64(from_state(program, state), case.inputs)
                 for spec, result, eager, reference in zip(program.outputs, results, outputs, exact, strict=False):
