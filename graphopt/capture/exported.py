@@ -28,7 +28,7 @@ from graphopt.capture.source_line import is_user_file, location
 from graphopt.capture.table_bounds import limit_by_tables
 from graphopt.effects import draws_random
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
-from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
+from graphopt.program import Domain, Exits, Program, SizeRange, State, TensorSpec
 from graphopt.untrusted.limits import Limits
 from graphopt.untrusted.names import join, output_names
 
@@ -45,6 +45,7 @@ class Known:
     examples: Sequence[torch.Tensor] | None = None  # one for each tensor input
     name: str | None = None
     history: tuple[Mapping[str, Any], ...] = ()
+    exits: Exits | None = None
 
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
@@ -84,6 +85,7 @@ def assemble(flat: Flat, known: Known, *, name: str, limits: Limits) -> Program:
         symbols=symbols,
         name=name,
         history=known.history,
+        exits=known.exits,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from graphopt.capture.exits import describe_exits, read_exits
 from graphopt.capture.exported import Known, user_values
 from graphopt.errors import CaptureError
 from graphopt.program import Domain, Program, SizeRange
@@ -33,6 +34,7 @@ def describe(program: Program) -> dict[str, Any]:
         "outputs": [spec.name for spec in program.outputs],
         "sizes": {name: [bounds.low, bounds.high] for name, bounds in program.sizes.items()},
         "history": [dict(item) for item in program.history],
+        "exits": describe_exits(program.exits),
     }
 
 
@@ -46,6 +48,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
         outputs = [_text(name) for name in value["outputs"]]
         sizes = {_text(name): _bounds(low, high) for name, (low, high) in value["sizes"].items()}
         history = tuple(_record(item) for item in value.get("history", ()))
+        exits = read_exits(value.get("exits"), len(outputs))
         domains = {_text(entry["name"]): _domain(entry["domain"]) for entry in value["inputs"]}
         values = user_values(exported, inputs)
         symbols: dict[str, str] = {}
@@ -56,7 +59,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
     if len(outputs) != len(known.outputs or outputs):
         raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, which is not what its graph has")
     known = replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
-    return replace(known, name=name, history=history)
+    return replace(known, name=name, history=history, exits=exits)
 
 
 def _text(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import torch
 
 from graphopt.capture.lift import lift
-from graphopt.capture.onnx.metadata import write_provenance
+from graphopt.capture.onnx.metadata import write_exits, write_provenance
 from graphopt.capture.quiet import quiet
 from graphopt.capture.sidecar import SIDECAR, describe
 from graphopt.errors import UsageError, WriteError
@@ -118,6 +118,7 @@ def _onnx_model(program: Program) -> Any:
         reason = lines[-1].strip()[:200] if lines else type(error).__name__
         raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
     write_provenance(model, converted.exported_program.graph_module)
+    write_exits(model, program.exits)
     _merge_matrices(model.graph)
     _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)

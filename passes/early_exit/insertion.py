@@ -28,7 +28,8 @@ from graphopt.program import Program
 
 LOSS = 0.005  # of accuracy, where neither a threshold nor a target is given
 MOST_EXITS = 3
-LEAST_GAIN = 0.02  # of the network's work, for which one more exit is worth its kernels
+LEAST_GAIN = 0.001  # of the area under the curve of quality by cost, for which one more exit is worth its kernels
+POINTS = 200  # of that curve
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class EarlyExit(Pass):
         learned = learn(program, [node.name for node in found.exits], context, self.fit_steps)
         policy = Policy(self.policy)
         outcomes = learned.choosing.outcomes(policy)
-        chosen = self._exits(outcomes, learned, context)
+        chosen = self._exits(outcomes, learned)
         point = self._choose(outcomes.of(chosen), learned.whole.costs(chosen))
         products, places = learned.heads.products(), [learned.heads.places[index] for index in chosen]
         exits = {name: products[name] for name in places}
@@ -108,32 +109,24 @@ class EarlyExit(Pass):
         alone = "is" if rows == 1 else "would leave together"
         return "cond", (f"form=cond, as {'one sample' if rows == 1 else f'{rows} samples'} {alone} all there is",)
 
-    def _exits(self, outcomes: Outcomes, learned: Learned, context: PassContext) -> list[int]:
-        """Which of the places: all that were named; else those that save most, one after another."""
+    def _exits(self, outcomes: Outcomes, learned: Learned) -> list[int]:
+        """Which of the places: all that were named; else one after another, as long as the curve rises by it."""
         places = range(len(learned.heads.places))
         if self.exits != "auto":
             return list(places)
         chosen: list[int] = []
-        best = 1.0
-        while len(chosen) < MOST_EXITS:
-            tries = {}
+        best = 0.0
+        while len(chosen) < min(MOST_EXITS, len(places)):
+            areas = {}
             for index in set(places) - set(chosen):
                 some = sorted((*chosen, index))
-                tries[index] = self._aim(outcomes.of(some), learned.whole.costs(some))
-            if not tries:
+                areas[index] = choosing.area(choosing.curve(outcomes.of(some), learned.whole.costs(some), POINTS))
+            index = max(areas, key=lambda index: (areas[index], -index))
+            if areas[index] < best + LEAST_GAIN:
                 break
-            index = min(tries, key=lambda index: tries[index])
-            if chosen and tries[index] > best - LEAST_GAIN:
-                break
-            best = tries[index]
+            best = areas[index]
             chosen = sorted((*chosen, index))
         return chosen
-
-    def _aim(self, outcomes: Outcomes, costs: Sequence[float]) -> float:
-        """What is made small by the choice of places: the cost at the aimed-at quality, or what is lost of quality."""
-        point = self._choose(outcomes, costs)
-        lost = choosing.judge(outcomes, costs, [2.0] * (len(costs) - 1)).quality - point.quality
-        return lost if self.target_cost is not None or self.shares is not None else point.cost
 
     def _choose(self, outcomes: Outcomes, costs: Sequence[float]) -> Point:
         """Thresholds as the options have them, and what they come to."""

@@ -68,6 +68,16 @@ def curve(outcomes: Outcomes, costs: Sequence[float], most: int = MOST) -> list[
     return [judge(outcomes, costs, [limit] * exits) for limit in (2.0, *between.flip(0).tolist(), 0.0)]
 
 
+def area(points: Sequence[Point]) -> float:
+    """The best quality to be had at each mean cost, averaged over costs from nothing to the whole network's."""
+    total = best = reached = 0.0
+    for point in sorted(points, key=lambda point: point.cost):
+        at = min(point.cost, 1.0)
+        total += best * (at - reached)
+        best, reached = max(best, point.quality), at
+    return total + best * (1 - reached)
+
+
 def for_quality(outcomes: Outcomes, costs: Sequence[float], target: float) -> Point:
     """The cheapest of the curve whose quality is at least `target` by a standard error; the best where none is."""
     points = curve(outcomes, costs)

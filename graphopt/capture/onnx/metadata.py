@@ -1,7 +1,8 @@
 """What an `.onnx` file says of where its nodes come from: written as metadata, read back as provenance.
 
 A node that a rule made carries `graphopt.rule` and `graphopt.from` (a JSON list of the original nodes), any node of a
-module its path as `graphopt.module`; `graphopt.rules` of the model counts the nodes of each rule. What torch's exporter
+module its path as `graphopt.module`; `graphopt.rules` of the model counts the nodes of each rule, and `graphopt.exits`
+says of early exits which outputs tell of them, the policy and its thresholds. What torch's exporter
 notes is dropped: it holds lines and paths of the machine that exported.
 """
 
@@ -11,15 +12,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 import graphopt
+from graphopt.capture.exits import describe_exits, read_exits
 from graphopt.capture.onnx.reading import all_graphs, all_nodes
-from graphopt.program import provenance
+from graphopt.program import Exits, provenance
 
 RULE, FROM, MODULE, RULES = "graphopt.rule", "graphopt.from", "graphopt.module", "graphopt.rules"
+EXITS = "graphopt.exits"
 _EXPORTED_FROM = "pkg.torch.onnx.fx_node"
 
 
@@ -58,6 +62,24 @@ def read_provenance(node: Any) -> dict[str, Any] | None:
     if not isinstance(origins, list) or not all(isinstance(name, str) for name in origins):
         return None
     return {"rule": noted[RULE], "from": origins}
+
+
+def write_exits(model: Any, exits: Exits | None) -> None:
+    """Say of a model with exits how they are taken."""
+    if exits is not None:
+        model.metadata_props.add(key=EXITS, value=json.dumps(describe_exits(exits)))
+
+
+def exits_of(model: Any) -> Exits | None:
+    """What `write_exits` wrote. In a file conditions have no other form than If, so `staged` is read as `cond`."""
+    for entry in model.metadata_props:
+        if entry.key == EXITS:
+            try:
+                exits = read_exits(json.loads(entry.value), len(model.graph.output))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return None
+            return replace(exits, form="cond") if exits is not None and exits.form == "staged" else exits
+    return None
 
 
 def _described(source: Node) -> Mapping[str, str]:

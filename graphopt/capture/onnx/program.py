@@ -17,6 +17,7 @@ from graphopt.capture.least_sizes import raise_least_sizes
 from graphopt.capture.normal_form import Flat, remove_dead
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.importer import Importer, refuse_unknown, repeated
+from graphopt.capture.onnx.metadata import exits_of
 from graphopt.capture.onnx.reading import opset_of, read_model
 from graphopt.capture.onnx.sizes import (
     Input,
@@ -65,7 +66,7 @@ def from_onnx(
             failures.append(error)
     else:
         raise failures[0]
-    known = _known(symbols, examples, dynamic_shapes, fakes)
+    known = replace(_known(symbols, examples, dynamic_shapes, fakes), exits=exits_of(model))
     program = assemble(flat, known, name=name, limits=limits)
     return raise_least_sizes(raised(_with_examples(program, known, hints, limits)), {})
 
