@@ -52,7 +52,6 @@ def split_stages(program: Program) -> tuple[Program, ...]:
     bound: dict[Node, Bound | str] = {
         node: Bound(spec.name, False) for node, spec in zip(placeholders, program.inputs, strict=True)
     }
-    cutter = _Cutter(program)
     stages = []
     values = {spec.name: value for spec, value in zip(program.inputs, program.examples, strict=True)}
     for stage in _Cutter(program).cut(Level(program.graph_module, bound)):

@@ -246,7 +246,8 @@ def _entry(data: Any) -> Entry:
     sizes = _mapping(data["sizes"], _bounds)
     exits, rows = (None if data.get(name) is None else _string(data[name]) for name in ("exits", "rows"))
     stages = _list(data.get("stages", []), _string)
-    return Entry(_tensors(data["inputs"]), _tensors(data["outputs"]), _tensors(data["state"]), sizes, exits, stages, rows)
+    inputs, outputs, state = (_tensors(data[name]) for name in ("inputs", "outputs", "state"))
+    return Entry(inputs, outputs, state, sizes, exits, stages, rows)
 
 
 def _scalar(value: Any) -> bool | int | float | str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.runtime.manifest import Entry, TensorInfo
+from graphopt.runtime.manifest import Entry
 from graphopt.runtime.sizes import parse_size
 from graphopt.runtime.tensors import as_array, to_device
 

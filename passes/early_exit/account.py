@@ -26,8 +26,8 @@ def account(places: Sequence[str], judged: Outcomes, costs: Sequence[float], cho
     whole = float(judged.quality[:, -1].mean())
     notes.append(f"to the end: {found.shares[-1]:.1%} of held-out samples, at {costs[-1]:.1%}")
     notes.append(
-        f"on held-out data {found.quality:.2%} right at {found.cost:.1%} of the multiply-accumulates, the whole network "
-        f"{whole:.2%}; where thresholds were chosen {chosen.quality:.2%} at {chosen.cost:.1%}"
+        f"on held-out data {found.quality:.2%} right at {found.cost:.1%} of the multiply-accumulates, the whole "
+        f"network {whole:.2%}; where thresholds were chosen {chosen.quality:.2%} at {chosen.cost:.1%}"
     )
     return tuple(notes)
 

@@ -41,7 +41,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads alone: from what they read of the network to their first outputs, one a place.
+    """The heads alone: from what they read of the network to their first outputs, one a place, before any others.
 
     `weights` names the attributes of each place's own product.
     """
@@ -53,7 +53,7 @@ class Heads:
     def logits(self, sample: Sample) -> tuple[Tensor, ...]:
         """What each head gives for what was recorded."""
         with torch.no_grad():
-            return tuple(self.program.graph_module(*sample.inputs))
+            return tuple(self.program.graph_module(*sample.inputs))[: len(self.places)]
 
     def products(self) -> dict[str, Product]:
         """The own product of each place."""
@@ -103,7 +103,7 @@ def build_heads(program: Program, chosen: Sequence[str]) -> tuple[Whole, Heads]:
     return whole, Heads(alone, names, tuple(item.weights for item in copied))
 
 
-def record(program: Program, heads: Heads, samples: Iterable[Sample]) -> tuple[list[Sample], list[Tensor]]:
+def record(program: Program, heads: Heads, samples: Iterable[Sample]) -> tuple[tuple[Sample, ...], tuple[Tensor, ...]]:
     """For every sample what the heads read of `program`, under its label, and the network's first output."""
     names = [spec.name for spec in heads.program.inputs]
     found, finals = [], []
@@ -118,7 +118,7 @@ def record(program: Program, heads: Heads, samples: Iterable[Sample]) -> tuple[l
             results = ProgramInterpreter(program.graph_module, see=see).run(*sample.inputs)
         found.append(Sample(tuple(values[name] for name in names), sample.label))
         finals.append(results[0])
-    return found, finals
+    return tuple(found), tuple(finals)
 
 
 def fit_heads(heads: Heads, samples: Sequence[Sample], context: PassContext, steps: int) -> tuple[Heads, str]:

@@ -11,29 +11,74 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.edit import Builder
-from graphopt.passes.early_exit.policies import CONFIDENCES
+from graphopt.passes.early_exit.policies import CONFIDENCES, TINY, features
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A learned gate: sigmoid(weight [1, 4] features + bias [1])."""
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+
+
+@dataclass(frozen=True)
 class Policy:
-    """How sure an exit is of its answer, and from where on it is taken."""
+    """How sure an exit is of its answer, and from where on it is taken; `gates` are those of the policy "gate"."""
 
     name: str
     thresholds: tuple[float, ...] = ()
+    gates: tuple[Gate, ...] = ()
 
-    def decide(self, builder: Builder, logits: Node, number: int) -> tuple[Node, Node]:
-        """The confidence and whether exit `number` is taken, both [samples]; logits [samples, (steps,) classes]."""
-        confidence = self._confidence(builder.proxy_of(logits), logits.meta["val"]).node
-        return confidence, builder.call(aten.ge.Scalar, confidence, self.thresholds[number])
+    def decide(self, builder: Builder, logits: Node, number: int, memory: Memory) -> tuple[Node, Node]:
+        """The confidence and whether exit `number` is taken, both [samples]; logits [samples, (steps,) classes].
+
+        `memory` is handed from exit to exit.
+        """
+        if memory.spent is not None:
+            memory.spent = builder.proxy_of(memory.spent.node)
+        found = self._confidence(builder.proxy_of(logits), logits.meta["val"], number, memory)
+        return found.node, builder.call(aten.ge.Scalar, found.node, self.thresholds[number])
 
     def confidences(self, logits: Sequence[Tensor]) -> Tensor:
         """[samples, exits] of the logits of each exit."""
-        return torch.stack([self._confidence(item, item) for item in logits], 1)
+        memory = Memory()
+        with torch.no_grad():
+            return torch.stack([self._confidence(x, x, number, memory) for number, x in enumerate(logits)], 1)
 
-    def _confidence(self, logits: Any, value: Tensor) -> Any:
-        return CONFIDENCES[self.name](last_step(logits, value.dim()), int(value.shape[-1]))
+    def _confidence(self, logits: Any, value: Tensor, number: int, memory: Memory) -> Any:
+        last = last_step(logits, value.dim())
+        if self.name != "gate":
+            return CONFIDENCES[self.name](last, int(value.shape[-1]))
+        gate = self.gates[number]
+        return memory.conditional(opened(features(last), gate.weight, gate.bias))
+
+
+class Memory:
+    """What gates so far have given away of every sample, between 0 and 1 (JEI-DNN, equation 4).
+
+    Exit l is taken with probability P(l) = max(0, min(g(l), 1 - g(1) - ... - g(l - 1))), which leaves
+    1 - min(1, g(1) + ... + g(l)) for what comes after it.
+    """
+
+    def __init__(self) -> None:
+        self.spent: Any = None
+
+    def conditional(self, gate: Any) -> Any:
+        """The probability of this exit for a sample that has come to it."""
+        if self.spent is None:
+            self.spent = gate
+            return gate
+        left = aten.clamp_min.default(aten.rsub.Scalar(self.spent, 1), TINY)
+        self.spent = aten.add.Tensor(self.spent, gate)
+        return aten.clamp.default(aten.div.Tensor(aten.minimum.default(gate, left), left), 0, 1)
+
+
+def opened(values: Any, weight: Any, bias: Any) -> Any:
+    """[samples], from 0 to 1, of features [samples, 4]."""
+    return aten.sigmoid.default(aten.squeeze.dim(aten.linear.default(values, weight, bias), -1))
 
 
 def last_step(values: Any, rank: int) -> Any:

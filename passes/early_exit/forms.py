@@ -25,7 +25,7 @@ from graphopt.contract import PassContext, PassResult
 from graphopt.edit import Builder, Edit
 from graphopt.nesting import Stop, nested
 from graphopt.passes.early_exit.candidates import RULE
-from graphopt.passes.early_exit.decisions import Policy
+from graphopt.passes.early_exit.decisions import Memory, Policy
 from graphopt.passes.early_exit.heads import Product, copy_head
 from graphopt.passes.early_exit.places import Places, Work, find_places
 from graphopt.program import Exits, Program, TensorSpec
@@ -55,7 +55,9 @@ class Chooser:
 
     def add(self, builder: Builder, outputs: Sequence[Node], number: int, decided: tuple[Node, Node]) -> Taken:
         confidence, taken = decided
-        done = taken if self.single or self.last is None else builder.call(aten.logical_or.default, self.last.done, taken)
+        done = taken
+        if self.last is not None and not self.single:
+            done = builder.call(aten.logical_or.default, self.last.done, taken)
         answers, index = self.choose(builder, outputs, number, taken)
         self.last = Taken(tuple(outputs), confidence, done, answers, index)
         return self.last
@@ -97,10 +99,10 @@ def with_exits(
     (editor,) = [item for item in edit.graphs() if not item.path]
     places = find_places(edit.program, tuple(exits), needs_product=True)
     assert isinstance(places, Places)
-    allowed = []
-    for place in places.exits:
+    allowed = {}
+    for number, place in enumerate(places.exits):
         if context.allow(f"{RULE}@{place.name}"):
-            allowed.append(place)
+            allowed[place] = number
         else:
             editor.decline(RULE, place, "its id was refused")
     (output,) = editor.graph.find_nodes(op="output")
@@ -109,13 +111,14 @@ def with_exits(
     chooser = Chooser(single)
     taken: list[Taken] = []
     final: list[Node] = []
+    memory = Memory()
     for number, place in enumerate(allowed):
 
         def build(builder: Builder, number: int = number, place: Node = place) -> list[Node]:
             copied = copy_head(builder, places.head, results, place, exits[place.name])
-            decided = policy.decide(builder, copied.outputs[0], number)
+            decided = policy.decide(builder, copied.outputs[0], allowed[place], memory)
             taken.append(chooser.add(builder, copied.outputs, number, decided))
-            if place is allowed[-1]:
+            if len(taken) == len(allowed):
                 answers, index = chooser.choose(builder, results, number + 1, decided[1])
                 final.extend((*answers, index))
             return [taken[-1].done]
@@ -129,9 +132,10 @@ def with_exits(
     output.args = (tuple(final),)
     work = Work(edit.program)
     ends = [*({item.done, *item.answers} for item in taken), set(final)]
-    exits_ = Exits(form, policy.name, policy.thresholds, len(results), work.of_parts(ends), tuple(shares))
+    limits = tuple(policy.thresholds[number] for number in allowed.values())
+    told = Exits(form, policy.name, limits, len(results), work.of_parts(ends), tuple(shares))
     result = edit.finish()
-    flat = replace(result.program, outputs=_specs(program, final, len(taken), form), exits=exits_)
+    flat = replace(result.program, outputs=_specs(program, final, len(taken), form), exits=told)
     if form != "multi-output":
         stops = [Stop(item.done, (*item.answers, item.exit)) for item in taken]
         flat = replace(flat, graph_module=nested(flat, stops, RULE))

@@ -71,4 +71,3 @@ def copy_head(builder: Builder, head: Head, results: Sequence[Node], place: Node
             values[node] = builder.repeat(node, values)
     weights = tuple(str(node.target) for node in own.values())
     return Copied(tuple(values[result] for result in results), feature, weights)
-

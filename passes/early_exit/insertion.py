@@ -21,6 +21,7 @@ from graphopt.passes.early_exit import thresholds as choosing
 from graphopt.passes.early_exit.account import account, trade_offs
 from graphopt.passes.early_exit.decisions import Policy
 from graphopt.passes.early_exit.forms import Form, with_exits
+from graphopt.passes.early_exit.gate import learn_gates
 from graphopt.passes.early_exit.learning import Learned, learn
 from graphopt.passes.early_exit.places import find_places
 from graphopt.passes.early_exit.thresholds import Outcomes, Point
@@ -60,6 +61,8 @@ class EarlyExit(Pass):
                 raise UsageError(f"{name.replace('_', '-')}={value} must be over 0 and at most 1")
         if self.shares is not None and (min(self.shares, default=0) < 0 or sum(self.shares) > 1):
             raise UsageError(f"shares={list(self.shares)} must be 0 or more and add up to at most 1, the rest goes on")
+        if self.policy == "gate" and not self.fit_steps:
+            raise UsageError("policy=gate learns its gates, but fit-steps=0; give steps, or another policy")
         if self.fit_steps < 0:
             raise UsageError(f"fit-steps={self.fit_steps} must be 0 or more")
 
@@ -74,10 +77,12 @@ class EarlyExit(Pass):
             return PassResult(program, notes=(found,))
         form, why = self._form(program)
         learned = learn(program, [node.name for node in found.exits], context, self.fit_steps)
-        policy = Policy(self.policy)
-        outcomes = learned.choosing.outcomes(policy)
-        chosen = self._exits(outcomes, learned)
-        point = self._choose(outcomes.of(chosen), learned.whole.costs(chosen))
+        policy = Policy("pmax" if self.policy == "gate" else self.policy)
+        chosen = self._exits(learned.choosing.answers(learned.heads).outcomes(policy), learned)
+        costs = learned.whole.costs(chosen)
+        if self.policy == "gate":
+            learned, policy = learn_gates(learned, chosen, costs, context, self.fit_steps)
+        point = self._choose(learned.choosing.answers(learned.heads).of(chosen).outcomes(policy), costs)
         products, places = learned.heads.products(), [learned.heads.places[index] for index in chosen]
         exits = {name: products[name] for name in places}
         policy = replace(policy, thresholds=point.thresholds)
@@ -85,8 +90,7 @@ class EarlyExit(Pass):
         declined = tuple(Declined(self.name, node.name, reason) for node, reason in found.refused)
         if result.program is program:
             return replace(result, declined=(*declined, *result.declined))
-        judged = learned.held_out.outcomes(policy).of(chosen)
-        costs = learned.whole.costs(chosen)
+        judged = learned.held_out.answers(learned.heads).of(chosen).outcomes(policy)
         return replace(
             result,
             declined=(*declined, *result.declined),

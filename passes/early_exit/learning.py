@@ -31,6 +31,10 @@ class Answers:
     final: Tensor
     label: Tensor | None
 
+    def of(self, columns: Sequence[int]) -> Answers:
+        """Of these exits only."""
+        return replace(self, exits=tuple(self.exits[index] for index in columns))
+
     def outcomes(self, policy: Policy) -> Outcomes:
         """How sure each exit is, and whether it is right: by labels, else where it says what the network does."""
         classes = self.final.argmax(-1) if self.label is None else self.label
@@ -39,14 +43,42 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """What heads read of the network for some samples, under their labels, and the network's first output for each."""
+
+    samples: tuple[Sample, ...]
+    finals: tuple[Tensor, ...]
+    labelled: bool
+
+    def taught(self) -> tuple[Sample, ...]:
+        """The samples under what heads are to learn: their classes, or else the network's own logits."""
+        if self.labelled:
+            return self.samples
+        return tuple(replace(sample, label=final) for sample, final in zip(self.samples, self.finals, strict=True))
+
+    def answers(self, heads: Heads) -> Answers:
+        """What these heads and the network say, at the last step where there are steps; -100 is no class."""
+        exits = [[last_step(item, item.dim()) for item in heads.logits(sample)] for sample in self.samples]
+        final = torch.cat([last_step(item, item.dim()) for item in self.finals])
+        joined = [torch.cat(column) for column in zip(*exits, strict=True)]
+        if not self.labelled:
+            return Answers(tuple(joined), final, None)
+        pairs = zip(self.samples, self.finals, strict=True)
+        label = torch.cat([last_label(sample.label, item) for sample, item in pairs])
+        kept = label != IGNORED
+        return Answers(tuple(item[kept] for item in joined), final[kept], label[kept])
+
+
+@dataclass(frozen=True)
 class Learned:
-    """Trained heads; their answers on samples to choose by and on those to judge by."""
+    """Heads that were trained on `fitting`; samples to choose by, and those that are only judged."""
 
     whole: Whole
     heads: Heads
-    choosing: Answers
-    held_out: Answers
-    notes: tuple[str, ...]
+    fitting: Recording
+    choosing: Recording
+    held_out: Recording
+    notes: tuple[str, ...] = ()
 
 
 def learn(program: Program, places: Sequence[str], context: PassContext, steps: int) -> Learned:
@@ -59,15 +91,14 @@ def learn(program: Program, places: Sequence[str], context: PassContext, steps: 
     whole, heads = build_heads(program, places)
     parts = data.for_fitting()
     labelled = by_labels(parts.fit, context)
-    notes: tuple[str, ...] = ()
-    if steps:
-        samples, finals = record(whole.program, heads, parts.fit)
-        if not labelled:
-            samples = [replace(sample, label=final) for sample, final in zip(samples, finals, strict=True)]
-        heads, note = fit_heads(heads, samples, context, steps)
-        notes = (note,)
-    choosing, held_out = (answers(whole, heads, part, labelled) for part in (parts.held_out, data.held_out))
-    return Learned(whole, heads, choosing, held_out, notes)
+    found = [
+        Recording(*record(whole.program, heads, part), labelled) for part in (parts.fit, parts.held_out, data.held_out)
+    ]
+    learned = Learned(whole, heads, *found)
+    if not steps:
+        return learned
+    heads, note = fit_heads(heads, learned.fitting.taught(), context, steps)
+    return replace(learned, heads=heads, notes=(note,))
 
 
 def by_labels(samples: Iterable[Sample], context: PassContext) -> bool:
@@ -77,19 +108,7 @@ def by_labels(samples: Iterable[Sample], context: PassContext) -> bool:
     return label is not None and not label.is_floating_point() and not compares
 
 
-def answers(whole: Whole, heads: Heads, part: Iterable[Sample], labelled: bool) -> Answers:
-    """What the heads and the network say of these samples, at the last step where there are steps."""
-    samples, finals = record(whole.program, heads, part)
-    exits = [[last_step(item, item.dim()) for item in heads.logits(sample)] for sample in samples]
-    final = torch.cat([last_step(item, item.dim()) for item in finals])
-    joined = [torch.cat(column) for column in zip(*exits, strict=True)]
-    if not labelled:
-        return Answers(tuple(joined), final, None)
-    label = torch.cat([_last_label(sample.label, item) for sample, item in zip(samples, finals, strict=True)])
-    kept = label != IGNORED
-    return Answers(tuple(item[kept] for item in joined), final[kept], label[kept])
-
-
-def _last_label(label: Tensor | None, logits: Tensor) -> Tensor:
+def last_label(label: Tensor | None, logits: Tensor) -> Tensor:
+    """The class of every sample, at the last step where there are steps."""
     assert label is not None
     return label.reshape(logits.shape[:-1])[:, -1] if logits.dim() == 3 else label.reshape(-1)
