@@ -15,7 +15,7 @@ def account(places: Sequence[str], judged: Outcomes, costs: Sequence[float], cho
     found = judge(judged, costs, chosen.thresholds)
     notes = []
     for number, name in enumerate(places):
-        right = judged.quality[:, number] == 1
+        right = judged.quality[:, number] >= judged.right
         auroc = separation(judged.confidence[:, number], right)
         told = "all answers are alike" if auroc is None else f"AUROC {auroc:.3f} of its being right"
         notes.append(
@@ -25,9 +25,10 @@ def account(places: Sequence[str], judged: Outcomes, costs: Sequence[float], cho
         )
     whole = float(judged.quality[:, -1].mean())
     notes.append(f"to the end: {found.shares[-1]:.1%} of held-out samples, at {costs[-1]:.1%}")
+    kind = "right" if judged.right == 1 else "alike"
     notes.append(
-        f"on held-out data {found.quality:.2%} right at {found.cost:.1%} of the multiply-accumulates, the whole "
-        f"network {whole:.2%}; where thresholds were chosen {chosen.quality:.2%} at {chosen.cost:.1%}"
+        f"on held-out data {found.quality:.2%} {kind} at {found.cost:.1%} of the multiply-accumulates, the "
+        f"whole network {whole:.2%}; where thresholds were chosen {chosen.quality:.2%} at {chosen.cost:.1%}"
     )
     return tuple(notes)
 

@@ -17,7 +17,7 @@ from graphopt.data.dataset import Dataset, Sample, View
 from graphopt.edit import Builder, Edit
 from graphopt.extract import extract
 from graphopt.fit import fit
-from graphopt.fitting.losses import Outputs
+from graphopt.fitting.losses import Outputs, TaskLoss
 from graphopt.fitting.options import FitOptions
 from graphopt.interpreter import ProgramInterpreter
 from graphopt.passes.early_exit.heads import Copied, Product, copy_head, final_product
@@ -80,11 +80,11 @@ class Whole:
         return tuple(macs / network for macs in work.of_parts([*(self.outputs[index] for index in chosen), final]))
 
 
-def build_heads(program: Program, chosen: Sequence[str]) -> tuple[Whole, Heads]:
+def build_heads(program: Program, chosen: Sequence[str], needs_product: bool) -> tuple[Whole, Heads]:
     """The program with a head behind each of these nodes, and the heads alone."""
     edit = Edit(program, PassContext(), RULE)
     (editor,) = [item for item in edit.graphs() if not item.path]
-    places = find_places(edit.program, tuple(chosen), needs_product=True)
+    places = find_places(edit.program, tuple(chosen), needs_product)
     assert isinstance(places, Places)
     (output,) = editor.graph.find_nodes(op="output")
     results: tuple[Node, ...] = tuple(output.args[0])
@@ -121,11 +121,13 @@ def record(program: Program, heads: Heads, samples: Iterable[Sample]) -> tuple[t
     return tuple(found), tuple(finals)
 
 
-def fit_heads(heads: Heads, samples: Sequence[Sample], context: PassContext, steps: int) -> tuple[Heads, str]:
+def fit_heads(
+    heads: Heads, samples: Sequence[Sample], loss: TaskLoss, context: PassContext, steps: int
+) -> tuple[Heads, str]:
     """The heads with their own products trained for at most so many steps, and what came of it.
 
-    The label of each sample is of whole numbers, classes, or the network's own logits. A fifth of the samples decides
-    which step was the best. Raises UsageError where there are too few.
+    The label of each sample is of whole numbers, classes, or what the network itself gives. A fifth of the samples
+    decides which step was the best. Raises UsageError where there are too few.
     """
     source = Recorded(tuple(samples))
     data = Dataset(View(source, 0, len(samples)), View(source, 0, 0), labelled=True).for_fitting()
@@ -139,7 +141,7 @@ def fit_heads(heads: Heads, samples: Sequence[Sample], context: PassContext, ste
         seed=context.seed,
     )
     names = [name for group in heads.weights for name in group]
-    found = fit(heads.program, data, train=names, loss=loss_of_all, options=options)
+    found = fit(heads.program, data, train=names, loss=loss, options=options)
     before, after = found.history[0].held_out, min(item.held_out for item in found.history)
     note = f"fitting took the loss of the heads on data held out of it from {before:.4g} to {after:.4g}"
     return replace(heads, program=found.program), note
@@ -149,6 +151,13 @@ def loss_of_all(outputs: Outputs, label: Tensor | None) -> Tensor:
     """The sum over exits of the cross entropy of logits along the last axis."""
     assert label is not None
     return torch.stack([loss_of(logits, label).mean() for logits in outputs]).sum()
+
+
+def distance_of_all(outputs: Outputs, label: Tensor | None) -> Tensor:
+    """The sum over exits of 1 - cosine of embeddings [samples, width] and those of the label."""
+    assert label is not None
+    cosines = [torch.nn.functional.cosine_similarity(item, label.detach(), dim=-1).mean() for item in outputs]
+    return len(outputs) - torch.stack(cosines).sum()
 
 
 def loss_of(logits: Tensor, label: Tensor) -> Tensor:

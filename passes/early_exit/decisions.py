@@ -37,8 +37,8 @@ class Policy:
 
         `memory` is handed from exit to exit.
         """
-        if memory.spent is not None:
-            memory.spent = builder.proxy_of(memory.spent.node)
+        if memory.kept is not None:
+            memory.kept = builder.proxy_of(memory.kept.node)
         found = self._confidence(builder.proxy_of(logits), logits.meta["val"], number, memory)
         return found.node, builder.call(aten.ge.Scalar, found.node, self.thresholds[number])
 
@@ -49,6 +49,8 @@ class Policy:
             return torch.stack([self._confidence(x, x, number, memory) for number, x in enumerate(logits)], 1)
 
     def _confidence(self, logits: Any, value: Tensor, number: int, memory: Memory) -> Any:
+        if self.name == "cosine":
+            return memory.stillness(logits)
         last = last_step(logits, value.dim())
         if self.name != "gate":
             return CONFIDENCES[self.name](last, int(value.shape[-1]))
@@ -57,23 +59,36 @@ class Policy:
 
 
 class Memory:
-    """What gates so far have given away of every sample, between 0 and 1 (JEI-DNN, equation 4).
-
-    Exit l is taken with probability P(l) = max(0, min(g(l), 1 - g(1) - ... - g(l - 1))), which leaves
-    1 - min(1, g(1) + ... + g(l)) for what comes after it.
-    """
+    """What is handed from exit to exit: what gates have spent of every sample, or the last embedding."""
 
     def __init__(self) -> None:
-        self.spent: Any = None
+        self.kept: Any = None
+
+    def stillness(self, embedding: Any) -> Any:
+        """The cosine [samples] of this embedding [samples, width] and the one before it; 0 at the first exit."""
+        before, self.kept = self.kept, embedding
+        if before is None:
+            return aten.mul.Tensor(aten.select.int(embedding, -1, 0), 0.0)
+        squares = aten.mul.Tensor(_along(embedding, embedding), _along(before, before))
+        cosine = aten.div.Tensor(_along(embedding, before), aten.sqrt.default(aten.clamp_min.default(squares, TINY)))
+        return aten.clamp.default(cosine, 0, 1)
 
     def conditional(self, gate: Any) -> Any:
-        """The probability of this exit for a sample that has come to it."""
-        if self.spent is None:
-            self.spent = gate
+        """The probability of this exit for a sample that has come to it (JEI-DNN, equation 4).
+
+        Exit l is taken with probability P(l) = max(0, min(g(l), 1 - g(1) - ... - g(l - 1))), which leaves
+        1 - min(1, g(1) + ... + g(l)) for what comes after it.
+        """
+        if self.kept is None:
+            self.kept = gate
             return gate
-        left = aten.clamp_min.default(aten.rsub.Scalar(self.spent, 1), TINY)
-        self.spent = aten.add.Tensor(self.spent, gate)
+        left = aten.clamp_min.default(aten.rsub.Scalar(self.kept, 1), TINY)
+        self.kept = aten.add.Tensor(self.kept, gate)
         return aten.clamp.default(aten.div.Tensor(aten.minimum.default(gate, left), left), 0, 1)
+
+
+def _along(left: Any, right: Any) -> Any:
+    return aten.sum.dim_IntList(aten.mul.Tensor(left, right), [-1])
 
 
 def opened(values: Any, weight: Any, bias: Any) -> Any:

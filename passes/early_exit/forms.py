@@ -97,7 +97,7 @@ def with_exits(
     """
     edit = Edit(program, context, RULE)
     (editor,) = [item for item in edit.graphs() if not item.path]
-    places = find_places(edit.program, tuple(exits), needs_product=True)
+    places = find_places(edit.program, tuple(exits), needs_product=policy.name != "cosine")
     assert isinstance(places, Places)
     allowed = {}
     for number, place in enumerate(places.exits):

@@ -1,9 +1,13 @@
-"""Heads at the exits: the network's own, read at an earlier value, with a last product of their own."""
+"""Heads at the exits: the network's own, read at an earlier value, with a last product of their own.
+
+A head that has no product, as of an embedder, gets one behind its pooled value, which begins as the identity.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -41,8 +45,14 @@ class Copied:
 
 
 def final_product(editor: GraphEditor, head: Head) -> Product:
-    """A copy of the network's own last product, which every head begins as."""
-    assert head.product is not None
+    """A copy of the network's own last product, or the identity: what every head begins as."""
+    if head.product is None:
+        assert head.pooled is not None
+        value = head.pooled.meta["val"]
+        width, dtype = int(value.shape[-1]), value.dtype
+        return Product(
+            torch.nn.Parameter(torch.eye(width, dtype=dtype)), torch.nn.Parameter(torch.zeros(width, dtype=dtype))
+        )
     weight = editor.constant_value(argument(head.product, WEIGHTS[head.product.target]))
     bias = None
     if head.product.target in BIASES:
@@ -58,7 +68,7 @@ def _copied(tensor: torch.Tensor) -> torch.nn.Parameter:
 def copy_head(builder: Builder, head: Head, results: Sequence[Node], place: Node, product: Product) -> Copied:
     """The head once more behind `place`, sharing all weights but those of its last product."""
     values: dict[Node, Node] = {head.source: place}
-    feature, own = place, dict[Node, Node]()
+    feature, own = place, dict[Any, Node]()
     for node in head.nodes:
         if node is head.product:
             feature = values[argument(node, INPUTS[node.target])]
@@ -69,5 +79,9 @@ def copy_head(builder: Builder, head: Head, results: Sequence[Node], place: Node
             values[node] = builder.repeat(node, {**values, **own})
         else:
             values[node] = builder.repeat(node, values)
+        if node is head.pooled and head.product is None:
+            feature = values[node]
+            own = dict(enumerate(map(builder.constant, product.tensors())))
+            values[node] = builder.call(aten.linear.default, feature, *own.values())
     weights = tuple(str(node.target) for node in own.values())
     return Copied(tuple(values[result] for result in results), feature, weights)

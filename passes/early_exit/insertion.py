@@ -22,7 +22,7 @@ from graphopt.passes.early_exit.account import account, trade_offs
 from graphopt.passes.early_exit.decisions import Policy
 from graphopt.passes.early_exit.forms import Form, with_exits
 from graphopt.passes.early_exit.gate import learn_gates
-from graphopt.passes.early_exit.learning import Learned, learn
+from graphopt.passes.early_exit.learning import ALIKE, Learned, learn
 from graphopt.passes.early_exit.places import find_places
 from graphopt.passes.early_exit.thresholds import Outcomes, Point
 from graphopt.program import Program
@@ -41,7 +41,7 @@ class EarlyExit(Pass):
     preserves = "approximate"
     measured = False
     exits: Literal["auto"] | tuple[int, ...] | tuple[str, ...] = "auto"
-    policy: Literal["pmax", "entropy", "margin", "gate"] = "pmax"
+    policy: Literal["pmax", "entropy", "margin", "gate", "cosine"] = "pmax"
     threshold: Literal["auto"] | float | tuple[float, ...] = "auto"
     target_accuracy: float | None = None
     target_cost: float | None = None
@@ -72,13 +72,14 @@ class EarlyExit(Pass):
         return "it has exits already" if program.exits is not None else None
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        found = find_places(program, self.exits, needs_product=True)
+        embeds = self.policy == "cosine"
+        found = find_places(program, self.exits, needs_product=not embeds)
         if isinstance(found, str):
             return PassResult(program, notes=(found,))
         form, why = self._form(program)
-        learned = learn(program, [node.name for node in found.exits], context, self.fit_steps)
+        learned = learn(program, [node.name for node in found.exits], context, self.fit_steps, embeds)
         policy = Policy("pmax" if self.policy == "gate" else self.policy)
-        chosen = self._exits(learned.choosing.answers(learned.heads).outcomes(policy), learned)
+        chosen = self._exits(learned, policy)
         costs = learned.whole.costs(chosen)
         if self.policy == "gate":
             learned, policy = learn_gates(learned, chosen, costs, context, self.fit_steps)
@@ -113,10 +114,14 @@ class EarlyExit(Pass):
         alone = "is" if rows == 1 else "would leave together"
         return "cond", (f"form=cond, as {'one sample' if rows == 1 else f'{rows} samples'} {alone} all there is",)
 
-    def _exits(self, outcomes: Outcomes, learned: Learned) -> list[int]:
-        """Which of the places: all that were named; else one after another, as long as the curve rises by it."""
+    def _exits(self, learned: Learned, policy: Policy) -> list[int]:
+        """Which of the places: all that were named; else one after another, as long as the curve rises by it.
+
+        Embeddings are compared from exit to exit, which takes all of them.
+        """
+        answers = learned.choosing.answers(learned.heads)
         places = range(len(learned.heads.places))
-        if self.exits != "auto":
+        if self.exits != "auto" or policy.name == "cosine":
             return list(places)
         chosen: list[int] = []
         best = 0.0
@@ -124,7 +129,8 @@ class EarlyExit(Pass):
             areas = {}
             for index in set(places) - set(chosen):
                 some = sorted((*chosen, index))
-                areas[index] = choosing.area(choosing.curve(outcomes.of(some), learned.whole.costs(some), POINTS))
+                outcomes = answers.of(some).outcomes(policy)
+                areas[index] = choosing.area(choosing.curve(outcomes, learned.whole.costs(some), POINTS))
             index = max(areas, key=lambda index: (areas[index], -index))
             if areas[index] < best + LEAST_GAIN:
                 break
@@ -141,7 +147,11 @@ class EarlyExit(Pass):
             return choosing.for_shares(outcomes, costs, _of_each("shares", self.shares, count))
         if self.threshold == "auto":
             whole = float(outcomes.quality[:, -1].mean())
-            target = whole - LOSS if self.target_accuracy is None else self.target_accuracy
+            target = (
+                whole - (1 - ALIKE if self.policy == "cosine" else LOSS)
+                if self.target_accuracy is None
+                else self.target_accuracy
+            )
             return choosing.for_quality(outcomes, costs, target)
         limits = (self.threshold,) * count if isinstance(self.threshold, float) else self.threshold
         return choosing.judge(outcomes, costs, _of_each("threshold", limits, count))

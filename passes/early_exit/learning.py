@@ -15,12 +15,21 @@ from torch import Tensor
 from graphopt.contract import PassContext
 from graphopt.data.dataset import Sample
 from graphopt.errors import UsageError
-from graphopt.passes.early_exit.candidates import Heads, Whole, build_heads, fit_heads, record
+from graphopt.passes.early_exit.candidates import (
+    Heads,
+    Whole,
+    build_heads,
+    distance_of_all,
+    fit_heads,
+    loss_of_all,
+    record,
+)
 from graphopt.passes.early_exit.decisions import Policy, last_step
 from graphopt.passes.early_exit.thresholds import Outcomes
 from graphopt.program import Program
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+ALIKE = 0.98  # the cosine from which on an embedding counts as right
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,11 @@ class Answers:
         return replace(self, exits=tuple(self.exits[index] for index in columns))
 
     def outcomes(self, policy: Policy) -> Outcomes:
-        """How sure each exit is, and whether it is right: by labels, else where it says what the network does."""
+        """How sure each exit is, and how good: right by labels, else as the network is; of embeddings, how alike."""
+        if policy.name == "cosine":
+            alike = [torch.nn.functional.cosine_similarity(item, self.final, dim=-1) for item in self.exits]
+            quality = torch.stack([*alike, torch.ones_like(alike[0])], 1).double()
+            return Outcomes(policy.confidences(self.exits), quality, ALIKE)
         classes = self.final.argmax(-1) if self.label is None else self.label
         right = [logits.argmax(-1) == classes for logits in (*self.exits, self.final)]
         return Outcomes(policy.confidences(self.exits), torch.stack(right, 1).double())
@@ -81,23 +94,26 @@ class Learned:
     notes: tuple[str, ...] = ()
 
 
-def learn(program: Program, places: Sequence[str], context: PassContext, steps: int) -> Learned:
-    """Heads behind all of these nodes, trained for at most so many steps. Raises UsageError for too little data."""
+def learn(program: Program, places: Sequence[str], context: PassContext, steps: int, embeds: bool = False) -> Learned:
+    """Heads behind all of these nodes, trained for at most so many steps: to classify, or to embed as the network does.
+
+    Raises UsageError for too little data.
+    """
     data = context.data
     if data is None:
         raise UsageError("early-exit learns its heads and thresholds from data; give data and a metric")
     if not len(data.held_out):
         raise UsageError("early-exit is judged on held-out data; give at least two feeds")
-    whole, heads = build_heads(program, places)
+    whole, heads = build_heads(program, places, needs_product=not embeds)
     parts = data.for_fitting()
-    labelled = by_labels(parts.fit, context)
+    labelled = not embeds and by_labels(parts.fit, context)
     found = [
         Recording(*record(whole.program, heads, part), labelled) for part in (parts.fit, parts.held_out, data.held_out)
     ]
     learned = Learned(whole, heads, *found)
     if not steps:
         return learned
-    heads, note = fit_heads(heads, learned.fitting.taught(), context, steps)
+    heads, note = fit_heads(heads, learned.fitting.taught(), distance_of_all if embeds else loss_of_all, context, steps)
     return replace(learned, heads=heads, notes=(note,))
 
 

@@ -28,12 +28,14 @@ INPUTS = {aten.linear.default: "input", aten.addmm.default: "mat1", aten.mm.defa
 class Head:
     """What makes the outputs of the last value of the stream, `source`: `nodes` in order of execution.
 
-    `product` is the last product by a weight among them; None where there is none, as in what only pools.
+    `product` is the last product by a weight among them, None where there is none, as in what only pools and scales.
+    `pooled` is its first value [samples, width] that all outputs are computed from.
     """
 
     source: Node
     nodes: tuple[Node, ...]
     product: Node | None
+    pooled: Node | None
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,30 @@ def find_places(program: Program, chosen: str | tuple[int | str, ...], needs_pro
     """The places that `chosen` means, or a clause that says why there are none.
 
     "auto" means every block's end, or without repeated blocks every cut point that work lies behind; integers are
-    numbers of those from 0, words names of nodes. The head starts at the last cut point that leaves any place before
-    it, and with `needs_product` holds a product by a weight. Raises UnknownNameError for a node that is none.
+    numbers of those from 0, words names of nodes. The head starts at the end of the last block, where the head is less
+    work than a block, else at the last cut point that leaves any place before it. With `needs_product` it holds a
+    product by a weight, without it one or a pooled value. Raises UnknownNameError for a node that is none.
     """
-    cuts = [cut.node for cut in cut_points(program)]
+    cuts = [cut.node for cut in cut_points(program) if isinstance(cut.node.meta.get("val"), torch.Tensor)]
     work = Work(program)
-    for position in reversed(range(1, len(cuts))):
-        head = head_after(program, cuts[position])
-        if head is None or (needs_product and head.product is None):
+    blocks = [block for repeat in find_repeats(program) for block in repeat.blocks]
+    ends = [block.output for block in blocks]
+    sources = list(reversed(cuts[1:]))
+    if ends and max(ends) in sources and work.after(max(ends), program) < work.of(blocks[ends.index(max(ends))].nodes):
+        sources.insert(0, max(ends))
+    for source in sources:
+        position = cuts.index(source)
+        head = head_after(program, source, cuts[position + 1 :])
+        if head is None or (head.product is None and (needs_product or head.pooled is None)):
             continue
-        candidates = [node for node in cuts[:position] if work.between(node, cuts[position])]
+        candidates = [node for node in cuts[:position] if work.between(node, source)]
         reasons = {node: _why_not(program, head, node) for node in candidates}
         fitting = tuple(node for node in candidates if reasons[node] is None)
         if fitting:
-            exits = _ends(program, fitting, work)
-            if chosen == "auto":
-                return Places(head, exits)
+            last = {work.until(node): node for node in fitting if work.until(node)}
+            places = Places(head, tuple(node for node in fitting if node in ends) or tuple(last.values()))
             refused = {node: reason for node, reason in reasons.items() if reason is not None}
-            return _chosen(program, chosen, Places(head, exits), fitting, refused)
+            return places if chosen == "auto" else _chosen(program, chosen, places, fitting, refused)
     if needs_product:
         return "no value before the last product fits its head, which is where an exit would be"
     return "no value of the main stream fits what comes after its last one"
@@ -95,12 +103,20 @@ class Work:
             found.append(sum(self.macs[node] for node in needed))
         return tuple(found)
 
+    def of(self, nodes: Iterable[Node]) -> int:
+        return sum(self.macs[node] for node in nodes)
+
+    def after(self, node: Node, program: Program) -> int:
+        """Of what the outputs take besides."""
+        (output,) = program.graph_module.graph.find_nodes(op="output")
+        return self.of_parts([output.args[0]])[0] - self.until(node)
+
     def between(self, first: Node, second: Node) -> int:
         return self.until(second) - self.until(first)
 
 
-def head_after(program: Program, source: Node) -> Head | None:
-    """What the outputs are computed by from `source` on; None where an output is not computed from it."""
+def head_after(program: Program, source: Node, cuts: Sequence[Node]) -> Head | None:
+    """What the outputs are computed by from `source` on; None where one is not. `cuts` are cut points after it."""
     (output,) = program.graph_module.graph.find_nodes(op="output")
     reached: set[Node] = set()
     pending = [source]
@@ -113,7 +129,8 @@ def head_after(program: Program, source: Node) -> Head | None:
         return None
     nodes = tuple(sorted(reached))
     products = [node for node in nodes if _weight_of(node) is not None]
-    return Head(source, nodes, products[-1] if products else None)
+    pooled = [node for node in cuts if node.meta["val"].dim() == 2 and node.meta["val"].is_floating_point()]
+    return Head(source, nodes, products[-1] if products else None, pooled[0] if pooled else None)
 
 
 def _weight_of(node: Node) -> Node | None:
@@ -137,15 +154,6 @@ def _why_not(program: Program, head: Head, node: Node) -> str | None:
         if result in changed and value_key(changed[result])[::2] != value_key(result.meta["val"])[::2]:
             return f"the head would give {list(changed[result].shape)}, not {list(result.meta['val'].shape)}"
     return None
-
-
-def _ends(program: Program, fitting: Sequence[Node], work: Work) -> tuple[Node, ...]:
-    """Ends of repeated blocks; without any, of all values with the same work behind them the last."""
-    ends = {block.output for repeat in find_repeats(program) for block in repeat.blocks}
-    if found := tuple(node for node in fitting if node in ends):
-        return found
-    last = {work.until(node): node for node in fitting if work.until(node)}
-    return tuple(last.values())
 
 
 def _chosen(

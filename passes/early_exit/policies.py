@@ -3,7 +3,8 @@
 - pmax: the largest probability (Kaya et al. 2019, "Shallow-Deep Networks", arXiv 1810.07052).
 - margin: the largest probability less the second.
 - entropy: 1 - entropy / log(classes) (Teerapittayanon et al. 2016, "BranchyNet", arXiv 1709.01686).
-- gate: learned of the three and of the entropy of squared probabilities (see `gate`).
+- cosine: of the embedding at this exit and at the one before (see `decisions`).
+- gate: learned of the first three and of the entropy of squared probabilities (see `gate`).
 """
 
 from __future__ import annotations

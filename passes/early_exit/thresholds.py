@@ -15,15 +15,13 @@ MOST = 1000  # thresholds that are tried
 class Outcomes:
     """What exits make of samples: `confidence` [samples, exits], and `quality` [samples, exits + 1] of each answer.
 
-    Quality is 1 or 0 for a right or wrong class, or a cosine; its last column is that of the end.
+    Quality is 1 or 0 for a right or wrong class, or a cosine; its last column is that of the end. An answer counts as
+    right from the quality `right` on.
     """
 
     confidence: Tensor
     quality: Tensor
-
-    def of(self, columns: Sequence[int]) -> Outcomes:
-        """With these exits only."""
-        return Outcomes(self.confidence[:, list(columns)], self.quality[:, [*columns, -1]])
+    right: float = 1.0
 
 
 @dataclass(frozen=True)
