@@ -78,7 +78,8 @@ class _Cutter:
         chosen = _condition(output)
         if chosen is None:
             return [self._program(copier, [copier.local(node) for node in output.args[0][: len(names)]], names)]
-        predicate, when_true, when_false, operands = chosen.args
+        arguments: Any = chosen.args
+        predicate, when_true, when_false, operands = arguments
         done = _vector(predicate)
         ended, going = (get_attribute(level.module, str(branch.target)) for branch in (when_true, when_false))
         results = [*copier.inlined(ended, operands), copier.local(done)]

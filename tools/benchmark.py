@@ -23,13 +23,15 @@ from graphopt.tools.subject import add_size_options, chosen_sizes, open_artifact
 from graphopt.tools.table import add_json_option, wants_text, write_json
 
 SUMMARY = "time a model, an artifact or a suite, alone or against other runtimes"
-SUITES = ("e2e", "kernels", "folding")
+SUITES = ("e2e", "kernels", "folding", "exits")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|ARTIFACT", nargs="?", help=f"{HELP_ARTIFACT} (compiled at O2)")
     parser.add_argument(
-        "--suite", choices=SUITES, help="in place of MODEL: whole models, single kernels, or models with fewer blocks"
+        "--suite",
+        choices=SUITES,
+        help="in place of MODEL: whole models, single kernels, models with fewer blocks, or with early exits",
     )
     against = (
         f"what to compare with: {', '.join(PEERS)}, {ALL} for those installed (default for --suite e2e), "

@@ -90,7 +90,7 @@ class Stages:
             shapes = [(*a.shape[:axis], count, *a.shape[axis + 1 :]) for a, axis in zip(answers, axes, strict=True)]
             results = [np.empty(shape, array.dtype) for shape, array in zip(shapes, answers, strict=True)]
         for result, array, axis in zip(results, answers, axes, strict=True):
-            result[(*[slice(None)] * axis, places)] = np.compress(done, array, axis)
+            np.moveaxis(result, axis, 0)[places] = np.moveaxis(np.compress(done, array, axis), axis, 0)
         return results
 
     def _kept(self, name: str, tensor: Any, going: np.ndarray) -> Any:

@@ -77,7 +77,7 @@ def with_gates(heads: Heads, chosen: Sequence[int]) -> tuple[Heads, list[tuple[s
         def build(builder: Builder, node=node, tensors=tensors) -> list:  # type: ignore[no-untyped-def, type-arg]
             last = last_step(builder.proxy_of(node), node.meta["val"].dim())
             own = [builder.constant(tensor) for tensor in tensors]
-            names.append(tuple(str(item.target) for item in own))
+            names.append((str(own[0].target), str(own[1].target)))
             return [opened(features(last), *map(builder.proxy_of, own)).node]
 
         found = editor.insert("exit-gate", node, build, output)

@@ -5,7 +5,7 @@ A head that has no product, as of an embedder, gets one behind its pooled value,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from graphopt.passes.early_exit.places import INPUTS, WEIGHTS, Head
 
 aten = torch.ops.aten
 
-BIASES = {aten.linear.default: "bias", aten.addmm.default: "self"}
+BIASES: Mapping[Any, str] = {aten.linear.default: "bias", aten.addmm.default: "self"}
 
 
 @dataclass(frozen=True)

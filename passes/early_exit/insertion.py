@@ -11,17 +11,18 @@ fifth of the data that was never fitted on, and which is not that held out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from graphopt.contract import Declined, Pass, PassContext, PassResult
 from graphopt.errors import UsageError
-from graphopt.passes.early_exit import thresholds as choosing
+from graphopt.passes.early_exit import thresholds as selection
 from graphopt.passes.early_exit.account import account, trade_offs
 from graphopt.passes.early_exit.decisions import Policy
 from graphopt.passes.early_exit.forms import Form, with_exits
 from graphopt.passes.early_exit.gate import learn_gates
+from graphopt.passes.early_exit.heads import Product
 from graphopt.passes.early_exit.learning import ALIKE, Learned, learn
 from graphopt.passes.early_exit.places import find_places
 from graphopt.passes.early_exit.thresholds import Outcomes, Point
@@ -31,6 +32,24 @@ LOSS = 0.005  # of accuracy, where neither a threshold nor a target is given
 MOST_EXITS = 3
 LEAST_GAIN = 0.001  # of the area under the curve of quality by cost, for which one more exit is worth its kernels
 POINTS = 200  # of that curve
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Exits as they are to be: `places` are nodes, `products` what their heads have of their own, by node.
+
+    `point` is what the policy's thresholds came to where they were chosen; outcomes are of the samples that they were
+    chosen by and of those held out; `costs` [exits + 1] are shares of the network's multiply-accumulates.
+    """
+
+    places: tuple[str, ...]
+    products: Mapping[str, Product]
+    policy: Policy
+    point: Point
+    costs: tuple[float, ...]
+    choosing: Outcomes
+    judged: Outcomes
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -72,31 +91,44 @@ class EarlyExit(Pass):
         return "it has exits already" if program.exits is not None else None
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        embeds = self.policy == "cosine"
-        found = find_places(program, self.exits, needs_product=not embeds)
+        found = find_places(program, self.exits, needs_product=self.policy != "cosine")
         if isinstance(found, str):
             return PassResult(program, notes=(found,))
         form, why = self._form(program)
-        learned = learn(program, [node.name for node in found.exits], context, self.fit_steps, embeds)
+        plan = self.plan(program, [node.name for node in found.exits], context)
+        exits = {name: plan.products[name] for name in plan.places}
+        result = with_exits(program, context, exits, plan.policy, form, plan.point.shares)
+        declined = (*(Declined(self.name, node.name, reason) for node, reason in found.refused), *result.declined)
+        if result.program is program:
+            return replace(result, declined=declined)
+        return replace(
+            result,
+            declined=declined,
+            notes=(*plan.notes, *why, *account(plan.places, plan.judged, plan.costs, plan.point)),
+            trade_offs=trade_offs(plan.judged, plan.costs, plan.point, self.policy),
+        )
+
+    def plan(self, program: Program, places: Sequence[str], context: PassContext) -> Plan:
+        """Which of these nodes get an exit, with trained heads and thresholds as the options have them."""
+        learned = learn(program, places, context, self.fit_steps, embeds=self.policy == "cosine")
         policy = Policy("pmax" if self.policy == "gate" else self.policy)
         chosen = self._exits(learned, policy)
         costs = learned.whole.costs(chosen)
         if self.policy == "gate":
             learned, policy = learn_gates(learned, chosen, costs, context, self.fit_steps)
-        point = self._choose(learned.choosing.answers(learned.heads).of(chosen).outcomes(policy), costs)
-        products, places = learned.heads.products(), [learned.heads.places[index] for index in chosen]
-        exits = {name: products[name] for name in places}
-        policy = replace(policy, thresholds=point.thresholds)
-        result = with_exits(program, context, exits, policy, form, point.shares)
-        declined = tuple(Declined(self.name, node.name, reason) for node, reason in found.refused)
-        if result.program is program:
-            return replace(result, declined=(*declined, *result.declined))
-        judged = learned.held_out.answers(learned.heads).of(chosen).outcomes(policy)
-        return replace(
-            result,
-            declined=(*declined, *result.declined),
-            notes=(*learned.notes, *why, *account(places, judged, costs, point)),
-            trade_offs=trade_offs(judged, costs, point, self.policy),
+        choosing, held_out = (
+            part.answers(learned.heads).of(chosen).outcomes(policy) for part in (learned.choosing, learned.held_out)
+        )
+        point = self._choose(choosing, costs)
+        return Plan(
+            places=tuple(learned.heads.places[index] for index in chosen),
+            products=learned.heads.products(),
+            policy=replace(policy, thresholds=point.thresholds),
+            point=point,
+            costs=costs,
+            choosing=choosing,
+            judged=held_out,
+            notes=learned.notes,
         )
 
     def _form(self, program: Program) -> tuple[Form, tuple[str, ...]]:
@@ -130,7 +162,7 @@ class EarlyExit(Pass):
             for index in set(places) - set(chosen):
                 some = sorted((*chosen, index))
                 outcomes = answers.of(some).outcomes(policy)
-                areas[index] = choosing.area(choosing.curve(outcomes, learned.whole.costs(some), POINTS))
+                areas[index] = selection.area(selection.curve(outcomes, learned.whole.costs(some), POINTS))
             index = max(areas, key=lambda index: (areas[index], -index))
             if areas[index] < best + LEAST_GAIN:
                 break
@@ -142,9 +174,9 @@ class EarlyExit(Pass):
         """Thresholds as the options have them, and what they come to."""
         count = len(costs) - 1
         if self.target_cost is not None:
-            return choosing.for_cost(outcomes, costs, self.target_cost)
+            return selection.for_cost(outcomes, costs, self.target_cost)
         if self.shares is not None:
-            return choosing.for_shares(outcomes, costs, _of_each("shares", self.shares, count))
+            return selection.for_shares(outcomes, costs, _of_each("shares", self.shares, count))
         if self.threshold == "auto":
             whole = float(outcomes.quality[:, -1].mean())
             target = (
@@ -152,9 +184,9 @@ class EarlyExit(Pass):
                 if self.target_accuracy is None
                 else self.target_accuracy
             )
-            return choosing.for_quality(outcomes, costs, target)
+            return selection.for_quality(outcomes, costs, target)
         limits = (self.threshold,) * count if isinstance(self.threshold, float) else self.threshold
-        return choosing.judge(outcomes, costs, _of_each("threshold", limits, count))
+        return selection.judge(outcomes, costs, _of_each("threshold", limits, count))
 
 
 def _of_each(option: str, values: Sequence[float], count: int) -> Sequence[float]:

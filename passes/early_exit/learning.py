@@ -107,10 +107,10 @@ def learn(program: Program, places: Sequence[str], context: PassContext, steps: 
     whole, heads = build_heads(program, places, needs_product=not embeds)
     parts = data.for_fitting()
     labelled = not embeds and by_labels(parts.fit, context)
-    found = [
+    fitting, choosing, held_out = (
         Recording(*record(whole.program, heads, part), labelled) for part in (parts.fit, parts.held_out, data.held_out)
-    ]
-    learned = Learned(whole, heads, *found)
+    )
+    learned = Learned(whole, heads, fitting, choosing, held_out)
     if not steps:
         return learned
     heads, note = fit_heads(heads, learned.fitting.taught(), distance_of_all if embeds else loss_of_all, context, steps)

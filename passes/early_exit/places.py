@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -20,8 +21,8 @@ from graphopt.propagate import changes_downstream, find_mode, value_key
 
 aten = torch.ops.aten
 
-WEIGHTS = {aten.linear.default: "weight", aten.addmm.default: "mat2", aten.mm.default: "mat2"}
-INPUTS = {aten.linear.default: "input", aten.addmm.default: "mat1", aten.mm.default: "self"}
+WEIGHTS: Mapping[Any, str] = {aten.linear.default: "weight", aten.addmm.default: "mat2", aten.mm.default: "mat2"}
+INPUTS: Mapping[Any, str] = {aten.linear.default: "input", aten.addmm.default: "mat1", aten.mm.default: "self"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def head_after(program: Program, source: Node, cuts: Sequence[Node]) -> Head | N
             if user.op != "output" and user not in reached:
                 reached.add(user)
                 pending.append(user)
-    if not all(result in reached for result in output.args[0]):  # type: ignore[union-attr]
+    if not all(result in reached for result in output.args[0]):
         return None
     nodes = tuple(sorted(reached))
     products = [node for node in nodes if _weight_of(node) is not None]
@@ -150,7 +151,7 @@ def _why_not(program: Program, head: Head, node: Node) -> str | None:
             changed = changes_downstream(find_mode(program.graph_module), {head.source: here})
     except PropagationError as error:
         return f"the head does not take its value: {error}"
-    for result in output.args[0]:  # type: ignore[union-attr]
+    for result in output.args[0]:
         if result in changed and value_key(changed[result])[::2] != value_key(result.meta["val"])[::2]:
             return f"the head would give {list(changed[result].shape)}, not {list(result.meta['val'].shape)}"
     return None

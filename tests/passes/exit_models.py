@@ -81,3 +81,15 @@ def with_form(program: Program, form: Form, thresholds: Sequence[float], policy:
 
 def inputs(rows: int, seed: int = 3) -> Tensor:
     return torch.randn(rows, TOKENS, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(count: int = 30, rows: int = 16) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Classes that the network itself gives, some of them changed."""
+    program = network(None)
+    feeds = []
+    for seed in range(count):
+        x = inputs(rows, 100 + seed)
+        label = program(x)[0].argmax(-1)
+        label[0] = (label[0] + 1) % CLASSES
+        feeds.append(({"x": x}, label))
+    return feeds

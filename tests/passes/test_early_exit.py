@@ -26,7 +26,7 @@ from graphopt.passes.early_exit.places import Places, find_places
 from graphopt.program import Program
 from graphopt.runtime.session import InferenceSession
 from graphopt.stages import split_stages
-from tests.passes.exit_models import CLASSES, heads, inputs, network, with_form
+from tests.passes.exit_models import CLASSES, heads, inputs, labelled, network, with_form
 
 FORMS: Any = ("multi-output", "cond", "staged")
 SURE = 0.62  # a threshold that some samples pass at each exit
@@ -281,18 +281,6 @@ def test_an_exit_that_is_refused_is_left_out(program: Program) -> None:
 
 
 # The pass -------------------------------------------------------------------------------------------------------------
-def labelled(count: int = 30, rows: int = 16) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Classes that the network itself gives, some of them changed."""
-    program = network(None)
-    feeds = []
-    for seed in range(count):
-        x = inputs(rows, 100 + seed)
-        label = program(x)[0].argmax(-1)
-        label[0] = (label[0] + 1) % CLASSES
-        feeds.append(({"x": x}, label))
-    return feeds
-
-
 def run(pass_: EarlyExit, feeds: Any = None, rows: int | None = None, **context: Any) -> Any:
     program = network(rows)
     data = open_data(labelled() if feeds is None else feeds, program)
