@@ -6,7 +6,13 @@ After:  h1 = block1(x);  y1 = head1(h1)
 
 Heads share all weights of the network's own head but those of its last product, of which each trains a copy on labels,
 or on the network's own logits where there are no labels; the network itself stays as it is. Thresholds are chosen on a
-fifth of the data that was never fitted on, and which is not that held out.
+fifth of the data that was never fitted on, and which is not that held out. Without a threshold or a target they cost as
+few multiply-accumulates as keep the accuracy within half a point of the whole network's, by a standard error; of
+embeddings, the mean cosine at 0.98. The curve of quality by cost is of the held-out data; `chart` also measures one run
+of the network without and with exits.
+
+`form=auto` is `staged` where the number of samples may change, and `cond` where it is fixed. Exits that are not named
+are those, up to three, by which the curve rises most.
 """
 
 from __future__ import annotations
@@ -67,6 +73,7 @@ class EarlyExit(Pass):
     shares: tuple[float, ...] | None = None
     form: Literal["auto", "cond", "staged", "multi-output"] = "auto"
     fit_steps: int = 200
+    chart: bool = False
 
     def __post_init__(self) -> None:
         given = [self.threshold != "auto", self.target_accuracy is not None, self.target_cost is not None]
@@ -105,8 +112,19 @@ class EarlyExit(Pass):
             result,
             declined=declined,
             notes=(*plan.notes, *why, *account(plan.places, plan.judged, plan.costs, plan.point)),
-            trade_offs=trade_offs(plan.judged, plan.costs, plan.point, self.policy),
+            trade_offs=trade_offs(
+                plan.judged, plan.costs, plan.point, self.policy, self._times(program, result, context)
+            ),
         )
+
+    def _times(self, program: Program, result: PassResult, context: PassContext) -> tuple[float | None, float | None]:
+        """Seconds of one run without and with exits, where they are asked for and a device is at hand."""
+        if not self.chart:
+            return None, None
+        context.progress(f"{self.name}: measuring", 0, 1)
+        timings = [context.measure(item) for item in (program, result.program)]
+        before, after = (None if timing is None else timing.seconds for timing in timings)
+        return before, after
 
     def plan(self, program: Program, places: Sequence[str], context: PassContext) -> Plan:
         """Which of these nodes get an exit, with trained heads and thresholds as the options have them."""
