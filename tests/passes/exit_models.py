@@ -34,19 +34,21 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Logits [samples, CLASSES] of x [samples, TOKENS, 8]; with `steps`, logits of every token."""
+    """Logits [samples, CLASSES] of x [samples, TOKENS, 8]; of every token, or as an embedding of length 1."""
 
-    def __init__(self, blocks: int = 3, steps: bool = False) -> None:
+    def __init__(self, blocks: int = 3, gives: str = "classes") -> None:
         super().__init__()
         self.first, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(Block() for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
-        self.steps = steps
+        self.gives = gives
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for block in self.blocks:
             x = block(x)
-        found: Tensor = self.head(self.norm(x if self.steps else x.mean(1)))
+        if self.gives == "embeddings":
+            return nn.functional.normalize(x.mean(1), dim=-1)
+        found: Tensor = self.head(self.norm(x if self.gives == "steps" else x.mean(1)))
         return found
 
 
