@@ -109,7 +109,8 @@ class _Cutter:
         program = self.program
         output = copier.graph.output(tuple(results))
         output.meta["val"] = tuple(node.meta["val"] for node in results)
-        inputs = tuple(self._spec(name, node) for name, node in copier.inputs.items())
+        placeholders = copier.graph.find_nodes(op="placeholder")
+        inputs = tuple(self._spec(copier.inputs[node], node) for node in placeholders)
         outputs = tuple(self._spec(name, node) for name, node in zip(names, results, strict=True))
         used = {str(size) for spec in inputs for size in spec.shape}
         symbols = {symbol: name for symbol, name in program.symbols.items() if name in used}
@@ -144,7 +145,7 @@ class _Copier:
     def __init__(self, cutter: _Cutter, level: Level) -> None:
         self.cutter, self.level = cutter, level
         self.graph, self.root = Graph(), torch.nn.Module()
-        self.inputs: dict[str, Node] = {}
+        self.inputs: dict[Node, str] = {}
         self.values: dict[Node, Node] = {}
         self.same: dict[Node, Node] = {}  # placeholders of a branch that is written out here
 
@@ -187,7 +188,7 @@ class _Copier:
             first = next(iter(self.graph.nodes), None)
             with self.graph.inserting_before(first):
                 new = self.graph.placeholder(node.name)
-            self.inputs[known.name] = new
+            self.inputs[new] = known.name
         new.meta = {key: value for key, value in node.meta.items() if key == "val"}
         return new
 

@@ -29,7 +29,8 @@ INPUTS: Mapping[Any, str] = {aten.linear.default: "input", aten.addmm.default: "
 class Head:
     """What makes the outputs of the last value of the stream, `source`: `nodes` in order of execution.
 
-    `product` is the last product by a weight among them, None where there is none, as in what only pools and scales.
+    `product` is the last product by a weight that all outputs are computed from; None where there is none, as in what
+    only pools and scales.
     `pooled` is its first value [samples, width] that all outputs are computed from.
     """
 
@@ -129,7 +130,7 @@ def head_after(program: Program, source: Node, cuts: Sequence[Node]) -> Head | N
     if not all(result in reached for result in output.args[0]):
         return None
     nodes = tuple(sorted(reached))
-    products = [node for node in nodes if _weight_of(node) is not None]
+    products = [node for node in cuts if _weight_of(node) is not None]  # nothing goes around them
     pooled = [node for node in cuts if node.meta["val"].dim() == 2 and node.meta["val"].is_floating_point()]
     return Head(source, nodes, products[-1] if products else None, pooled[0] if pooled else None)
 
