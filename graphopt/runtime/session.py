@@ -131,8 +131,9 @@ class InferenceSession:
         return [_value_info(item) for item in self._entry(entry).entry.inputs]
 
     def get_outputs(self, entry: str = "main") -> list[ValueInfo]:
-        """The outputs of an entry, in the order `run` returns them."""
-        return [_value_info(item) for item in self._entry(entry).entry.outputs]
+        """The outputs of an entry that `run` returns where none are named, in that order."""
+        bound = self._entry(entry)
+        return [_value_info(bound.entry.outputs[index]) for index in bound.answers]
 
     def reset(self) -> None:
         """Put the state back to what it was when the session was opened."""

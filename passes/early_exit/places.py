@@ -57,6 +57,12 @@ def find_places(program: Program, chosen: str | tuple[int | str, ...], needs_pro
     work than a block, else at the last cut point that leaves any place before it. With `needs_product` it holds a
     product by a weight, without it one or a pooled value. Raises UnknownNameError for a node that is none.
     """
+    (output,) = program.graph_module.graph.find_nodes(op="output")
+    ranks = [len(spec.shape) for spec in program.outputs]
+    if not all(ranks) or len({value_key(node.meta["val"])[2][0] for node in output.args[0]}) != 1:
+        return "its outputs have no first axis of one size, which would count samples"
+    if not 2 <= ranks[0] <= 3:
+        return f"its first output has {ranks[0]} axes, not those of samples, perhaps steps, and classes"
     cuts = [cut.node for cut in cut_points(program) if isinstance(cut.node.meta.get("val"), torch.Tensor)]
     work = Work(program)
     blocks = [block for repeat in find_repeats(program) for block in repeat.blocks]

@@ -176,7 +176,7 @@ def test_stages_are_entries_of_their_own(session: InferenceSession) -> None:
         for name, want in expected.items():
             assert np.allclose(session.run([name], feed, entry=entry)[0], want, atol=1e-5)
     assert session.last_run is not None and session.last_run.exits is None
-    assert [item.name for item in session.get_outputs("staged")] == ["output", "exit"]
+    assert [item.name for item in session.get_outputs("staged")] == ["output"]
 
 
 def test_samples_that_are_done_run_no_more(session: InferenceSession) -> None:
