@@ -287,12 +287,19 @@ class Lowering:
 
     def conclude(self, node: Node, together: list[Node], code: Code, order: tuple[int, ...] = ()) -> View:
         """Call the kernel of `node` and its epilogue; axis n of the result is axis order[n] of what it writes."""
-        (stored,) = self.call(code, tuple(self._path + each.name for each in (node, *together)))
+        names = dict.fromkeys((*self._current, *(self._path + each.name for each in (node, *together))))
+        (stored,) = self.call(code, tuple(names))
         stored = permuted(stored, order) if order else stored
         if together:
             self.env[together[-1]] = stored
             self._covered.update(together)
         return stored
+
+    def cover(self, node: Node, view: View) -> None:
+        """`node` was lowered ahead of its turn; `view` is its value, or that of the end of its epilogue."""
+        if not self._covered.intersection(node.users):
+            self.env[node] = view
+        self._covered.add(node)
 
     def call(self, code: Code, nodes: tuple[str, ...] | None = None) -> list[View]:
         """Bind a call of the kernel; the builder keeps equal kernels that do equal work once.

@@ -23,6 +23,7 @@ from graphopt.registry import find_backend
 from graphopt.report import FORMAT, PassReport
 from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.weights import state_name
+from graphopt.stages import stage_entries
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import InferenceSession
@@ -79,12 +80,16 @@ def compile(
     except ImportError as e:
         raise missing_extra("graphopt.compile", e) or e from e
     chosen = backend.resolve_target(target, threads)
-    module = backend.lower(entries, chosen)
+    stages = {name: dict(stage_entries(name, program)) for name, program in entries.items() if is_staged(program)}
+    functions = {name: program for name, program in entries.items() if name not in stages}
+    functions |= {name: stage for found in stages.values() for name, stage in found.items()}
+    module = backend.lower(functions, chosen)
     library = f"lib/{re.sub(r'[^A-Za-z0-9_.-]', '-', chosen.name)}.so"
     weights = {**module.weights, **_initial_state(entries)}
+    described = entries | functions
     manifest = Manifest(
         name=next(iter(entries.values())).name,
-        entries={name: describe_entry(program) for name, program in entries.items()},
+        entries={name: describe_entry(program, tuple(stages.get(name, ()))) for name, program in described.items()},
         variants=(Variant(chosen.name, chosen.features, library, module.arguments, module.kernels),),
         tools={tool: metadata.version(tool) for tool in _TOOLS},
         passes=tuple(
@@ -103,10 +108,10 @@ def compile(
         name: {"passes": list(program.history), "notes": list(program.notes)} for name, program in entries.items()
     }
     built = {library: backend.build(module.module, chosen)}
-    artifact = Artifact(manifest, built, weights, _samples(entries), report)
+    artifact = Artifact(manifest, built, weights, _samples(described), report)
     here = backend.runnable(chosen)
     trial = artifact if here is chosen else _trial(artifact, backend.build(module.module, here))
-    checks = check_session(trial.session(), entries)
+    checks = check_session(trial.session(), described)
     report["checked_on"] = chosen.name if here is chosen else f"{here.machine} {here.architecture}, not on the target"
     report["errors"] = {name: check.error for name, check in checks.items()}
     report["unchecked"] = {name: list(check.unchecked) for name, check in checks.items() if check.unchecked}
@@ -134,13 +139,22 @@ def _entries(programs: Program | Mapping[str, Program]) -> dict[str, Program]:
     return entries
 
 
-def describe_entry(program: Program) -> Entry:
-    """What the manifest says of a program's interface."""
+def is_staged(program: Program) -> bool:
+    """Whether it runs as one function a stage."""
+    return program.exits is not None and program.exits.form == "staged"
+
+
+def describe_entry(program: Program, stages: tuple[str, ...] = ()) -> Entry:
+    """What the manifest says of a program's interface, and of the entries that it runs as."""
+    exits = program.outputs[program.exits.answers].name if program.exits else None
     return Entry(
         inputs=tuple(_input_info(program, spec) for spec in program.inputs),
         outputs=tuple(_info(spec) for spec in program.outputs),
         state=tuple(_info(state.spec) for state in program.state),
         sizes={name: Bounds(bounds.low, bounds.high) for name, bounds in program.sizes.items()},
+        exits=exits,
+        stages=stages,
+        rows=str(program.outputs[0].shape[0]) if stages else None,
     )
 
 

@@ -195,6 +195,29 @@ class GraphEditor:
         self._commit(rule, identity, outputs, inner, results, builder.nodes, changed)
         return True
 
+    def insert(self, rule: str, anchor: Node, build: Build, at: Node) -> Sequence[Node] | None:
+        """Put what `build` makes before `at` and leave all else alone; returns what it returns, which nothing reads.
+
+        The id is "rule@anchor", where `anchor` is read by the new nodes. None, with the reason recorded, where the id
+        is refused or a new node cannot be computed.
+        """
+        identity = f"{rule}@{self.full_name(anchor)}"
+        if not self.edit.context.allow(identity):
+            self.decline(rule, anchor, "its id was refused")
+            return None
+        builder = Builder(self)
+        try:
+            with self.graph.inserting_before(at), torch.no_grad():
+                results = [item.node if isinstance(item, Proxy) else item for item in build(builder)]
+        except PropagationError as error:
+            builder.undo()
+            self.decline(rule, anchor, str(error))
+            return None
+        self._mark(rule, anchor, (anchor,), builder.nodes)
+        names = tuple(self.full_name(node) for node in builder.nodes)
+        self.edit.rewrites.append(Rewrite(identity, rule, (self.full_name(anchor),), names))
+        return results
+
     def remove(self, rule: str, node: Node) -> bool:
         """Erase a node that nothing reads; False, with the reason recorded, where its id is refused."""
         identity = f"{rule}@{self.full_name(node)}"

@@ -60,6 +60,25 @@ class State:
 
 
 @dataclass(frozen=True)
+class Exits:
+    """That a program may answer before its end.
+
+    `answers` counts its first outputs, those of the model that it was made of; the next output tells which exit each
+    sample took (int64 [samples], counted from 0; `len(thresholds)` is the end), and after it come what the form
+    `multi-output` adds. An exit is taken where the `policy`'s confidence is at least its threshold. `macs` are
+    multiply-accumulates up to each exit and to the end, at the sizes of the examples, and `shares` how many of the
+    samples on which the thresholds were chosen went there.
+    """
+
+    form: Literal["cond", "staged", "multi-output"]
+    policy: str
+    thresholds: tuple[float, ...]
+    answers: int
+    macs: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """One graph that runs in PyTorch at every moment; values are immutable, rewriting starts from `copy()`."""
 
@@ -75,6 +94,7 @@ class Program:
     metadata: Mapping[str, str] = field(default_factory=dict)  # what the .onnx it came from says of itself
     bound: Mapping[str, torch.Tensor] = field(default_factory=dict)  # input -> its only value, for which the graph is
     notes: tuple[str, ...] = ()  # what the source fixes or limits, each a sentence
+    exits: Exits | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run from the initial state without gradients; returns the outputs, not the new state.
@@ -113,6 +133,11 @@ class Program:
                 elements = (tensor.reshape(-1).tolist() for tensor in (self.bound[spec.name], value))
                 raise BoundInputError.of(spec.name, *elements)
         return bound
+
+    @property
+    def answers(self) -> tuple[TensorSpec, ...]:
+        """The outputs without what is told of exits."""
+        return self.outputs if self.exits is None else self.outputs[: self.exits.answers]
 
     def graphs(self) -> Iterator[tuple[str, GraphModule]]:
         """The main graph ("") and every sub-graph by its dotted path; passes, checks and counts walk all of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,6 +32,18 @@ def with_outputs(program: Program, nodes: Mapping[str, str]) -> Program:
     output.args = (tuple(results),)
     watched.graph_module.recompile()
     return replace(watched, outputs=(*program.outputs, *specs))
+
+
+def without_outputs(program: Program, specs: Sequence[TensorSpec]) -> Program:
+    """The program, sharing its weights, without these of its outputs and what only they need."""
+    kept = [index for index, spec in enumerate(program.outputs) if spec not in specs]
+    less = program.copy()
+    (output,) = less.graph_module.graph.find_nodes(op="output")
+    results = output.args[0]
+    output.args = (tuple(results[index] for index in kept) + tuple(results[len(program.outputs) :]),)
+    less.graph_module.graph.eliminate_dead_code()
+    less.graph_module.recompile()
+    return replace(less, outputs=tuple(program.outputs[index] for index in kept))
 
 
 def _spec(name: str, node: Node, program: Program) -> TensorSpec:

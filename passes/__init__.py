@@ -13,6 +13,7 @@ PASSES = {
     "constant-folding": "graphopt.passes.constant_folding:ConstantFolding",
     "dead-code": "graphopt.passes.dead_code:DeadCode",
     "decided-conditions": "graphopt.passes.decided_conditions:DecidedConditions",
+    "early-exit": "graphopt.passes.early_exit:EarlyExit",
     "gated-attention": "graphopt.passes.gated_attention:GatedAttention",
     "merge-linears": "graphopt.passes.merge_linears:MergeLinears",
     "no-op-removal": "graphopt.passes.no_op_removal:NoOpRemoval",

@@ -1,5 +1,6 @@
 """Time a model or artifact, alone or beside other runtimes: each in its own process, in turns, on the same cores; or
-a whole suite: of models, of kernels, of models with fewer and fewer of their blocks, or of models with gates.
+a whole suite: of models, of kernels, of models with fewer and fewer of their blocks,
+with gates, or with early exits.
 
 A row is valid when the side was as fast in turns as alone (within 5 %) and others took under 10 % of the CPUs; only
 valid rows are worth quoting.
@@ -23,7 +24,7 @@ from graphopt.tools.subject import add_size_options, chosen_sizes, open_artifact
 from graphopt.tools.table import add_json_option, wants_text, write_json
 
 SUMMARY = "time a model, an artifact or a suite, alone or against other runtimes"
-SUITES = ("e2e", "kernels", "folding", "gating")
+SUITES = ("e2e", "kernels", "folding", "gating", "exits")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         choices=SUITES,
-        help="in place of MODEL: whole models, single kernels, models with fewer blocks, or models with gates",
+        help="in place of MODEL: whole models, kernels, or models with fewer blocks, with gates or with early exits",
     )
     against = (
         f"what to compare with: {', '.join(PEERS)}, {ALL} for those installed (default for --suite e2e), "

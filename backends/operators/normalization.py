@@ -16,9 +16,9 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, computed_in, convert, like, widened
-from graphopt.backends.operators.reduction import exponentials, moments, reduce
+from graphopt.backends.operators.reduction import axes_of, exponentials, moments, reduce
 from graphopt.backends.operators.views import reshape
-from graphopt.backends.rules.rows import layer_norm, rms_norm, softmax
+from graphopt.backends.rules.rows import largest_probability, layer_norm, rms_norm, softmax
 from graphopt.backends.sizes import product, shape_of
 from graphopt.backends.values import Index, Lazy, View, permuted
 from graphopt.errors import CompileError
@@ -119,12 +119,32 @@ def _softmax(log: bool) -> Callable[[Lowering, Node], Any]:
             wide = _wide_softmax(lowering, value, axis % rank, log)
             return _narrowed(node, reshape(lowering, wide, shape_of(node.meta["val"])))
         order = [a for a in range(rank) if a != axis % rank] + [axis % rank]
+        if (largest := _only_largest(node)) is not None and not log and axis % rank == rank - 1:
+            return _largest(lowering, largest, lowering.contiguous(value))
         rows = value if order == list(range(rank)) else permuted(lowering.view(value), order)
         (stored,) = lowering.call(softmax(lowering.contiguous(rows), lowering.target, log=log))
         result = permuted(stored, [order.index(a) for a in range(rank)])
         return _narrowed(node, reshape(lowering, result, shape_of(node.meta["val"])))
 
     return lower
+
+
+def _only_largest(node: Node) -> Node | None:
+    """The one reader of a softmax over the last axis, where it takes the largest of each row."""
+    (reader,) = node.users if len(node.users) == 1 else (None,)
+    if reader is None or reader.target is not aten.amax.default:
+        return None
+    given = arguments(reader)
+    value = node.meta["val"]
+    last = axes_of(given["dim"], value.dim()) == [value.dim() - 1]
+    return reader if last and not given["keepdim"] and value.dtype is torch.float32 else None
+
+
+def _largest(lowering: Lowering, reader: Node, rows: View) -> View:
+    """Write no probability but the largest of each row, with what reads it."""
+    found = lowering.anchored(reader, lambda result, end: largest_probability(rows, result, end, lowering.target))
+    lowering.cover(reader, found)
+    return found
 
 
 def _wide_softmax(lowering: Lowering, value: Any, axis: int, log: bool) -> Lazy:

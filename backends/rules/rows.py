@@ -21,7 +21,7 @@ from graphopt.backends.rules.generic import combined, start_value
 from graphopt.backends.rules.lanes import fill_tile, fold_lanes, fold_rows, span
 from graphopt.backends.rules.pointwise import shared_out, split_rows
 from graphopt.backends.rules.reduction import accumulated_in
-from graphopt.backends.sizes import Size, product
+from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Lazy, Product, View, fused_name
 
@@ -236,6 +236,25 @@ def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
     return _row_kernel("log_softmax" if log else "softmax", x, [], target, write, each)
 
 
+def largest_probability(x: Any, result: Product, end: Any, target: Target) -> Code:
+    """`end`, one element a row, reading `result`, the largest of softmax(x) in each row: 1 / sum(exp(x - max))."""
+
+    def write(rows: Rows) -> None:
+        kernel = rows.kernel
+        top = rows.fold("max", lambda e, *_: e)
+        total = rows.fold_together("sum", lambda at: _exponentials([e - top[r] for r, e in rows.loaded(at)]))
+        rows.define(result, lambda number: f32(1) / total[number])
+        for number, row in enumerate(rows.numbers):
+            rows.here = number
+            rows.output.store(row, kernel.load(end, kernel.index(end.shape, linear=row)))
+
+    def exponential(_: Kernel) -> Any:
+        return _exponentials([tirx.Var("x", "float32")])[0]
+
+    each = 3 + count_operations(target, exponential)  # largest 1, distance to it 1, sum 1
+    return _row_kernel(fused_name("pmax", end), x, [end], target, write, each, end.dtype, end.shape)
+
+
 def reduced_rows(
     x: Any,
     combine: str,
@@ -287,8 +306,9 @@ def _row_kernel(
     write: Callable[[Rows], None],
     operations_each: int,
     dtype: str = "float32",
+    shape: Shape | None = None,
 ) -> Code:
-    """`operations_each`: on one element of `x`, besides computing it."""
+    """`operations_each`: on one element of `x`, besides computing it. `shape` is that of the result, if not of `x`."""
     count, _ = split_rows(x.shape)
     flops = operations_each * product(x.shape) + operations([x, *others], target)
 
@@ -315,7 +335,7 @@ def _row_kernel(
         name,
         target,
         [x, *others],
-        [(x.shape, dtype)],
+        [(x.shape if shape is None else shape, dtype)],
         body,
         configuration={"lanes": target.lanes, "rows": _TOGETHER, "ways": _WAYS},
         flops=flops,

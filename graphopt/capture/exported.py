@@ -28,7 +28,7 @@ from graphopt.capture.source_line import is_user_file, location
 from graphopt.capture.table_bounds import limit_by_tables
 from graphopt.effects import draws_random
 from graphopt.errors import CaptureError, FeedError, UnknownNameError
-from graphopt.program import Domain, Program, SizeRange, State, TensorSpec
+from graphopt.program import Domain, Exits, Program, SizeRange, State, TensorSpec
 from graphopt.untrusted.limits import Limits
 from graphopt.untrusted.names import join, output_names
 
@@ -48,6 +48,7 @@ class Known:
     metadata: Mapping[str, str] = field(default_factory=dict)
     bound: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    exits: Exits | None = None
 
 
 def from_exported(exported: ExportedProgram, known: Known, *, name: str, limits: Limits) -> Program:
@@ -90,6 +91,7 @@ def assemble(flat: Flat, known: Known, *, name: str, limits: Limits) -> Program:
         metadata=known.metadata,
         bound=known.bound,
         notes=known.notes,
+        exits=known.exits,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from graphopt.capture.exits import describe_exits, read_exits
 from graphopt.capture.exported import Known, user_values
 from graphopt.errors import CaptureError
 from graphopt.program import Domain, Program, SizeRange
@@ -37,6 +38,7 @@ def describe(program: Program) -> dict[str, Any]:
         "history": [dict(item) for item in program.history],
         "metadata": dict(program.metadata),
         "notes": list(program.notes),
+        "exits": describe_exits(program.exits),
     }
 
 
@@ -72,6 +74,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
         sizes = {_text(name): _bounds(low, high) for name, (low, high) in value["sizes"].items()}
         history = tuple(_record(item) for item in value.get("history", ()))
         metadata = {_text(key): str(said) for key, said in value.get("metadata", {}).items()}
+        exits = read_exits(value.get("exits"), len(outputs))
         domains = {_text(entry["name"]): _domain(entry["domain"]) for entry in value["inputs"]}
         values = user_values(exported, inputs)
         bound = {
@@ -88,7 +91,7 @@ def read_sidecar(value: Any, exported: ExportedProgram, known: Known) -> Known:
     if len(outputs) != len(known.outputs or outputs):
         raise CaptureError(f"{SIDECAR} in the .pt2 names {len(outputs)} outputs, which is not what its graph has")
     known = replace(known, inputs=inputs, outputs=outputs, symbols=symbols, sizes=sizes, domains=domains)
-    return replace(known, name=name, history=history, metadata=metadata, bound=bound, notes=notes)
+    return replace(known, name=name, history=history, metadata=metadata, bound=bound, notes=notes, exits=exits)
 
 
 def _text(value: Any) -> str:

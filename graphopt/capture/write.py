@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from graphopt.capture.lift import lift
-from graphopt.capture.onnx.metadata import write_bound, write_provenance
+from graphopt.capture.onnx.metadata import write_bound, write_exits, write_provenance
 from graphopt.capture.quiet import quiet
 from graphopt.capture.sidecar import SIDECAR, describe
 from graphopt.errors import UsageError, WriteError
@@ -122,6 +122,7 @@ def _onnx_model(program: Program) -> Any:
         raise UsageError(f"{program.name} has no ONNX form: {reason}") from error
     write_provenance(model, converted.exported_program.graph_module, program.metadata)
     write_bound(model, program)
+    write_exits(model, program.exits)
     _merge_matrices(model.graph)
     _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)

@@ -161,6 +161,9 @@ class _Attempt:
         except CANNOT_RUN as error:
             return evidence, Verdict(math.inf, f"the result does not run: {first_line(error)}")
         check = check_exact if self.item.preserves == "exact" else check_types
+        if after.exits != self.program.exits:  # it also tells which exits were taken, and has no state
+            names = tuple(spec.name for spec in after.answers)
+            results = tuple(values[: len(names)] for values in results)
         return Evidence(evidence.samples, results), check(evidence.results, results, evidence.samples, names)
 
     def search(self, result: PassResult, refused: Collection[str], reason: str) -> list[RolledBack]:

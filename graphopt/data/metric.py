@@ -93,7 +93,7 @@ def measure(program: Program, samples: View, metric: Metric, reference: Program 
 
 def _run(program: Program, sample: Sample, index: int) -> Outputs:
     try:
-        return program(*sample.inputs)
+        return program(*sample.inputs)[: len(program.answers)]
     except CANNOT_RUN as e:
         raise VerificationError(f"{program.name} cannot run sample {index} of the data: {e}") from e
 

@@ -44,12 +44,20 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Entry:
-    """`state` tensors start from the weights member's tensor "state.<name>"."""
+    """`state` tensors start from the weights member's tensor "state.<name>".
+
+    `exits` names the output that tells which exit each sample took; it and the outputs after it are given by name only.
+    An entry with `stages`, names of other entries, has no function of its own: these run one after another on the
+    samples that are left, of which the size `rows` counts them.
+    """
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     state: tuple[TensorInfo, ...] = ()
     sizes: Mapping[str, Bounds] = field(default_factory=dict)
+    exits: str | None = None
+    stages: tuple[str, ...] = ()
+    rows: str | None = None
 
 
 GENERIC = "generic"  # the rule of kernels that nothing better took
@@ -148,14 +156,37 @@ def _check_whole(manifest: Manifest) -> None:
     for name in (f"state.{item.name}" for entry in manifest.entries.values() for item in entry.state):
         if name not in manifest.tensors:
             raise ValueError(f"tensors lacks {name}")
+    for entry in manifest.entries.values():
+        _check_exits(entry, manifest.entries)
     for variant in manifest.variants:
         if variant.library not in manifest.files:
             raise ValueError(f"files lacks {variant.library}")
-        if set(variant.weights) != set(manifest.entries):
+        if set(variant.weights) != {name for name, entry in manifest.entries.items() if not entry.stages}:
             raise ValueError(f"variant {variant.target} has other entries than the manifest")
         unknown = {name for names in variant.weights.values() for name in names} - set(manifest.tensors)
         if unknown:
             raise ValueError(f"tensors lacks {min(unknown)}")
+
+
+def _check_exits(entry: Entry, entries: Mapping[str, Entry]) -> None:
+    if entry.exits is not None and entry.exits not in (item.name for item in entry.outputs):
+        raise ValueError(f"no output is called {entry.exits[:40]!r}")
+    if unknown := set(entry.stages) - set(entries):
+        raise ValueError(f"entries lacks {min(unknown)}")
+    if any(entries[name].stages for name in entry.stages):
+        raise ValueError("a stage has stages")
+    if entry.stages and (entry.rows is None or entry.exits != entry.outputs[-1].name or entry.state):
+        raise ValueError("an entry with stages has no rows, exits that are not its last output, or state")
+    known = {item.name for item in entry.inputs}
+    for name in entry.stages:
+        if not known >= {item.name for item in entries[name].inputs}:
+            raise ValueError(f"stage {name} reads what none before it gives")
+        own = [(item.name, item.dtype) for item in entries[name].outputs]
+        answers = [(item.name, item.dtype) for item in entry.outputs[:-1]]
+        flags = own[len(answers) : len(answers) + 1]
+        if own[: len(answers)] != answers or (name != entry.stages[-1] and [kind for _, kind in flags] != ["bool"]):
+            raise ValueError(f"stage {name} does not give answers and flags")
+        known |= {item.name for item in entries[name].outputs}
 
 
 def _anything(value: Any) -> Any:
@@ -230,7 +261,10 @@ def _bounds(data: Any) -> Bounds:
 
 def _entry(data: Any) -> Entry:
     sizes = _mapping(data["sizes"], _bounds)
-    return Entry(_tensors(data["inputs"]), _tensors(data["outputs"]), _tensors(data["state"]), sizes)
+    exits, rows = (None if data.get(name) is None else _string(data[name]) for name in ("exits", "rows"))
+    stages = _list(data.get("stages", []), _string)
+    inputs, outputs, state = (_tensors(data[name]) for name in ("inputs", "outputs", "state"))
+    return Entry(inputs, outputs, state, sizes, exits, stages, rows)
 
 
 def _scalar(value: Any) -> bool | int | float | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,8 @@ from graphopt.runtime.library import ffi
 from graphopt.runtime.loading import Model, Verify, load
 from graphopt.runtime.manifest import Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.profiling import Round, medians, time_calls
-from graphopt.runtime.tensors import copy_tensor, from_device
+from graphopt.runtime.stages import Stages
+from graphopt.runtime.tensors import copy_tensor, from_device, widen
 from graphopt.runtime.threads import Runner, resolve
 from graphopt.runtime.weights import state_name
 
@@ -39,11 +40,15 @@ class ValueInfo:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The last run: seconds inside the compiled code, the symbolic sizes it had, and the entry."""
+    """The last run: seconds inside the compiled code, the symbolic sizes it had, and the entry.
+
+    `exits` has for every sample the exit that it took, counted from 0, where the model has exits.
+    """
 
     seconds: float
     sizes: Mapping[str, int]
     entry: str
+    exits: tuple[int, ...] | None = None
 
 
 class _Bound:
@@ -54,13 +59,14 @@ class _Bound:
         self.entry: Entry = model.manifest.entries[name]
         self.check = FeedCheck(self.entry)
         self.outputs = {item.name: index for index, item in enumerate(self.entry.outputs)}
+        self.answers = range(self.outputs[self.entry.exits] if self.entry.exits else len(self.outputs))
         self.results: tuple[TensorInfo, ...] = (*self.entry.outputs, *self.entry.state)
         for item in self.results:
             if item.dtype not in DTYPES:
                 raise ArtifactError(
                     f"output {item.name} has dtype {item.dtype[:40]!r}, which this graphopt does not know"
                 )
-        self.function = bind_weights(name, model, machine)
+        self.function = bind_function(name, model, machine)
 
 
 class InferenceSession:
@@ -125,8 +131,9 @@ class InferenceSession:
         return [_value_info(item) for item in self._entry(entry).entry.inputs]
 
     def get_outputs(self, entry: str = "main") -> list[ValueInfo]:
-        """The outputs of an entry, in the order `run` returns them."""
-        return [_value_info(item) for item in self._entry(entry).entry.outputs]
+        """The outputs of an entry that `run` returns where none are named, in that order."""
+        bound = self._entry(entry)
+        return [_value_info(bound.entry.outputs[index]) for index in bound.answers]
 
     def reset(self) -> None:
         """Put the state back to what it was when the session was opened."""
@@ -143,7 +150,9 @@ class InferenceSession:
     def run(
         self, output_names: Sequence[str] | None, feed: Mapping[str, np.ndarray], entry: str = "main"
     ) -> list[np.ndarray]:
-        """Compute the outputs named (None: all, in order) from arrays by input name; the arrays belong to the caller.
+        """Compute the outputs named from arrays by input name; the arrays belong to the caller.
+
+        None means all in order, but for those that tell of exits, which have to be named.
 
         Raises FeedError naming the input whose name, dtype, rank or size is wrong, BoundInputError where a bound input
         has another value, UnknownNameError for an unknown output or entry, RunError when the compiled code fails; after
@@ -155,13 +164,23 @@ class InferenceSession:
             state = [self._state[item.name] for item in bound.entry.state]
             inputs, sizes = bound.check.bind(feed, state)
             seconds, results = self._call(bound, inputs, state)
-            outputs = self._own(bound, results, inputs, state)
-            count = len(bound.entry.outputs)
-            following = zip(bound.entry.state, outputs[count:], strict=True)
-            self._state = self._state | {item.name: tensor for item, tensor in following}  # all of it or nothing
+            arrays = self._arrays(bound, results, inputs, state)
+            told = bound.entry.exits
+            exits = None if told is None else tuple(arrays(bound.outputs[told]).tolist())
             self._bound_memory(sizes)
-            self._last_run = RunInfo(seconds, MappingProxyType(sizes), entry)
-        return [from_device(outputs[index], bound.results[index].dtype) for index in wanted]
+            self._last_run = RunInfo(seconds, MappingProxyType(sizes), entry, exits)
+            return [arrays(index) for index in wanted]
+
+    def _arrays(
+        self, bound: _Bound, results: list[Any], inputs: list[Any], state: list[Any]
+    ) -> Callable[[int], np.ndarray]:
+        """Every output by its number as an array of the caller's; the new state is taken over."""
+        if bound.entry.stages:  # arrays of their own already
+            return lambda index: widen(results[index], bound.results[index].dtype)
+        outputs = self._own(bound, results, inputs, state)
+        following = zip(bound.entry.state, outputs[len(bound.entry.outputs) :], strict=True)
+        self._state = self._state | {item.name: tensor for item, tensor in following}  # all of it or nothing
+        return lambda index: from_device(outputs[index], bound.results[index].dtype)
 
     def profile(
         self, feed: Mapping[str, np.ndarray], entry: str = "main", rounds: int = 20
@@ -178,7 +197,7 @@ class InferenceSession:
             state = [self._state[item.name] for item in bound.entry.state]
             inputs, _ = bound.check.bind(feed, state)
             machine = new_machine(self._model)
-            function = bind_weights(entry, self._model, machine)
+            function = bind_function(entry, self._model, machine)
             return self._runner.run(
                 lambda: time_calls(machine, lambda: self._guarded(entry, function, (*inputs, *state)), rounds)
             )
@@ -192,7 +211,7 @@ class InferenceSession:
         if isinstance(names, str):
             raise UsageError(f"output names are {names!r}; give a list, [{names!r}], or None for all outputs")
         if not names:
-            return range(len(bound.outputs))
+            return bound.answers
         for name in names:
             if name not in bound.outputs:
                 raise UnknownNameError("output", name, bound.outputs)
@@ -202,7 +221,7 @@ class InferenceSession:
         begin = time.perf_counter()
         result = self._runner.run(lambda: self._guarded(bound.name, bound.function, (*inputs, *state)))
         seconds = time.perf_counter() - begin
-        results = [result] if isinstance(result, ffi().Tensor) else list(result)
+        results = as_list(result)
         if len(results) != len(bound.results):
             raise RunError(
                 f"entry {bound.name!r} gave {len(results)} tensors instead of {len(bound.results)}; compile again"
@@ -262,6 +281,29 @@ def new_machine(model: Model) -> Any:
     machine = model.library["vm_load_executable"]()
     machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
     return machine
+
+
+def bind_function(entry: str, model: Model, machine: Any) -> Any:
+    """The entry as a function of inputs and state, which for stages calls those of its stages."""
+    found = model.manifest.entries[entry]
+    if not found.stages:
+        return bind_weights(entry, model, machine)
+    functions = {name: bind_weights(name, model, machine) for name in found.stages}
+    stages = Stages(found, {name: model.manifest.entries[name] for name in found.stages})
+
+    def call(name: str, inputs: list[Any]) -> list[Any]:
+        return as_list(functions[name](*inputs))
+
+    def run(*inputs: Any) -> list[np.ndarray]:
+        answers, exits = stages.run(call, inputs)
+        return [*answers, exits]
+
+    return run
+
+
+def as_list(result: Any) -> list[Any]:
+    """What a function of the library gives: a tensor or several."""
+    return [result] if isinstance(result, ffi().Tensor) else list(result)
 
 
 def bind_weights(entry: str, model: Model, machine: Any) -> Any:

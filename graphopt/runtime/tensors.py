@@ -49,10 +49,15 @@ def from_device(tensor: Any, dtype: str) -> np.ndarray:
 
     bfloat16, which numpy lacks, is widened to float32; that is exact.
     """
-    if dtype not in CARRIED:
-        array = np.from_dlpack(tensor)
-        return array.copy() if array.nbytes <= _SMALL else array
-    return widen(np.from_dlpack(_viewed(tensor, tensor.shape, DTYPES[dtype].carrier.name)), dtype)
+    array = as_array(tensor, dtype)
+    if dtype in CARRIED:
+        return widen(array, dtype)
+    return array.copy() if array.nbytes <= _SMALL else array
+
+
+def as_array(tensor: Any, dtype: str) -> np.ndarray:
+    """The tensor's own memory as an array, in the unsigned integers that carry the bits of what numpy lacks."""
+    return np.from_dlpack(_viewed(tensor, tensor.shape, DTYPES[dtype].carrier.name) if dtype in CARRIED else tensor)
 
 
 def widen(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -72,7 +77,6 @@ def aligned_copy(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
 
 def copy_tensor(tensor: Any, dtype: str) -> Any:
     """A tensor with memory of its own."""
-    carried = dtype in CARRIED
-    source = np.from_dlpack(_viewed(tensor, tensor.shape, DTYPES[dtype].carrier.name) if carried else tensor)
+    source = as_array(tensor, dtype)
     copy = _wrap(aligned_copy(source, source.dtype))
-    return _viewed(copy, source.shape, dtype) if carried else copy
+    return _viewed(copy, source.shape, dtype) if dtype in CARRIED else copy

@@ -152,9 +152,29 @@ def gating_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     )
 
 
+def exits_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import exits
+    from graphopt.tools.benchmarking.exits_cases import CASES
+    from graphopt.tools.benchmarking.exits_chart import draw_exits
+    from graphopt.tools.benchmarking.models import choose_models
+
+    if arguments.against is not None:
+        raise UsageError("--suite exits stands beside the whole network; leave out --against")
+    cases = {name: CASES[name] for name in choose_models(arguments.models, CASES)}
+    return Suite(
+        lambda publish: exits.run_exits(cases, settings, publish),
+        lambda report: exits.format_model(report["models"][-1]),
+        exits.format_suite,
+        exits.format_markdown,
+        draw_exits,
+        lambda report: all(map(exits.is_right, report["models"])),
+    )
+
+
 SUITES: Mapping[str, Callable[[argparse.Namespace, Settings], Suite]] = {
     "e2e": models_suite,
     "kernels": kernels_suite,
     "folding": folding_suite,
     "gating": gating_suite,
+    "exits": exits_suite,
 }

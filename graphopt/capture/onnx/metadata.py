@@ -2,8 +2,9 @@
 
 A node that a rule made carries `graphopt.rule` and `graphopt.from` (a JSON list of the original nodes), any node of a
 module its path as `graphopt.module`; `graphopt.rules` of the model counts the nodes of each rule, `graphopt.bound` has
-the elements of the one value that a bound input may have. What torch's exporter notes is dropped: it holds lines and
-paths of the machine that exported. The model's own description and metadata are kept from file to file.
+the elements of the one value that a bound input may have, `graphopt.exits` says of early exits which outputs tell of
+them, the policy and its thresholds. What torch's exporter notes is dropped: it holds lines and paths of the machine
+that exported. The model's own description and metadata are kept from file to file.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 import graphopt
+from graphopt.capture.exits import describe_exits, read_exits
 from graphopt.capture.onnx.graphs import all_graphs, all_nodes
 from graphopt.capture.sidecar import bound_values
-from graphopt.program import Program, provenance
+from graphopt.program import Exits, Program, provenance
 
 RULE, FROM, MODULE, RULES = "graphopt.rule", "graphopt.from", "graphopt.module", "graphopt.rules"
-BOUND = "graphopt.bound"
+BOUND, EXITS = "graphopt.bound", "graphopt.exits"
 DESCRIPTION = "doc_string"  # its key in `Program.metadata`
 _NOT_KEPT = ("graphopt.", "pkg.torch.")
 _EXPORTED_FROM = "pkg.torch.onnx.fx_node"
@@ -93,6 +96,24 @@ def read_provenance(node: Any) -> dict[str, Any] | None:
     if not isinstance(origins, list) or not all(isinstance(name, str) for name in origins):
         return None
     return {"rule": noted[RULE], "from": origins}
+
+
+def write_exits(model: Any, exits: Exits | None) -> None:
+    """Say of a model with exits how they are taken."""
+    if exits is not None:
+        model.metadata_props.add(key=EXITS, value=json.dumps(describe_exits(exits)))
+
+
+def exits_of(model: Any) -> Exits | None:
+    """What `write_exits` wrote. In a file conditions have no other form than If, so `staged` is read as `cond`."""
+    for entry in model.metadata_props:
+        if entry.key == EXITS:
+            try:
+                exits = read_exits(json.loads(entry.value), len(model.graph.output))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return None
+            return replace(exits, form="cond") if exits is not None and exits.form == "staged" else exits
+    return None
 
 
 def _described(source: Node) -> Mapping[str, str]:

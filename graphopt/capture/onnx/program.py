@@ -23,7 +23,7 @@ from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.capture.onnx.form import MOST_READINGS, Form, first_form
 from graphopt.capture.onnx.importer import Importer, Steps, refuse_unknown, repeated
 from graphopt.capture.onnx.ledger import FixedSize, Ledger
-from graphopt.capture.onnx.metadata import read_metadata
+from graphopt.capture.onnx.metadata import exits_of, read_metadata
 from graphopt.capture.onnx.reading import opset_of, read_model
 from graphopt.capture.onnx.sizes import (
     Input,
@@ -68,8 +68,15 @@ def from_onnx(
     symbols, sizes = _named_sizes(reading, dynamic_shapes, inputs)
     given = None if examples is None else list(examples.values())
     notes = tuple(dict.fromkeys((*said, *equal, *reading.ledger.bounds())))
-    metadata = read_metadata(file.model)
-    known = Known(symbols=symbols, sizes=sizes, examples=given, bound=form.bound, notes=notes, metadata=metadata)
+    known = Known(
+        symbols=symbols,
+        sizes=sizes,
+        examples=given,
+        metadata=read_metadata(file.model),
+        bound=form.bound,
+        notes=notes,
+        exits=exits_of(file.model),
+    )
     program = assemble(reading.flat, known, name=name, limits=limits)
     program = raise_least_sizes(raised(_with_examples(program, known, reading.hints, limits)), {})
     for text in said:

@@ -31,6 +31,11 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
     "softmax_dtype": lambda x: F.softmax(x.half(), dim=-1, dtype=torch.float32),
     "softmax_half": lambda x: x.half().softmax(-1),
     "softmax_rank_0": lambda x: x.sum().softmax(0),
+    "softmax_largest": lambda x: x.softmax(-1).amax(-1),
+    "softmax_largest_compared": lambda x: (x.softmax(-1).amax(-1) >= 0.3).logical_not(),
+    "softmax_largest_twice": lambda x: (lambda p: (p, p >= 0.3))((2 * x).softmax(-1).amax(-1)),
+    "softmax_largest_kept": lambda x: x.softmax(-1).amax(-1, keepdim=True),
+    "softmax_largest_and_all": lambda x: (lambda p: (p.amax(-1), p))((3 * x).softmax(-1)),
     "log_softmax": lambda x: x.log_softmax(-1),
     "log_softmax_middle": lambda x: x.log_softmax(1),
     "group_norm": lambda x: F.group_norm(x, 2),
@@ -67,6 +72,11 @@ def test_widths(agree: Check, width: int) -> None:
         "layer_norm": lambda x: F.layer_norm(x, (width,), x[0, 0], x[0, 1]),
         "rms_norm": lambda x: F.rms_norm(x, (width,), eps=1e-6),
         "softmax": lambda x: x.softmax(-1),
+        "softmax_largest": lambda x: x.softmax(-1).amax(-1),
+        "softmax_largest_compared": lambda x: (x.softmax(-1).amax(-1) >= 0.3).logical_not(),
+        "softmax_largest_twice": lambda x: (lambda p: (p, p >= 0.3))((2 * x).softmax(-1).amax(-1)),
+        "softmax_largest_kept": lambda x: x.softmax(-1).amax(-1, keepdim=True),
+        "softmax_largest_and_all": lambda x: (lambda p: (p.amax(-1), p))((3 * x).softmax(-1)),
         "log_softmax": lambda x: x.log_softmax(-1),
     }
     agree(cases, [torch.randn(2, 3, width) * 5], atol=1e-5)
@@ -75,6 +85,11 @@ def test_widths(agree: Check, width: int) -> None:
 def test_symbolic_last_axis(agree: Check) -> None:
     cases = {
         "softmax": lambda x: x.softmax(-1),
+        "softmax_largest": lambda x: x.softmax(-1).amax(-1),
+        "softmax_largest_compared": lambda x: (x.softmax(-1).amax(-1) >= 0.3).logical_not(),
+        "softmax_largest_twice": lambda x: (lambda p: (p, p >= 0.3))((2 * x).softmax(-1).amax(-1)),
+        "softmax_largest_kept": lambda x: x.softmax(-1).amax(-1, keepdim=True),
+        "softmax_largest_and_all": lambda x: (lambda p: (p.amax(-1), p))((3 * x).softmax(-1)),
         "log_softmax": lambda x: x.log_softmax(-1),
         "first": lambda x: x.softmax(0),
     }
