@@ -18,7 +18,7 @@ from graphopt.tools.benchmarking.comparison import Settings, choose_cores, compa
 from graphopt.tools.benchmarking.peers import ALL, PEERS, check_artifacts, check_peers, peer_entrants
 from graphopt.tools.benchmarking.report import format_notes, format_rows
 from graphopt.tools.benchmarking.turns import PATIENCE, Entrant, Failure
-from graphopt.tools.model_argument import HELP_ARTIFACT, add_dynamic_option, capture_model, is_artifact
+from graphopt.tools.model_argument import HELP_ARTIFACT, add_capture_options, capture_model, is_artifact
 from graphopt.tools.progress import progress
 from graphopt.tools.subject import add_size_options, chosen_sizes, open_artifact, program_subject
 from graphopt.tools.table import add_json_option, wants_text, write_json
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-timeout", type=float, metavar="SECONDS", default=PATIENCE, help=timeout)
     parser.add_argument("--chart", metavar="FILE.png", help="draw what a suite found")
     parser.add_argument("--markdown", metavar="FILE", help="write what a suite found as a table for a README")
-    add_dynamic_option(parser)
+    add_capture_options(parser)
     add_size_options(parser)
     add_json_option(parser)
 
@@ -79,8 +79,10 @@ def check_combination(arguments: argparse.Namespace) -> None:
         for option in ("models", "chart", "markdown"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"--{option} belongs to --suite; leave it out, or use --json for one model's figures")
-    elif arguments.source or arguments.dynamic or arguments.size or arguments.shape:
-        raise UsageError("a suite brings its own models and sizes; leave out --model, --dynamic, --size and --shape")
+    elif arguments.source or arguments.dynamic or arguments.examples or arguments.size or arguments.shape:
+        raise UsageError(
+            "a suite brings its own models and inputs; leave out --model, --dynamic, --examples, --size and --shape"
+        )
 
 
 def benchmark(
@@ -94,7 +96,7 @@ def benchmark(
     failures: list[Failure] = []
     if source is not None:
         with progress(f"capturing {source}"):
-            program = capture_model(source, arguments.dynamic)
+            program = capture_model(source, arguments)
         reference = program_subject(program)
         if not is_artifact(arguments.model):
             with progress("compiling"):

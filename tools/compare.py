@@ -14,7 +14,7 @@ import numpy as np
 from graphopt.errors import UsageError
 from graphopt.tools.array_file import read_arrays
 from graphopt.tools.html_page import add_html_option, add_page_sources, check_html, read_json, write_page
-from graphopt.tools.model_argument import HELP_ARTIFACT, add_dynamic_option
+from graphopt.tools.model_argument import HELP_ARTIFACT, add_capture_options
 from graphopt.tools.progress import progress
 from graphopt.tools.subject import Array, Arrays, add_entry_option, add_size_options, chosen_sizes, open_subject
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--atol", type=float, default=1e-4, help="absolute tolerance (default 1e-4)")
     parser.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance (default 1e-3)")
     add_entry_option(parser)
-    add_dynamic_option(parser)
+    add_capture_options(parser)
     add_size_options(parser)
     add_html_option(parser)
     add_page_sources(parser)
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_html(arguments, arguments.a, arguments.b)
     report, profile = read_json(arguments.report), read_json(arguments.profile)
     with progress("opening both"):
-        a, b = (open_subject(path, arguments.dynamic, arguments.entry) for path in (arguments.a, arguments.b))
+        a, b = (open_subject(path, arguments, arguments.entry) for path in (arguments.a, arguments.b))
     if arguments.input:
         feed = read_arrays(arguments.input)
     else:

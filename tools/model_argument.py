@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import CaptureError, UsageError
+from graphopt.tools.array_file import read_arrays
 
 if TYPE_CHECKING:
     from graphopt.program import Program
@@ -26,25 +27,35 @@ ARTIFACT = ".gopt"
 
 def add_model_argument(parser: argparse.ArgumentParser, help: str = HELP) -> None:
     parser.add_argument("model", metavar="MODEL", help=help)
-    add_dynamic_option(parser)
+    add_capture_options(parser)
 
 
-def add_dynamic_option(parser: argparse.ArgumentParser) -> None:
+def add_capture_options(parser: argparse.ArgumentParser) -> None:
     help = "sizes that may change: ids:0=batch,1=seq, with bounds ids:1=seq:1..512, or computed mask:1=past+1"
     parser.add_argument("--dynamic", metavar="NAME:AXIS=SIZE,...", nargs="+", action="extend", default=[], help=help)
+    help = (
+        "example inputs of a model file by name; an input of a .onnx that decides a shape is bound to its own"
+    )
+    parser.add_argument("--examples", metavar="FILE.npz", help=help)
 
 
 def load_model(arguments: argparse.Namespace) -> Program:
     """Capture `arguments.model`; raises UsageError or CaptureError when that is not possible."""
-    return capture_model(arguments.model, arguments.dynamic)
+    return capture_model(arguments.model, arguments)
 
 
-def capture_model(model: str, dynamic: list[str]) -> Program:
+def capture_model(model: str, arguments: argparse.Namespace) -> Program:
+    """Capture what `model` names, with the options of `add_capture_options`."""
     check_model(model)
+    if arguments.examples is not None and not is_file(model):
+        raise UsageError(f"{model} brings example inputs of its own; leave out --examples")
     from graphopt import capture
 
-    source, examples = (model, None) if is_file(model) else call_function(model)
-    return capture(source, examples, dynamic_shapes=parse_dynamic(dynamic) or None)
+    if is_file(model):
+        source, examples = model, None if arguments.examples is None else read_arrays(arguments.examples)
+    else:
+        source, examples = call_function(model)
+    return capture(source, examples, dynamic_shapes=parse_dynamic(arguments.dynamic) or None)
 
 
 def check_model(model: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.errors import UsageError
 from graphopt.tools import interrupt
 from graphopt.tools.html_page import add_html_option, check_html, write_page
-from graphopt.tools.model_argument import HELP, add_dynamic_option, load_model
+from graphopt.tools.model_argument import HELP, add_capture_options, load_model
 from graphopt.tools.output_file import check_suffix
 from graphopt.tools.pass_options import (
     add_checking_options,
@@ -32,7 +32,7 @@ REASONS = 3  # kinds of reasons in the summary
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=HELP)
-    add_dynamic_option(parser)
+    add_capture_options(parser)
     add_output_option(parser, required=False)
     add_pass_choice(parser)
     add_checking_options(parser)

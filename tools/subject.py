@@ -35,8 +35,9 @@ class Subject:
     program: Program | None = None
 
 
-def open_subject(path: str, dynamic: list[str], entry: str | None = None) -> Subject:
-    return open_artifact(path, entry) if is_artifact(path) else program_subject(capture_model(path, dynamic))
+def open_subject(path: str, arguments: argparse.Namespace, entry: str | None = None) -> Subject:
+    """An artifact, or a model captured with the options of `add_capture_options`."""
+    return open_artifact(path, entry) if is_artifact(path) else program_subject(capture_model(path, arguments))
 
 
 def program_subject(program: Program) -> Subject:

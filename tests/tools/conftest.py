@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     from graphopt.tools.model_argument import capture_model
 
     path = str(tmp_path_factory.mktemp("artifact") / "dense.gopt")
-    graphopt.compile(capture_model(TINY, [DYNAMIC])).save(path)
+    graphopt.compile(capture_model(TINY, Namespace(dynamic=[DYNAMIC], examples=None))).save(path)
     return path
 
 

@@ -43,6 +43,12 @@ def test_nothing_of_it_where_nothing_is_bound(cli: Cli, artifact: str) -> None:
 def test_an_input_that_could_be_bound(cli: Cli, tmp_path: Path) -> None:
     onnx.save(top_k(), tmp_path / "m.onnx")
     assert "give example_inputs with it, it will be bound" in cli("inspect", tmp_path / "m.onnx").err
+    np.savez(tmp_path / "feed.npz", x=np.ones((3, 4), np.float32), k=np.array([2]))
+    examples = ("--examples", tmp_path / "feed.npz")
+    assert "k     int64    1      any     2" in cli("inspect", tmp_path / "m.onnx", *examples).out
+    assert cli("optimize", tmp_path / "m.onnx", "-O1", "-o", tmp_path / "m.pt2", *examples).code == 0
+    assert "k     int64    1      any     2" in cli("inspect", tmp_path / "m.pt2").out
+    cli("inspect", "tests.tools.tiny_models:dense", *examples).refused("leave out --examples")
 
 
 @pytest.mark.filterwarnings("always")
