@@ -15,9 +15,9 @@ def test_a_sample_at_its_threshold_is_close() -> None:
     values = dict(zip([spec.name for spec in everything.outputs], everything(x), strict=True))
     at = float(values["confidence_at_0"][2])
     for form in ("multi-output", "cond", "staged"):
-        near = close_samples(with_form(program, form, [at + 5e-5, 1.5]), (x,))  # type: ignore[arg-type]
+        near = close_samples(with_form(program, form, [at + 5e-5, 1.5]), (x,))
         assert near.tolist() == [number == 2 for number in range(6)]
-        far = close_samples(with_form(program, form, [at + 5e-3, 1.5]), (x,))  # type: ignore[arg-type]
+        far = close_samples(with_form(program, form, [at + 5e-3, 1.5]), (x,))
         assert not far[2]
 
 
