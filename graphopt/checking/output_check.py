@@ -54,10 +54,9 @@ def check_session(session: InferenceSession, entries: Mapping[str, Program]) -> 
                 if program.exits is not None:  # a sample that may leave either way is compared with neither
                     clear = ~close_samples(program, case.inputs)
                     close += int((~clear).sum())
-                    kept = [[x[clear] for x in values] for values in (results, outputs, exact)]
-                else:
-                    kept = [results, list(outputs), list(exact)]
-                for spec, result, eager, reference in zip(program.outputs, *kept, strict=False):
+                    results = [value[clear] for value in results]
+                    outputs, exact = (tuple(value[clear] for value in values) for values in (outputs, exact))
+                for spec, result, eager, reference in zip(program.outputs, results, outputs, exact, strict=False):
                     worst = max(worst, _compare(name, spec, case.sizes, result, eager, reference))
                 state = following
         if close:

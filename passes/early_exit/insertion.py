@@ -7,8 +7,8 @@ After:  h1 = block1(x);  y1 = head1(h1)
 Heads share all weights of the network's own head but those of its last product, of which each trains a copy on labels,
 or on the network's own logits where there are no labels; the network itself stays as it is. Thresholds are chosen on a
 fifth of the data that was never fitted on, and which is not that held out. Without a threshold or a target they cost as
-few multiply-accumulates as keep the accuracy within half a point of the whole network's, by a standard error; of
-embeddings, the mean cosine at 0.98. The curve of quality by cost is of the held-out data; `chart` also measures one run
+few multiply-accumulates as keep the accuracy within half a point of the whole network's; of embeddings, the mean cosine
+at 0.98. The curve of quality by cost is of the held-out data; `chart` also measures one run
 of the network without and with exits.
 
 `form=auto` is `staged` where the number of samples may change, and `cond` where it is fixed. Exits that are not named

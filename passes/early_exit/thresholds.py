@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MOST = 1000  # thresholds that are tried
+CAUTION = 1.0  # standard errors by which a target has to be passed: few samples say little
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ def area(points: Sequence[Point]) -> float:
 
 
 def for_quality(outcomes: Outcomes, costs: Sequence[float], target: float) -> Point:
-    """The cheapest of the curve whose quality is at least `target` by a standard error; the best where none is."""
+    """The cheapest of the curve whose quality is surely at least `target`; the best of all where none is."""
     points = curve(outcomes, costs)
-    good = [point for point in points if point.quality - point.error >= target]
+    good = [point for point in points if point.quality - CAUTION * point.error >= target]
     return min(good, key=lambda point: point.cost) if good else max(points, key=lambda point: point.quality)
 
 

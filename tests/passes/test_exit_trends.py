@@ -18,7 +18,7 @@ SEEDS = (0, 1, 2)
 
 @cache
 def digits(seed: int) -> Case:
-    return digits_vit.case(seed, steps=400)
+    return digits_vit.case(seed)
 
 
 @cache
@@ -44,7 +44,7 @@ def test_sure_answers_are_early_and_right(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_higher_thresholds_cost_more_and_lose_little(seed: int) -> None:
-    points = [judged(seed, f"early-exit{{exits=[0,1,2,3,4],threshold={limit}}}")[2:] for limit in (0.8, 0.95, 0.99)]
+    points = [judged(seed, f"early-exit{{exits=[0,1,2,3,4],threshold={limit}}}")[2:] for limit in (0.8, 0.95)]
     costs = [cost for _, cost in points]
     assert costs == sorted(costs)
     assert all(after >= before - 1 for (before, _), (after, _) in pairwise(points))
@@ -60,5 +60,5 @@ def test_half_a_point_is_kept_on_average() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gates_are_as_good_as_thresholds(seed: int) -> None:
-    _, before, after, cost = judged(seed, "early-exit{policy=gate}")
-    assert after >= before - 2 and cost <= 0.65
+    _, before, after, cost = judged(seed, "early-exit{policy=gate,target-cost=0.45}")
+    assert after >= before - 2 and cost <= 0.55

@@ -20,6 +20,7 @@ def subject(seed: int) -> ExitSubject:
     return ExitSubject(network(None), network(1), labelled(), "accuracy", one, [{"x": inputs(8, 9)}])
 
 
+@pytest.mark.slow
 def test_the_suite_end_to_end(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = ExitCase("blocks", subject, (0,), "fit-steps=20,exits=[0]", (0.7,), "accuracy")
     monkeypatch.setitem(exits_cases.CASES, "blocks", case)
