@@ -50,9 +50,15 @@ def pooled(builder: Builder, product: Product, kind: Kind) -> Node:
     return builder.call(aten.mean.dim, node, axes) if axes else node
 
 
-def scores(builder: Builder, site: Site, predictor: Predictor, inputs: Node | None = None) -> Node:
-    """[N, blocks], before the rule; `inputs` are the channels that are left of the input, where some were taken out."""
+def scores(
+    builder: Builder, site: Site, predictor: Predictor, inputs: Node | None = None, *, apart: bool = False
+) -> Node:
+    """[N, blocks], before the rule; `inputs` are the channels that are left of the input, where some were taken out.
+
+    `apart` lets no gradient through to what is looked at.
+    """
     features = pooled(builder, site.producer, predictor.kind)
+    features = builder.call(aten.detach.default, features) if apart else features
     weight: Any = predictor.weight
     if inputs is not None:
         weight = builder.call(aten.index_select.default, builder.constant(weight), 1, inputs)
