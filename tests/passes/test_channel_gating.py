@@ -49,6 +49,22 @@ class Pair(nn.Module):
         return found
 
 
+class Chain(nn.Module):
+    """Three convolutions one after the other, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.first = nn.Conv2d(3, 64, 3, padding=1)
+        self.second, self.third = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool2d(self.first(x).relu(), 2)
+        found: Tensor = self.head(self.third(self.second(x).relu()).relu().mean((2, 3)))
+        return found
+
+
 class One(nn.Module):
     """One site between two convolutions, the second followed by an activation."""
 
@@ -272,6 +288,30 @@ def test_all_forms_agree_in_every_bucket() -> None:
     assert sum(name.startswith("conv2d") and "relu" in name for name in kernels) == 4
     assert sum(name.startswith("gemm") and "hardswish" in name for name in kernels) == 4
     assert not [name for name in kernels if name.startswith(("relu", "hardswish"))]
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_predictors_find_channels_that_were_moved(count: int | None) -> None:
+    """What one site puts in another order the next one looks at."""
+    generator = torch.Generator().manual_seed(3)
+    x = images(1)
+    program = captured(Chain(), x)
+
+    def random(inputs: int) -> Predictor:
+        weight, bias = torch.randn(4, inputs, generator=generator), torch.randn(4, generator=generator) / 2
+        return Predictor("linear", 3 * weight, bias, count, torch.randperm(64, generator=generator))
+
+    predictors = {name: random(inputs) for name, inputs in (("conv2d", 3), ("conv2d_1", 64), ("conv2d_2", 64))}
+    mask, *others = (written(program, form, predictors) for form in (*FORMS[:2], "gather") if count or form != "gather")
+    seen = set()
+    for seed in range(6):
+        x = images(1, seed=seed)
+        wanted = mask.result.program(x)[0]
+        seen.add(str(active_on(mask.result.program, mask.active, samples(x))["conv2d_2"].tolist()))
+        for item in others:
+            assert len(item.result.rewrites) == 3
+            torch.testing.assert_close(item.result.program(x)[0], wanted, rtol=1e-5, atol=1e-5)
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("predictor", ["linear", "topk"])
