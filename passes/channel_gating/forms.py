@@ -29,9 +29,9 @@ gated_operators = torch.ops.graphopt
 
 @dataclass(frozen=True)
 class State:
-    """A product as it is by now: `node` in the graph, its weight and bias as tensors or nodes.
+    """A product as it is by now: `node` in the graph, its weight and bias as tensors or nodes, and its masks.
 
-    `taking` and `making` say which of its inputs and outputs there are: masks, or channels in gather.
+    `inputs` are the channels that its input has by now, in their order; None stands for all of them as they were.
     """
 
     product: Product
@@ -40,6 +40,7 @@ class State:
     bias: Tensor | Node | None
     taking: Node | None = None
     making: Node | None = None
+    inputs: Tensor | Node | None = None
 
 
 class Writer:
@@ -176,7 +177,8 @@ class BlockWriter(ProductWriter):
         return None
 
     def decide(self, builder: Builder, site: Site, predictor: Predictor) -> _Blocks:
-        return _Blocks(active_blocks(builder, current(self, site), predictor), predictor.order, site.block)
+        inputs = self.state(site.producer).inputs
+        return _Blocks(active_blocks(builder, current(self, site), predictor, inputs), predictor.order, site.block)
 
     def decider(self, decision: _Blocks) -> Node:
         return decision.active
@@ -185,7 +187,7 @@ class BlockWriter(ProductWriter):
         return replace(selected(builder, state, 0, decision.order), making=decision.active)
 
     def taken(self, builder: Builder, state: State, decision: _Blocks) -> State:
-        return replace(selected(builder, state, 1, decision.order), taking=decision.active)
+        return replace(selected(builder, state, 1, decision.order), taking=decision.active, inputs=decision.order)
 
     def emit(self, builder: Builder, state: State, source: Node) -> Node:
         if state.taking is None and state.making is None:
@@ -205,7 +207,7 @@ class GatherWriter(ProductWriter):
 
     def decide(self, builder: Builder, site: Site, predictor: Predictor) -> Node:
         """int64 [count * block]: the channels that take part, those of the block with the highest score first."""
-        inputs = self.state(site.producer).taking
+        inputs = self.state(site.producer).inputs
         chosen = chosen_blocks(builder, scores(builder, current(self, site), predictor, inputs), predictor)
         members = builder.constant(predictor.order.reshape(site.blocks, site.block))
         row = builder.call(aten.view.default, chosen, [-1])
@@ -215,7 +217,7 @@ class GatherWriter(ProductWriter):
         return selected(builder, state, 0, decision)
 
     def taken(self, builder: Builder, state: State, decision: Node) -> State:
-        return replace(selected(builder, state, 1, decision), taking=decision)
+        return replace(selected(builder, state, 1, decision), inputs=decision)
 
 
 class StaticWriter(ProductWriter):

@@ -7,7 +7,7 @@ A small predictor looks at what a product reads and decides, for each sample, wh
 are computed; what reads them reads only those (Elkerdawy et al. 2022, "Fire Together Wire Together", arXiv 2110.08232;
 Gao et al. 2019, arXiv 1810.05331, for `predictor=topk`). `keep` is a fixed share of the blocks, `mass` as many as hold
 that share of the heat (see `targets`). Predictors begin as the least squares from pooled inputs to targets;
-`fit-steps` trains them, and with `joint` the whole network through straight-through gradients. `form` says how the
+`fit-steps` trains them and the network, with `joint` through straight-through gradients. `form` says how the
 rest is left out (see `forms`): `auto` measures. Channels that are hot together are put beside each other.
 
 Declines what meets other channels on its way: residual sums, concatenations, groups, outputs of the graph.

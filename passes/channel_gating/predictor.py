@@ -50,18 +50,27 @@ def pooled(builder: Builder, product: Product, kind: Kind) -> Node:
     return builder.call(aten.mean.dim, node, axes) if axes else node
 
 
-def scores(builder: Builder, site: Site, predictor: Predictor, inputs: Node | None = None) -> Node:
-    """[N, blocks], before the rule; `inputs` are the channels that are left of the input, where some were taken out."""
+def scores(
+    builder: Builder, site: Site, predictor: Predictor, inputs: Tensor | Node | None = None, *, apart: bool = False
+) -> Node:
+    """[N, blocks], before the rule.
+
+    `inputs` are the channels that the input has by now, in their order, where that is not all of them as they were.
+    `apart` lets no gradient through to what is looked at.
+    """
     features = pooled(builder, site.producer, predictor.kind)
+    features = builder.call(aten.detach.default, features) if apart else features
     weight: Any = predictor.weight
-    if inputs is not None:
+    if isinstance(inputs, Tensor):
+        weight = weight[:, inputs]
+    elif inputs is not None:
         weight = builder.call(aten.index_select.default, builder.constant(weight), 1, inputs)
     return builder.call(aten.linear.default, features, weight, predictor.bias)
 
 
-def active_blocks(builder: Builder, site: Site, predictor: Predictor) -> Node:
-    """bool [N, blocks]: which take part."""
-    found = scores(builder, site, predictor)
+def active_blocks(builder: Builder, site: Site, predictor: Predictor, inputs: Tensor | Node | None = None) -> Node:
+    """bool [N, blocks]: which take part; `inputs` as in `scores`."""
+    found = scores(builder, site, predictor, inputs)
     if predictor.count is None:
         return builder.call(aten.ge.Tensor, found, threshold(builder, found, None))
     chosen = chosen_blocks(builder, found, predictor)

@@ -14,7 +14,7 @@ from graphopt.tools.benchmarking.small_transformers import Batch, Case, Trained,
 WIDTHS = (128, 256, 256)
 LARGE = 32  # pixels of a side
 BATCH = 32
-STEPS = 80
+STEPS = 120
 RATE = 6e-3
 
 

@@ -42,14 +42,16 @@ PADDED = {"padding": [1, 1]}
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "minimal filtering": (lambda: Convolution(64, 96, 3, **PADDED), (64, 9, 10), 4, 6),
     "minimal filtering of uneven outputs": (lambda: Convolution(64, 40, 3, **PADDED), (64, 8, 8), 4, 0),
-    "strided": (lambda: Convolution(32, 48, 3, stride=[2, 2], **PADDED), (32, 11, 9), 2, 3),
-    "in parts": (lambda: Convolution(512, 64, 3, **PADDED), (512, 5, 5), 32, 4),
-    "one tap": (lambda: Convolution(64, 80, 1), (64, 5, 6), 4, 5),
-    "dilated": (lambda: Convolution(32, 32, 3, dilation=[2, 2], **PADDED), (32, 8, 8), 2, 2),
+    "strided and dilated": (
+        lambda: Convolution(32, 48, 3, stride=[2, 2], dilation=[2, 1], **PADDED),
+        (32, 11, 9),
+        2,
+        3,
+    ),
+    "in parts": (lambda: Convolution(512, 48, 3, **PADDED), (512, 5, 5), 32, 3),
     "few channels": (lambda: Convolution(3, 32, 3, **PADDED), (3, 7, 7), 0, 2),
     "depthwise": (lambda: Convolution(48, 48, 3, groups=48, **PADDED), (48, 7, 9), 0, 3),
     "rows": (lambda: Linear(64, 96), (7, 64), 4, 6),
-    "vectors": (lambda: Linear(64, 96), (64,), 4, 6),
     "vectors with uneven outputs": (lambda: Linear(64, 10), (64,), 4, 0),
 }
 
