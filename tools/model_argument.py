@@ -33,9 +33,7 @@ def add_model_argument(parser: argparse.ArgumentParser, help: str = HELP) -> Non
 def add_capture_options(parser: argparse.ArgumentParser) -> None:
     help = "sizes that may change: ids:0=batch,1=seq, with bounds ids:1=seq:1..512, or computed mask:1=past+1"
     parser.add_argument("--dynamic", metavar="NAME:AXIS=SIZE,...", nargs="+", action="extend", default=[], help=help)
-    help = (
-        "example inputs of a model file by name; an input of a .onnx that decides a shape is bound to its own"
-    )
+    help = "example inputs of a model file by name; an input of a .onnx that decides a shape is bound to its own"
     parser.add_argument("--examples", metavar="FILE.npz", help=help)
 
 
