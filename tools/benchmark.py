@@ -1,6 +1,5 @@
 """Time a model or artifact, alone or beside other runtimes: each in its own process, in turns, on the same cores; or
-a whole suite: of models, of kernels, of models with fewer and fewer of their blocks,
-with gates, or with early exits.
+a whole suite: of models, of kernels, or of models with fewer and fewer of their blocks, with gates or with early exits.
 
 A row is valid when the side was as fast in turns as alone (within 5 %) and others took under 10 % of the CPUs; only
 valid rows are worth quoting.
