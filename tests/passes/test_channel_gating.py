@@ -64,8 +64,6 @@ class Chain(nn.Module):
 
 
 class One(nn.Module):
-    """One site between two convolutions, the second followed by an activation."""
-
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
@@ -290,7 +288,6 @@ def test_all_forms_agree_in_every_bucket() -> None:
 
 @pytest.mark.parametrize("count", [None, 2])
 def test_predictors_find_channels_that_were_moved(count: int | None) -> None:
-    """What one site puts in another order the next one looks at."""
     generator = torch.Generator().manual_seed(3)
     x = images(1)
     program = captured(Chain(), x)
