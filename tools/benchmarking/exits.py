@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import PassError
 from graphopt.tools.benchmarking.comparison import Settings
 from graphopt.tools.benchmarking.exits_cases import ExitCase, ExitSubject, Feed
-from graphopt.tools.benchmarking.report import cpu_name, format_machine
+from graphopt.tools.benchmarking.networks import TURN, Network, Publish, Report, run_networks
+from graphopt.tools.benchmarking.report import format_machine
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
@@ -19,32 +21,20 @@ if TYPE_CHECKING:
     from graphopt.program import Program
     from graphopt.runtime.session import InferenceSession
 
-TURN = 0.1  # seconds; all sides of a network take turns in one process
 MARGIN = 1e-4  # of a confidence from its threshold, within which compiled code may take another exit
-
-Report = Mapping[str, Any]
-Publish = Callable[[Report], None]
 
 
 def run_exits(cases: Mapping[str, ExitCase], settings: Settings, publish: Publish) -> None:
     """`publish` is given the report after each network."""
-    report: dict[str, Any] = {
-        "suite": "exits",
-        "cpu": cpu_name(),
-        "cores": list(settings.cores),
-        "rounds": settings.rounds,
-        "turn_seconds": TURN,
-        "models": [],
-    }
-    for name, case in cases.items():
-        for seed in case.seeds:
-            try:
-                measured = measure_case(case, seed, settings)
-            except GraphoptError as e:
-                measured = {"failed": " ".join(str(e).split())}
-            entry = {"name": name, "title": case.title, "seed": seed, "quality": case.quality, **measured}
-            report["models"].append(entry)
-            publish(report)
+    networks: list[Network] = [
+        (
+            {"name": name, "title": case.title, "seed": seed, "quality": case.quality},
+            partial(measure_case, case, seed, settings),
+        )
+        for name, case in cases.items()
+        for seed in case.seeds
+    ]
+    run_networks("exits", networks, settings, publish)
 
 
 def measure_case(case: ExitCase, seed: int, settings: Settings) -> dict[str, Any]:

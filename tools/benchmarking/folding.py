@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import PassError
 from graphopt.tools.benchmarking.comparison import Settings
 from graphopt.tools.benchmarking.folding_cases import FoldingCase, Subject
-from graphopt.tools.benchmarking.report import cpu_name, format_machine
+from graphopt.tools.benchmarking.networks import TURN, Network, Publish, Report, run_networks
+from graphopt.tools.benchmarking.report import format_machine
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
@@ -19,30 +21,15 @@ if TYPE_CHECKING:
     from graphopt.passes.block_folding import BlockFolding
     from graphopt.program import Program
 
-TURN = 0.1  # seconds; all sizes of a network take turns in one process
 STRAIGHT = 0.05  # how far a point may be from the line, over the line
-
-Report = Mapping[str, Any]
-Publish = Callable[[Report], None]
 
 
 def run_folding(cases: Mapping[str, FoldingCase], settings: Settings, publish: Publish) -> None:
     """`publish` is given the report after each network."""
-    report: dict[str, Any] = {
-        "suite": "folding",
-        "cpu": cpu_name(),
-        "cores": list(settings.cores),
-        "rounds": settings.rounds,
-        "turn_seconds": TURN,
-        "models": [],
-    }
-    for name, case in cases.items():
-        try:
-            measured = measure_case(case, settings)
-        except GraphoptError as e:
-            measured = {"failed": " ".join(str(e).split())}
-        report["models"].append({"name": name, "title": case.title, **measured})
-        publish(report)
+    networks: list[Network] = [
+        ({"name": name, "title": case.title}, partial(measure_case, case, settings)) for name, case in cases.items()
+    ]
+    run_networks("folding", networks, settings, publish)
 
 
 def measure_case(case: FoldingCase, settings: Settings) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import GraphoptError
 from graphopt.tools.benchmarking.comparison import Settings
 from graphopt.tools.benchmarking.gating_cases import GatingCase
-from graphopt.tools.benchmarking.report import cpu_name, format_machine
+from graphopt.tools.benchmarking.networks import TURN, Network, Publish, Report, run_networks
+from graphopt.tools.benchmarking.report import format_machine
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
@@ -18,33 +19,22 @@ if TYPE_CHECKING:
 
     from graphopt.program import Program
 
-TURN = 0.1  # seconds
-
-Report = Mapping[str, Any]
-Publish = Callable[[Report], None]
-
 
 def run_gating(cases: Mapping[str, GatingCase], settings: Settings, publish: Publish) -> None:
     """`publish` is given the report after each case."""
-    report: dict[str, Any] = {
-        "suite": "gating",
-        "cpu": cpu_name(),
-        "cores": list(settings.cores),
-        "rounds": settings.rounds,
-        "turn_seconds": TURN,
-        "models": [],
-    }
-    for name, case in cases.items():
-        try:
-            rows = [measure_sides(case, number, settings) for number in range(len(case.sides))]
-            ratio = statistics.mean(row["ratio"] for row in rows)
-            measured: dict[str, Any] = {"rows": rows, "ratio": ratio}
-        except GraphoptError as e:
-            measured = {"failed": " ".join(str(e).split())}
-        report["models"].append(
-            {"name": name, "title": case.title, "about": case.about, "wanted": case.wanted, **measured}
+    networks: list[Network] = [
+        (
+            {"name": name, "title": case.title, "about": case.about, "wanted": case.wanted},
+            partial(measure_case, case, settings),
         )
-        publish(report)
+        for name, case in cases.items()
+    ]
+    run_networks("gating", networks, settings, publish)
+
+
+def measure_case(case: GatingCase, settings: Settings) -> dict[str, Any]:
+    rows = [measure_sides(case, number, settings) for number in range(len(case.sides))]
+    return {"rows": rows, "ratio": statistics.mean(row["ratio"] for row in rows)}
 
 
 def measure_sides(case: GatingCase, number: int, settings: Settings) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from graphopt.errors import UsageError
 from graphopt.optional import missing_extra
 from graphopt.tools.benchmarking.comparison import Settings
+from graphopt.tools.benchmarking.networks import Publish, Report
 from graphopt.tools.benchmarking.peers import ALL, check_peers
 from graphopt.tools.output_file import check_suffix, replace_file
 from graphopt.tools.table import wants_text, write_json
@@ -17,8 +19,7 @@ from graphopt.tools.table import wants_text, write_json
 CHART = ".png"
 STDOUT = "-"
 
-Report = Mapping[str, Any]
-Publish = Callable[[Report], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,56 +119,47 @@ def folding_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     from graphopt.tools.benchmarking import folding
     from graphopt.tools.benchmarking.folding_cases import CASES
     from graphopt.tools.benchmarking.folding_chart import draw_folding
-    from graphopt.tools.benchmarking.models import choose_models
 
-    if arguments.against is not None:
-        raise UsageError("--suite folding stands beside the whole network; leave out --against")
-    cases = {name: CASES[name] for name in choose_models(arguments.models, CASES)}
-    return Suite(
-        lambda publish: folding.run_folding(cases, settings, publish),
-        lambda report: folding.format_model(report["models"][-1]),
-        folding.format_suite,
-        folding.format_markdown,
-        draw_folding,
-        lambda report: all(map(folding.is_right, report["models"])),
-    )
+    cases = chosen_networks(arguments, CASES, "the whole network")
+    return networks_suite(partial(folding.run_folding, cases, settings), folding, draw_folding)
 
 
 def gating_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     from graphopt.tools.benchmarking import gating
     from graphopt.tools.benchmarking.gating_cases import CASES
     from graphopt.tools.benchmarking.gating_chart import draw_gating
-    from graphopt.tools.benchmarking.models import choose_models
 
-    if arguments.against is not None:
-        raise UsageError("--suite gating stands beside the network without gates; leave out --against")
-    cases = {name: CASES[name] for name in choose_models(arguments.models, CASES)}
-    return Suite(
-        lambda publish: gating.run_gating(cases, settings, publish),
-        lambda report: gating.format_model(report["models"][-1]),
-        gating.format_suite,
-        gating.format_markdown,
-        draw_gating,
-        lambda report: all(map(gating.is_right, report["models"])),
-    )
+    cases = chosen_networks(arguments, CASES, "the network without gates")
+    return networks_suite(partial(gating.run_gating, cases, settings), gating, draw_gating)
 
 
 def exits_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     from graphopt.tools.benchmarking import exits
     from graphopt.tools.benchmarking.exits_cases import CASES
     from graphopt.tools.benchmarking.exits_chart import draw_exits
+
+    cases = chosen_networks(arguments, CASES, "the whole network")
+    return networks_suite(partial(exits.run_exits, cases, settings), exits, draw_exits)
+
+
+def chosen_networks(arguments: argparse.Namespace, cases: Mapping[str, T], beside: str) -> dict[str, T]:
+    """Raises UsageError for --against: these suites bring what they stand beside."""
     from graphopt.tools.benchmarking.models import choose_models
 
     if arguments.against is not None:
-        raise UsageError("--suite exits stands beside the whole network; leave out --against")
-    cases = {name: CASES[name] for name in choose_models(arguments.models, CASES)}
+        raise UsageError(f"--suite {arguments.suite} stands beside {beside}; leave out --against")
+    return {name: cases[name] for name in choose_models(arguments.models, cases)}
+
+
+def networks_suite(measure: Callable[[Publish], None], module: Any, draw: Callable[[str, Report], None]) -> Suite:
+    """`module` has format_model, format_suite, format_markdown and is_right."""
     return Suite(
-        lambda publish: exits.run_exits(cases, settings, publish),
-        lambda report: exits.format_model(report["models"][-1]),
-        exits.format_suite,
-        exits.format_markdown,
-        draw_exits,
-        lambda report: all(map(exits.is_right, report["models"])),
+        measure,
+        lambda report: module.format_model(report["models"][-1]),
+        module.format_suite,
+        module.format_markdown,
+        draw,
+        lambda report: all(map(module.is_right, report["models"])),
     )
 
 
