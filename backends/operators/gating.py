@@ -6,11 +6,13 @@ A linear layer is a convolution of one tap over its rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
+import graphopt.operators  # noqa: F401  defines them
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.convolution import channels_last
 from graphopt.backends.operators.views import reshape
@@ -76,6 +78,8 @@ def _direct(
 ) -> Callable[[Product, Any], Code]:
     target, inner = lowering.target, channels_inner(x)
     choice = configure(outputs, tuple(filters.shape), 1, window, target)
+    # Each vector of a panel is a stream of its own: over more steps LLVM loads it ahead and runs out of registers.
+    choice = replace(choice, tile=replace(choice.tile, steps=2))
     key = f"conv{target.lanes}{'' if inner else 'planar'}"
     packed = lowering.weight(filters, key, lambda array: pack_filters(array, 1, target.lanes, inner))
     direct = Direct(x, packed, outputs, window, 1, any(window.pads), choice)
