@@ -189,13 +189,18 @@ def test_no_library_is_called(compiled: Compiled, rule: str) -> None:
         assert not named, kernel
 
 
+def calls_pointers(body: tuple[str, ...]) -> bool:
+    """Loops that do not may still load the address of what asks for workspace, for the next turn of an outer one."""
+    return any(re.fullmatch(r"x\d+|[^A-Za-z_].*", name) for name in calls(body))
+
+
 @pytest.mark.parametrize("rule", EXPECTED)
 def test_workspace_is_asked_for_once_a_task_at_most(compiled: Compiled, rule: str) -> None:
     for kernel, parts in compiled.of_rule(rule).items():
         for body in parts.values():
             found = [line for line in body if "BackendAllocWorkspace" in line]
             assert not found or EXPECTED[rule].workspace, kernel
-            inner = [loop.body for loop in loops(body) if loop.depth and calls(loop.body)]  # others only load its address
+            inner = [loop.body for loop in loops(body) if loop.depth and calls_pointers(loop.body)]
             assert not [line for lines in inner for line in lines if line in found], kernel
 
 
