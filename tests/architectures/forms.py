@@ -51,6 +51,8 @@ COUNTS_DIFFER: dict[tuple[str, str], str] = {
     ("deberta_v2", "dynamo"): "the exporter computes the projections of its constant positions",
     ("gptj", "dynamo"): "its attention is written out in PyTorch, which stays so",
     ("gptj", "torchscript"): "its attention is written out in PyTorch, which stays so",
+    ("mpnet", "dynamo"): "its attention is written out in PyTorch, which stays so",
+    ("mpnet", "torchscript"): "its attention is written out in PyTorch, which stays so",
 }
 OTHER_SIZES = ((1, 5), (3, 11))  # batch and length; the examples have 2 and 8
 ANY_BATCH = ("vit", "resnet")

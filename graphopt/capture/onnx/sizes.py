@@ -145,7 +145,7 @@ def fake_input(item: Input, symbols: Symbols) -> torch.Tensor:
     try:
         with symbols.mode:
             return torch.empty(shape, dtype=item.dtype)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # TypeError: a size over 2^63, which a node's numbers may fix
         raise CaptureError(f"input {item.name!r} has the shape {list(item.shape)}, which no tensor can have") from error
 
 
