@@ -97,11 +97,12 @@ def _reshaped(editor: GraphEditor, node: Node) -> tuple[Node, Any] | None:
 
 
 def _reads_all_in_order(editor: GraphEditor, node: Node, source: Node) -> bool:
-    value: torch.Tensor = source.meta["val"]
+    value, result = source.meta["val"], node.meta["val"]
     given: Any = node.args[1]
-    if not all(isinstance(size, int) for size in value.shape) or not value.is_contiguous():
+    # A symbolic size must not be compared: the comparison would fix it.
+    if not all(isinstance(size, int) for size in (*value.shape, *result.shape)) or not value.is_contiguous():
         return False
-    if value.numel() > MOST_ELEMENTS or value.numel() != node.meta["val"].numel():
+    if value.numel() > MOST_ELEMENTS or value.numel() != result.numel():
         return False
     indices = [editor.constant_value(index) for index in given]
     if any(index is not None and held is None for index, held in zip(given, indices, strict=True)):

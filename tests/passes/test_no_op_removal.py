@@ -155,3 +155,22 @@ def test_other_indices_stay(function: object) -> None:
 def test_an_index_that_is_an_output_keeps_its_memory() -> None:
     program = captured(Function(lambda x: x[EVERY[0], EVERY[1]]), torch.randn(4, 6))
     check_pass(program, NoOpRemoval(), 0, "would be the memory of the input x")
+
+
+class Rows(nn.Module):
+    """Rows of a table by computed numbers: as many as the table has where the open size is the example's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(4, 6))
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        return self.table[numbers % 4]
+
+
+def test_an_index_over_an_open_size_leaves_it_open() -> None:
+    program = captured(Rows(), torch.arange(4), dynamic={"numbers": {0: "rows"}})
+    result = check_pass(program, NoOpRemoval(), rewrites=0)
+    assert result.program(torch.arange(7))[0].shape == (7, 6)
+    (taken,) = [node for node in result.program.nodes() if node.target is torch.ops.aten.index.Tensor]
+    assert not taken.meta["val"].shape[0].node.expr.is_number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -313,7 +314,7 @@ def test_node_cases() -> None:
         try:
             program = capture(case.model)
         except CaptureError as error:
-            refused += [] if "element type" in str(error) else [case.name]
+            refused += [] if re.search("element type|uint16 (is|are) not imported", str(error)) else [case.name]
             continue
         inputs, outputs = (list(map(_array, side)) for side in case.data_sets[0])
         feed = dict(zip((value.name for value in case.model.graph.input), inputs, strict=True))
