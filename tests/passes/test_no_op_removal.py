@@ -160,6 +160,8 @@ def test_an_index_that_is_an_output_keeps_its_memory() -> None:
 class Rows(nn.Module):
     """Rows of a table by computed numbers: as many as the table has where the open size is the example's."""
 
+    table: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.randn(4, 6))

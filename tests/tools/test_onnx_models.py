@@ -50,7 +50,7 @@ def test_a_good_file(cli: Cli, good: str, verb: str) -> None:
 @pytest.mark.slow
 def test_benchmark_of_a_file(cli: Cli, good: str) -> None:
     outcome = cli(*words_of("benchmark", good), "--shape", "tokens:5x4", "--json")
-    assert outcome.code == 0 and [row["name"] for row in outcome.json["rows"]] == ["graphopt"]
+    assert outcome.code == 0 and [row["side"] for row in outcome.json["rows"]] == ["graphopt"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
