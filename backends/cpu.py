@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.linker import link
-from graphopt.backends.lowering import Weights, lower_program, reserve
+from graphopt.backends.lowering import WEIGHT_COUNT, Weights, lower_program, reserve
 from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
 from graphopt.errors import CompileError
@@ -27,10 +27,10 @@ from graphopt.runtime.manifest import KernelInfo
 __all__ = ["Module", "build", "finalize", "lower", "resolve_target", "runnable"]
 
 SET_DENORMALS = "graphopt_set_denormals"
+_CHECKS = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
 _FTZ_DAZ = 0x8040  # MXCSR: flush to zero (bit 15) and denormals are zero (bit 6)
 _FZ = 1 << 24  # FPCR: flush to zero, operands and results
 _SPACE = 64 << 20  # bytes for object files and the library; code is a few MB
-_EVERY_WORKER = 1024  # tasks of the function that reaches every worker thread
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,29 @@ def _branches(function: relax.Function) -> bool:
     return bool(found)
 
 
+@tvm.transform.module_pass(opt_level=0)
+def trust_weights(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    """Leave out the checks of dtype and shape that every call makes of every weight: loading has made them.
+
+    They cost two calls a weight, more than the kernels of a small network.
+    """
+    for variable, function in module.functions.items():
+        if isinstance(function, relax.Function) and WEIGHT_COUNT in (function.attrs or {}):
+            weights = function.params[len(function.params) - int(function.attrs[WEIGHT_COUNT]) :]
+            first, *rest = function.body.blocks
+            kept = [binding for binding in first.bindings if not _checks(binding, weights)]
+            body = relax.SeqExpr([relax.BindingBlock(kept), *rest], function.body.body)
+            module.update_func(variable, relax.Function(function.params, body, function.ret_ty, False, function.attrs))
+    return module
+
+
+def _checks(binding: relax.Binding, weights: Sequence[relax.Var]) -> bool:
+    call = binding.value
+    if not isinstance(call, relax.Call) or not isinstance(call.op, relax.ExternFunc):
+        return False
+    return call.op.global_symbol in _CHECKS and any(call.args[0].same_as(weight) for weight in weights)
+
+
 def finalize() -> tvm.transform.Pass:
     """From kernel calls to VM code: calls by destination, a static memory plan, shape arithmetic as functions."""
     passes = relax.transform
@@ -117,6 +140,7 @@ def finalize() -> tvm.transform.Pass:
             passes.LowerRuntimeBuiltin(),
             passes.ComputePrimValue(),
             passes.VMShapeLower(),
+            trust_weights,
             order_shape_functions,
             passes.AttachGlobalSymbol(),
         ]
@@ -172,7 +196,7 @@ def native_target(target: Target) -> tvm.target.Target:
 
 
 def set_denormals(target: Target) -> tirx.PrimFunc:
-    """graphopt_set_denormals(flush): 1 makes every thread of the caller's pool treat denormals as zero, 0 undoes it.
+    """graphopt_set_denormals(flush, threads): each of the caller's pool treats denormals as zero; flush 0 undoes it.
 
     Denormal operands cost an x86 core a microcode assist each: a matrix product over them runs 200 times slower. Arm
     cores take them in their stride; there it is done so that results are the same.
@@ -182,7 +206,8 @@ def set_denormals(target: Target) -> tirx.PrimFunc:
             T.func_name(SET_DENORMALS)
             T.func_attr({"tirx.noalias": True, "global_symbol": SET_DENORMALS})
             flush = T.arg("flush", tirx.Var("flush", "int32"))
-            with T.parallel(tirx.const(0, "int32"), tirx.const(_EVERY_WORKER, "int32")):
+            threads = T.arg("threads", tirx.Var("threads", "int32"))
+            with T.parallel(tirx.const(0, "int32"), threads):  # one task for each thread
                 if target.machine == "aarch64":
                     word = T.bind(tirx.call_llvm_intrin("int64", "llvm.aarch64.get.fpcr"))
                     T.evaluate(tirx.call_llvm_intrin("void", "llvm.aarch64.set.fpcr", _flushed(word, _FZ, flush)))

@@ -47,6 +47,7 @@ from graphopt.program import Program, get_attribute
 from graphopt.runtime.dtypes import name_of
 from graphopt.runtime.manifest import KernelInfo
 
+WEIGHT_COUNT = "graphopt.weights"  # how many of a function's parameters, the last ones, are weights
 _DEEPEST = 16  # element-wise nodes that one kernel computes in a chain
 _DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
 _KINDS = Kinds(
@@ -418,7 +419,7 @@ def lower_program(
     constants = [storage.variable for storage in lowering.constants.values()]
     body = relax.SeqExpr([relax.BindingBlock(lowering.bindings)], result)
     function = relax.Function([*parameters, *constants], body, result.ty)
-    function = function.with_attr("global_symbol", name)
+    function = function.with_attr("global_symbol", name).with_attr(WEIGHT_COUNT, len(constants))
     limits = {
         symbol: program.sizes[user].high
         for symbol, user in program.symbols.items()

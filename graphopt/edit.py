@@ -43,6 +43,7 @@ class Edit:
         self.mode = find_mode(self.program.graph_module)
         self.evaluations = Evaluations(self.mode)
         self.sizes = size_names(program)
+        self.callers = _conditions(self.program)
 
     def graphs(self) -> Iterator[GraphEditor]:
         """An editor for the main graph and for each sub-graph."""
@@ -97,7 +98,9 @@ class Builder(GraphAppendingTracer):
         return value
 
     def constant(self, tensor: torch.Tensor) -> Node:
-        """A read of `tensor`, which becomes an attribute of the graph's module unless it already is one."""
+        """What gives `tensor` here: an operand of the graph, or a read of what is made an attribute of its module."""
+        if (operand := self.editor.operand_holding(tensor)) is not None:
+            return operand
         name, is_new = self.editor.attribute_for(tensor)
         if is_new:
             self.added.append(name)
@@ -152,11 +155,19 @@ class GraphEditor:
         return full_name(self.path, node.name)
 
     def constant_value(self, node: Any) -> torch.Tensor | None:
-        """The tensor that a `get_attr` node reads; None for anything else."""
-        if not isinstance(node, Node) or node.op != "get_attr":
+        """The tensor that a `get_attr` node reads, here or as an operand of a branch; None for anything else."""
+        return _constant_value(self.edit, self.module, node)
+
+    def operand_holding(self, tensor: torch.Tensor) -> Node | None:
+        """The placeholder of a branch that always is exactly this tensor."""
+        if self.module not in self.edit.callers:
             return None
-        value = get_attribute(self.module, str(node.target))
-        return value if isinstance(value, torch.Tensor) else None
+        key = _memory_key(tensor)
+        for node in self.graph.find_nodes(op="placeholder"):
+            value = self.constant_value(node)
+            if value is not None and _memory_key(value) == key:
+                return node
+        return None
 
     def decline(self, rule: str, node: Node, reason: str) -> None:
         """Record that `rule` matched at `node` and left it alone."""
@@ -325,6 +336,31 @@ class GraphEditor:
         self._storages.discard(key[0])
         self._number = min(self._number, int(name.rpartition("_")[2]))
         delattr(self.module, name)
+
+
+def _conditions(program: Program) -> dict[GraphModule, tuple[GraphModule, Node]]:
+    """The graph and the node of the one `torch.cond` that each branch is read by; shared branches are left out."""
+    found: dict[GraphModule, list[tuple[GraphModule, Node]]] = {}
+    for _, module in program.graphs():
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
+            for branch in node.args[1:3]:
+                found.setdefault(get_attribute(module, str(branch.target)), []).append((module, node))
+    return {branch: callers[0] for branch, callers in found.items() if len(callers) == 1}
+
+
+def _constant_value(edit: Edit, module: GraphModule, node: Any) -> torch.Tensor | None:
+    if not isinstance(node, Node):
+        return None
+    if node.op == "get_attr":
+        value = get_attribute(module, str(node.target))
+        return value if isinstance(value, torch.Tensor) else None
+    if node.op != "placeholder" or module not in edit.callers:
+        return None
+    outer, condition = edit.callers[module]
+    if condition.graph is not outer.graph or condition._erased:
+        return None
+    place = module.graph.find_nodes(op="placeholder").index(node)
+    return _constant_value(edit, outer, condition.args[3][place])  # type: ignore[index]
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:

@@ -28,17 +28,18 @@ _FALSE = "false"  # binding of what tells which samples were done before
 
 @dataclass(frozen=True)
 class Bound:
-    """What a placeholder of a branch stands for: the weight of that name, or the value that goes by it."""
+    """What a placeholder of a branch stands for: a weight, or the value that goes by that name."""
 
     name: str
-    is_weight: bool
+    weight: torch.Tensor | None = None
 
 
 @dataclass
 class Level:
-    """One graph of the nest and what its placeholders stand for."""
+    """One graph of the nest, how deep it lies, and what its placeholders stand for."""
 
     module: GraphModule
+    depth: int
     bound: dict[Node, Bound | str] = field(default_factory=dict)
 
 
@@ -50,11 +51,11 @@ def split_stages(program: Program) -> tuple[Program, ...]:
     """
     placeholders = program.graph_module.graph.find_nodes(op="placeholder")
     bound: dict[Node, Bound | str] = {
-        node: Bound(spec.name, False) for node, spec in zip(placeholders, program.inputs, strict=True)
+        node: Bound(spec.name) for node, spec in zip(placeholders, program.inputs, strict=True)
     }
     stages = []
     values = {spec.name: value for spec, value in zip(program.inputs, program.examples, strict=True)}
-    for stage in _Cutter(program).cut(Level(program.graph_module, bound)):
+    for stage in _Cutter(program).cut(Level(program.graph_module, 0, bound)):
         stage = replace(stage, examples=tuple(values[spec.name] for spec in stage.inputs))
         results = zip(stage.outputs, stage(*stage.examples), strict=True)
         values.update((spec.name, value) for spec, value in results)
@@ -89,9 +90,9 @@ class _Cutter:
         for inside, operand in zip(going.graph.find_nodes(op="placeholder"), operands, strict=True):
             known = copier.binding(operand)
             if known is None and operand is not done:
-                known = Bound(carried.setdefault(operand, self._fresh(operand.name)), False)
+                known = Bound(carried.setdefault(operand, self._fresh(operand.name)))
             bound[inside] = known or _FALSE
-        later = self.cut(Level(going, bound))
+        later = self.cut(Level(going, level.depth + 1, bound))
         read = {spec.name for stage in later for spec in stage.inputs}
         for operand, name in carried.items():
             if name in read:
@@ -148,11 +149,15 @@ class _Copier:
         self.inputs: dict[Node, str] = {}
         self.values: dict[Node, Node] = {}
         self.same: dict[Node, Node] = {}  # placeholders of a branch that is written out here
+        self.ended = level.module  # that branch
 
     def binding(self, node: Node) -> Bound | None:
         """What is known by a name outside of this stage already."""
         if node.op == "get_attr":
-            return Bound(str(node.target), True)
+            owner = self.level.module if node.graph is self.level.module.graph else self.ended
+            place = f"{'after' if owner is self.level.module else 'end'}_{self.level.depth}."
+            name = str(node.target) if owner is self.cutter.program.graph_module else place + str(node.target)
+            return Bound(name, get_attribute(owner, str(node.target)))
         found = self.level.bound.get(node)
         return found if isinstance(found, Bound) else None
 
@@ -174,15 +179,15 @@ class _Copier:
 
     def inlined(self, branch: GraphModule, operands: Any) -> list[Node]:
         """What the branch gives for these operands."""
+        self.ended = branch
         for inside, operand in zip(branch.graph.find_nodes(op="placeholder"), operands, strict=True):
             self.same[inside] = operand
         (output,) = branch.graph.find_nodes(op="output")
         return [self.local(node) for node in output.args[0][: len(self.cutter.program.answers)]]
 
     def _outside(self, known: Bound, node: Node) -> Node:
-        if known.is_weight:
-            value = get_attribute(self.cutter.program.graph_module, known.name)
-            set_attribute(self.root, known.name, value)
+        if known.weight is not None:
+            set_attribute(self.root, known.name, known.weight)
             new = self.graph.get_attr(known.name)
         else:
             first = next(iter(self.graph.nodes), None)

@@ -28,6 +28,11 @@ class TensorFile:
     _stored: dict[str, np.ndarray] = field(default_factory=dict)
     _aliases: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def header_sha256(self) -> str:
+        """Of everything before the tensors: names, dtypes, shapes and places."""
+        return hashlib.sha256(self._head).hexdigest()
+
     def chunks(self) -> Iterator[bytes | memoryview]:
         """The file's bytes in order; a tensor is copied only if it is strided or big-endian, and only while written."""
         yield self._head

@@ -39,7 +39,8 @@ def write_artifact(
         for name in sorted(libraries):
             _add(sink, files, name, libraries[name])
         stored = lay_out(weights)
-        files[WEIGHTS] = {"sha256": sink.add(WEIGHTS, stored.size, stored.chunks()), "bytes": stored.size}
+        digest = sink.add(WEIGHTS, stored.size, stored.chunks())
+        files[WEIGHTS] = {"sha256": digest, "bytes": stored.size, "header": stored.header_sha256}
         samples = lay_out(check)
         files[CHECK] = {"sha256": sink.add(CHECK, samples.size, samples.chunks()), "bytes": samples.size}
         _add(sink, files, REPORT, (json.dumps(report, indent=1, sort_keys=True) + "\n").encode())

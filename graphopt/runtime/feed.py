@@ -24,12 +24,17 @@ class FeedCheck:
         self._known = frozenset(self._names)
         self._bounds = entry.sizes
         self._state = tuple(_InputCheck(item) for item in entry.state)
+        self._fixed = None if any(check.may_vary for check in (*self._inputs, *self._state)) else self._inputs
 
     def bind(self, feed: Mapping[str, np.ndarray], state: Iterable[Any] = ()) -> tuple[list[Any], dict[str, int]]:
         """The feed as tensors in the entry's order, and the symbolic sizes it has; raises FeedError or BoundInputError.
 
         An array is copied only when it is not aligned to 64 bytes, contiguous and in the machine's byte order.
         """
+        if self._fixed is not None and isinstance(feed, dict) and len(feed) == len(self._fixed):
+            tensors = [check.exactly(feed.get(check.name)) for check in self._fixed]
+            if None not in tensors:
+                return tensors, {}
         self._check_names(feed)
         sizes: dict[str, int] = {}
         for check, tensor in zip(self._state, state, strict=False):
@@ -95,6 +100,17 @@ class _InputCheck:
                 self._names.append((axis, size))
             else:
                 self.expressions.append((axis, expression))
+
+    @property
+    def may_vary(self) -> bool:
+        """Whether a look at dtype and shape does not tell all."""
+        return bool(self._names or self.expressions) or self.bound is not None
+
+    def exactly(self, array: Any) -> Any:
+        """The tensor of an array that is just what is expected, the common case; None sends others to the checks."""
+        if isinstance(array, np.ndarray) and array.dtype == self._carrier and array.shape == self._shape:
+            return to_device(array, self.dtype)
+        return None
 
     def check_kind(self, array: np.ndarray) -> None:
         """Type, dtype, rank and fixed sizes."""

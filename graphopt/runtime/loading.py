@@ -19,7 +19,7 @@ from graphopt.runtime.library import open_library
 from graphopt.runtime.manifest import CHECK, MANIFEST, REPORT, WEIGHTS, Entry, Manifest, Variant, parse
 from graphopt.runtime.sizes import fits
 from graphopt.runtime.tensors import to_device, widen
-from graphopt.runtime.weights import ALIGNMENT, Stored, read_tensors, state_name
+from graphopt.runtime.weights import ALIGNMENT, Stored, header_sha256, read_tensors, state_name
 
 Verify = Literal["full", "code"]
 
@@ -78,6 +78,7 @@ def load(path: str | os.PathLike[str], verify: Verify) -> Model:
     for name in manifest.files if verify == "full" else {REPORT} & set(manifest.files):
         _check_hash(archive, manifest, name, archive.member(name))
     stored = read_tensors(WEIGHTS, archive.member(WEIGHTS))
+    _check_header(archive, manifest)
     _check_tensors(manifest, variant, stored)
     code = bytes(archive.member(variant.library))  # a copy: the file could change between this check and the opening
     _check_hash(archive, manifest, variant.library, code)
@@ -118,6 +119,13 @@ def _check_hash(archive: Archive, manifest: Manifest, name: str, data: memoryvie
         wrong = sorted(key for key, item in stored.items() if item.sha256() != manifest.tensors.get(key))
         where += f", tensor {wrong[0]}," if wrong else ""
     raise ArtifactError(f"{where} of {archive.path} was altered: its sha256 is not the manifest's; get it again")
+
+
+def _check_header(archive: Archive, manifest: Manifest) -> None:
+    """Compiled code trusts the dtypes and shapes of weights, so these are checked even where weights stay unread."""
+    expected = manifest.files[WEIGHTS].get("header")  # absent where the code itself checks them
+    if expected is not None and header_sha256(archive.member(WEIGHTS)) != expected:
+        raise ArtifactError(f"the header of {WEIGHTS} in {archive.path} was altered; get the artifact again")
 
 
 def _addresses(data: memoryview) -> range:

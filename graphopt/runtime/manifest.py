@@ -100,7 +100,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files`: member -> {"sha256", "bytes"}; `tensors`: tensor of the weights member -> sha256."""
+    """`files`: member -> {"sha256", "bytes"}, of weights also the "header"'s sha256; `tensors`: weight -> sha256."""
 
     name: str
     entries: Mapping[str, Entry]
@@ -224,7 +224,8 @@ def _hash(value: Any) -> str:
 
 
 def _file(data: Any) -> Mapping[str, Any]:
-    return {"sha256": _hash(data["sha256"]), "bytes": _count(data["bytes"])}
+    found: dict[str, Any] = {"sha256": _hash(data["sha256"]), "bytes": _count(data["bytes"])}
+    return found | {"header": _hash(data["header"])} if "header" in data else found
 
 
 def _size(value: Any) -> int | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from graphopt.runtime.loading import Model, Verify, load
 from graphopt.runtime.manifest import Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.profiling import Round, medians, time_calls
 from graphopt.runtime.stages import Stages
-from graphopt.runtime.tensors import copy_tensor, from_device, widen
+from graphopt.runtime.tensors import SMALL, copy_tensor, from_device, widen
 from graphopt.runtime.threads import Runner, resolve
 from graphopt.runtime.weights import state_name
 
@@ -66,6 +67,7 @@ class _Bound:
                 raise ArtifactError(
                     f"output {item.name} has dtype {item.dtype[:40]!r}, which this graphopt does not know"
                 )
+        self.copied = not self.entry.state and all(_is_small(item) for item in self.entry.outputs)
         self.function = bind_function(name, model, machine)
 
 
@@ -232,20 +234,22 @@ class InferenceSession:
         """Call with denormals flushed to zero on this thread, if the library knows how; they slow kernels 200 times."""
         try:
             if self._set_denormals is not None:
-                self._set_denormals(1)
+                self._set_denormals(1, self.threads)
             return function(*arguments)
         except Exception as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise RunError(f"entry {entry!r} of {self.manifest.name} failed: {reason}") from e
         finally:
             if self._set_denormals is not None:
-                self._set_denormals(0)
+                self._set_denormals(0, self.threads)
 
     def _own(self, bound: _Bound, results: list[Any], inputs: list[Any], state: list[Any]) -> list[Any]:
         """Results that share no memory with inputs, weights, state or each other: the caller may write into them.
 
         New state comes first and may be the old one or a weight, which nobody writes into.
         """
+        if bound.copied:
+            return results
         count = len(bound.entry.outputs)
         owned = list(results)
         taken = [_span(tensor, item) for tensor, item in zip(inputs, bound.entry.inputs, strict=True)]
@@ -265,6 +269,8 @@ class InferenceSession:
 
     def _bound_memory(self, sizes: Mapping[str, int]) -> None:
         """Give buffers back after many different sizes: TVM's pool matches exactly and frees nothing by itself."""
+        if not sizes:
+            return
         self._sizes_seen.add(tuple(sizes.values()))
         if len(self._sizes_seen) > _SIZES_KEPT:
             self._sizes_seen.clear()
@@ -336,6 +342,13 @@ def find_function(library: Any, name: str) -> Any:
         return library.get_function(name, query_imports=True)
     except AttributeError:
         return None
+
+
+def _is_small(item: TensorInfo) -> bool:
+    """Whether `from_device` always copies it."""
+    if not all(isinstance(size, int) for size in item.shape):
+        return False
+    return math.prod(map(int, item.shape)) * DTYPES[item.dtype].carrier.itemsize <= SMALL
 
 
 def _value_info(item: TensorInfo) -> ValueInfo:

@@ -13,7 +13,7 @@ import numpy as np
 
 from graphopt.runtime.manifest import Entry
 from graphopt.runtime.sizes import parse_size
-from graphopt.runtime.tensors import as_array, to_device
+from graphopt.runtime.tensors import aligned_empty, as_array, to_device
 
 Call = Callable[[str, list[Any]], list[Any]]  # of a stage's name and its inputs
 
@@ -36,6 +36,8 @@ class Stages:
         known = [item for stage in (entry, *entries.values()) for item in (*stage.inputs, *stage.outputs)]
         self.axes = {item.name: rows_axis(item.shape, rows) for item in known}
         self.dtypes = {item.name: item.dtype for item in known}
+        skipped = len(self.answers) + 1
+        self.carried = {name: [item.name for item in stage.outputs[skipped:]] for name, stage in entries.items()}
         self.last_use = {item.name: number for number, stage in enumerate(entries.values()) for item in stage.inputs}
 
     def run(self, call: Call, inputs: Sequence[Any]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -48,23 +50,23 @@ class Stages:
         for number, (name, stage) in enumerate(self.entries.items()):
             found = call(name, [values[item.name] for item in stage.inputs])
             answers = [as_array(tensor, item.dtype) for tensor, item in zip(found, self.answers, strict=False)]
-            done = np.ones(len(left), bool)
+            done, going = np.arange(len(left)), left[:0]  # rows of this stage's batch
             if number + 1 < len(self.entries):
-                done = as_array(found[len(answers)], "bool")
-            if results is None and done.all():
+                flags = as_array(found[len(answers)], "bool")
+                done, going = flags.nonzero()[0], (~flags).nonzero()[0]
+            if results is None and not len(going):
                 exits[:] = number
                 return [array.copy() for array in answers], exits
-            if done.any():
+            if len(done):
                 results = self._put(results, answers, left[done], done, count)
                 exits[left[done]] = number
-            if done.all():
+            if not len(going):
                 break
-            names = [item.name for item in stage.outputs[len(answers) + 1 :]]
-            values |= zip(names, found[len(answers) + 1 :], strict=True)
+            values |= zip(self.carried[name], found[len(answers) + 1 :], strict=True)
             values = {key: value for key, value in values.items() if self.last_use.get(key, -1) > number}
-            if done.any():
-                left = left[~done]
-                values = {key: self._kept(key, value, ~done) for key, value in values.items()}
+            if len(done):
+                left = left[going]
+                values = {key: self._kept(key, value, going) for key, value in values.items()}
         assert results is not None
         return results, exits
 
@@ -90,7 +92,10 @@ class Stages:
             shapes = [(*a.shape[:axis], count, *a.shape[axis + 1 :]) for a, axis in zip(answers, axes, strict=True)]
             results = [np.empty(shape, array.dtype) for shape, array in zip(shapes, answers, strict=True)]
         for result, array, axis in zip(results, answers, axes, strict=True):
-            np.moveaxis(result, axis, 0)[places] = np.moveaxis(np.compress(done, array, axis), axis, 0)
+            if axis == 0:
+                result[places] = array[done]
+            else:
+                np.moveaxis(result, axis, 0)[places] = np.moveaxis(array, axis, 0)[done]
         return results
 
     def _kept(self, name: str, tensor: Any, going: np.ndarray) -> Any:
@@ -98,5 +103,6 @@ class Stages:
         axis = self.axes[name]
         if axis is None or axis < 0:
             return tensor
-        dtype = self.dtypes[name]
-        return to_device(np.compress(going, as_array(tensor, dtype), axis), dtype)
+        array = as_array(tensor, self.dtypes[name])
+        kept = aligned_empty((*array.shape[:axis], len(going), *array.shape[axis + 1 :]), array.dtype)
+        return to_device(np.take(array, going, axis, out=kept, mode="clip"), self.dtypes[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from graphopt.runtime.dtypes import CARRIED, DTYPES
 from graphopt.runtime.library import ffi
 from graphopt.runtime.weights import ALIGNMENT
 
-_SMALL = 16 << 10  # bytes; the library's allocator hands out whole pages, which a copy lets it use again
+SMALL = 16 << 10  # bytes; the library's allocator hands out whole pages, which a copy lets it use again
 _DLPACK_WITH_FLAGS = (1, 0)  # the first version that can say "read-only"
 
 
@@ -52,7 +53,7 @@ def from_device(tensor: Any, dtype: str) -> np.ndarray:
     array = as_array(tensor, dtype)
     if dtype in CARRIED:
         return widen(array, dtype)
-    return array.copy() if array.nbytes <= _SMALL else array
+    return array.copy() if array.nbytes <= SMALL else array
 
 
 def as_array(tensor: Any, dtype: str) -> np.ndarray:
@@ -67,12 +68,17 @@ def widen(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def aligned_copy(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     """A C-contiguous copy that starts at a multiple of 64 bytes."""
-    size = array.size * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.__array_interface__["data"][0] % ALIGNMENT
-    copy = raw[start : start + size].view(dtype).reshape(array.shape)
+    copy = aligned_empty(array.shape, dtype)
     copy[...] = array
     return copy
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Memory that starts at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def copy_tensor(tensor: Any, dtype: str) -> Any:

@@ -40,6 +40,11 @@ class Stored:
         return hashlib.sha256(self.data).hexdigest()
 
 
+def header_sha256(data: memoryview) -> str:
+    """Of everything before the tensors."""
+    return hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+
+
 def read_tensors(member: str, data: memoryview) -> dict[str, Stored]:
     """Every tensor of a safetensors member, aliases included, padding left out; only the header is read."""
     try:

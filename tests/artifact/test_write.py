@@ -35,7 +35,10 @@ def test_the_manifest_lists_every_file_and_tensor(tmp_path: Path) -> None:
     assert set(manifest.files) == set(archive.members) - {"manifest.json"}
     for name, item in manifest.files.items():
         data = archive.member(name)
-        assert item == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        assert (item["sha256"], item["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
+    weights = archive.member("weights.safetensors")
+    header = weights[: 8 + int.from_bytes(weights[:8], "little")]
+    assert manifest.files["weights.safetensors"]["header"] == hashlib.sha256(header).hexdigest()
     assert manifest.tensors["w"] == hashlib.sha256(WEIGHTS["w"].tobytes()).hexdigest()
     assert replace(manifest, files={}, tensors={}) == MANIFEST
 

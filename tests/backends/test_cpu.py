@@ -83,6 +83,15 @@ class FeedForward(nn.Module):
         return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
 
 
+def test_only_inputs_are_checked_on_every_call() -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    program = capture(module, (torch.ones(2, 4),))
+    target = resolve_target("cpu")
+    with cpu.native_target(target):
+        code = cpu.finalize()(cpu.lower({"main": program}, target).module)["main"].script()
+    assert [code.count(name) for name in ("check_tensor_info", "match_shape")] == [1, 1]
+
+
 def test_bias_activation_and_residual_live_in_the_product() -> None:
     found = kernels(FeedForward(), torch.randn(2, 5, 32))
     assert sorted(found.values()) == ["packed-gemm", "packed-gemm", "row-reduction"]

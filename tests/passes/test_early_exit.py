@@ -28,6 +28,7 @@ from graphopt.passes.early_exit.places import Places, find_places
 from graphopt.program import Program
 from graphopt.runtime.session import InferenceSession
 from graphopt.stages import split_stages
+from graphopt.tools.benchmarking.small_transformers import Block, seeded
 from tests.passes.exit_models import CLASSES, heads, inputs, labelled, network, with_form
 
 FORMS: Any = ("multi-output", "cond", "staged")
@@ -177,6 +178,37 @@ def test_stages_are_entries_of_their_own(session: InferenceSession) -> None:
             assert np.allclose(session.run([name], feed, entry=entry)[0], want, atol=1e-5)
     assert session.last_run is not None and session.last_run.exits is None
     assert [item.name for item in session.get_outputs("staged")] == ["output"]
+
+
+class Attending(nn.Module):
+    """Logits of x [samples, 3, 8] after three blocks, each with products of one input that can be merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(8, 2, 16, causal=False) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        found: Tensor = self.head(self.norm(x.mean(1)))
+        return found
+
+
+@pytest.mark.parametrize("form", ["cond", "staged"])
+def test_passes_go_on_in_what_comes_after_an_exit(form: Any) -> None:
+    """Weights that a pass makes there belong to one branch, whatever others of that name there are."""
+    module = seeded(0, Attending).eval()
+    program = graphopt.capture(module, (torch.zeros(3, 3, 8),), dynamic_shapes={"x": {0: "batch"}})
+    x = torch.randn(16, 3, 8, generator=torch.Generator().manual_seed(4))
+    told = with_form(program, "multi-output", [2.0, 2.0])
+    confidence = dict(zip((spec.name for spec in told.outputs), told(x), strict=True))["confidence_at_0"]
+    limit = float(confidence.median()) + MARGIN
+    result = graphopt.optimize(with_form(program, form, [limit, limit]), "merge-linears")
+    assert len(result.report.passes[0].rewrites) == 3
+    session = graphopt.compile(result.program).session()
+    assert np.allclose(session.run(None, {"x": x.numpy()})[0], result.program(x)[0].numpy(), atol=1e-5)
+    assert session.last_run is not None and len(set(session.last_run.exits or ())) > 1
 
 
 def test_samples_that_are_done_run_no_more(session: InferenceSession) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import graphopt
 from graphopt.passes.merge_linears import MergeLinears
 from tests.passes.checking import captured, check_pass, targets
 
@@ -27,6 +28,30 @@ def test_fires(biases: tuple[bool, ...]) -> None:
     shapes = [tuple(weight.shape) for weight in result.program.graph_module.state_dict().values()]
     assert shapes == [(15, 8), (15,)][: 1 + any(biases)]
     assert result.rewrites[0].before == ("linear", "linear_1", "linear_2")
+
+
+class Branches(nn.Module):
+    """Linears of one input on one side of a condition: their weights are operands of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.cond(
+            x.sum() > 0, lambda x: self.left(x).relu() * self.right(x), lambda x: x.sin(), (x,)
+        )
+        return found
+
+
+def test_fires_in_a_branch_that_is_given_its_weights() -> None:
+    program = captured(Branches(), torch.ones(2, 8))
+    result = check_pass(program, MergeLinears(), rewrites=1)
+    (branch,) = [module for path, module in result.program.graphs() if path.startswith("true")]
+    assert [node.target for node in branch.graph.nodes].count(torch.ops.aten.linear.default) == 1
+    x = -torch.ones(2, 8)
+    assert torch.equal(result.program(x)[0], program(x)[0])
+    graphopt.compile(result.program)  # which checks both sides
 
 
 def test_the_first_type_and_row_length_decide() -> None:

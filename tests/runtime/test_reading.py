@@ -90,6 +90,22 @@ def test_a_flipped_bit_in_the_weights_names_the_tensor(artifact: Path, tmp_path:
     assert session.entries == tuple(sorted(session.entries))
 
 
+def test_code_mode_checks_what_compiled_code_trusts_of_weights(
+    artifact: Path, tmp_path: Path, closed: list[str]
+) -> None:
+    start, _ = member_span(artifact, "weights.safetensors")
+    data = artifact.read_bytes()
+    place = data.index(b'"shape":[8]', start) + len(b'"shape":[')
+    changed = tmp_path / "changed.gopt"
+    changed.write_bytes(data[:place] + b"4" + data[place + 1 :])
+    for mode in ("code", "full"):
+        with pytest.raises(ArtifactError):
+            InferenceSession(changed, verify=mode)
+    swapped = data.index(b'"F32"', start)
+    changed.write_bytes(data[:swapped] + b'"I32"' + data[swapped + 5 :])
+    refuse(changed, "the header of weights.safetensors in .* was altered", closed, verify="code")
+
+
 def test_code_mode_still_checks_the_library(artifact: Path, tmp_path: Path, closed: list[str]) -> None:
     start, _ = member_span(artifact, "lib/cpu.so")
     path = flipped(artifact, start + 1000, tmp_path / "flipped.gopt")
