@@ -22,7 +22,7 @@ def package_files() -> set[str]:
     names |= {f"graphopt/{path.relative_to(ROOT)}" for link in LINKS for path in (ROOT / link).rglob("*.py")}
     data = [path for suffix in ("yaml", "html", "css", "js") for path in (ROOT / "graphopt").rglob(f"*.{suffix}")]
     names |= {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in data}
-    return names | {"graphopt/py.typed", "graphopt/report.schema.json"}
+    return names | {"graphopt/py.typed", "graphopt/report.schema.json", "graphopt/backends/tuner/common.jsonl"}
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from graphopt.errors import GraphoptError
@@ -108,8 +107,7 @@ def describe_torch() -> str:
 
 
 def describe_cpu() -> str:
-    from graphopt.runtime.features import host_features
-    from graphopt.tools.benchmarking.report import cpu_name
+    from graphopt.runtime.features import cpu_name, host_features
 
     notable = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile", "asimd", "sve")
     return f"{cpu_name()}: {' '.join(name for name in notable if name in host_features()) or 'no vector extensions'}"
@@ -125,7 +123,9 @@ def check_linker() -> str:
 
 
 def check_cache() -> str:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
+    from graphopt.backends.tuner.store import user_folder
+
+    folder = user_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         return str(folder)

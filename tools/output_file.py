@@ -24,8 +24,16 @@ INPUTS = (
     "recipe",
     "report",
     "profile",
+    "imported",
 )  # what the verbs call the files that they read
-OUTPUTS = {"output": "-o", "json": "--json", "chart": "--chart", "html": "--html", "markdown": "--markdown"}
+OUTPUTS = {
+    "output": "-o",
+    "json": "--json",
+    "chart": "--chart",
+    "html": "--html",
+    "markdown": "--markdown",
+    "export": "--export",
+}
 
 
 @contextlib.contextmanager

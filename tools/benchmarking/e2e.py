@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import GraphoptError
+from graphopt.runtime.features import cpu_name
 from graphopt.tools.benchmarking.comparison import Settings, compare, compile_to
 from graphopt.tools.benchmarking.models import MODELS, SuiteModel
 from graphopt.tools.benchmarking.peers import peer_entrants
-from graphopt.tools.benchmarking.report import cpu_name
 from graphopt.tools.benchmarking.summary import judge, summarize
 from graphopt.tools.benchmarking.turns import TURN, Entrant
 from graphopt.tools.progress import progress

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import GraphoptError
+from graphopt.runtime.features import cpu_name
 from graphopt.tools.benchmarking.comparison import Settings, compare
 from graphopt.tools.benchmarking.kernel_cases import Case
 from graphopt.tools.benchmarking.kernel_sides import kernels_of
 from graphopt.tools.benchmarking.kernel_summary import summarize
-from graphopt.tools.benchmarking.report import cpu_name
 from graphopt.tools.benchmarking.turns import TURN, Entrant
 from graphopt.tools.progress import progress
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from graphopt.errors import GraphoptError
+from graphopt.runtime.features import cpu_name
 from graphopt.tools.benchmarking.comparison import Settings
-from graphopt.tools.benchmarking.report import cpu_name
 
 TURN = 0.1  # seconds; all sides of a network take turns in one process
 

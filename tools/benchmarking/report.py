@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from graphopt.runtime.features import cpu_name
 from graphopt.tools.benchmarking.turns import DRIFT, TURN, Failure, Measurement
 from graphopt.tools.benchmarking.usage import Interference
 from graphopt.tools.table import format_bytes, format_shape, format_table
@@ -138,9 +136,3 @@ def format_about(about: Mapping[str, Any]) -> str:
         else:
             items.append(f"{name} {','.join(value) if isinstance(value, list) else value}")
     return ", ".join(items)
-
-
-def cpu_name() -> str:
-    text = Path("/proc/cpuinfo").read_text(errors="replace")
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()

@@ -1,0 +1,1 @@
+"""What `graphopt tune` does."""
