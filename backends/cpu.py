@@ -83,22 +83,35 @@ def _ordered(statement: Any) -> Any:
 
 @tvm.transform.module_pass(opt_level=0)
 def plan_memory(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
-    """One plan for the intermediate values of each function that has no branches.
+    """One plan for the intermediate values of each function, all of whose memory is allocated at its start.
 
-    TVM's plan lets what follows a branch, and the other branch, use memory that is allocated inside the first one: it
-    does not exist when that one is not taken. Functions with branches allocate each value from the pool.
+    TVM's plan allocates memory inside of a branch that what follows it, and the other branch, use as well: it would not
+    exist where that one is not taken.
     """
     planned = relax.transform.StaticPlanBlockMemory()(module)
-    for variable, function in module.functions.items():
-        if isinstance(function, relax.Function) and _branches(function):
-            planned.update_func(planned.get_global_var(variable.name_hint), function)
+    for variable, function in planned.functions.items():
+        if isinstance(function, relax.Function):
+            planned.update_func(variable, _allocated_first(function))
     return planned
 
 
-def _branches(function: relax.Function) -> bool:
-    found = []
-    relax.analysis.post_order_visit(function, lambda e: found.append(e) if isinstance(e, relax.If) else None)
-    return bool(found)
+def _allocated_first(function: relax.Function) -> relax.Function:
+    storages: list[relax.Binding] = []
+
+    def without(block: relax.BindingBlock) -> relax.BindingBlock:
+        found = [binding for binding in block.bindings if _allocates(binding)]
+        storages.extend(found)
+        return relax.BindingBlock([item for item in block.bindings if not _allocates(item)]) if found else block
+
+    body = tvm_ffi.structural_map(function.body, (relax.BindingBlock, without))
+    if not storages:
+        return function
+    body = relax.SeqExpr([relax.BindingBlock(storages), *body.blocks], body.body)
+    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+
+
+def _allocates(binding: relax.Binding) -> bool:
+    return isinstance(binding.value, relax.Call) and binding.value.op == tvm.ir.Op.get("relax.memory.alloc_storage")
 
 
 @tvm.transform.module_pass(opt_level=0)

@@ -40,7 +40,7 @@ _PANEL_BYTES = 320 << 10  # of a panel that shares a common L2 cache with the ne
 _BLOCK_BYTES = 512 << 10  # of the rows that all panels pass over before the next ones
 _MOST_BLOCK_ROWS = 256
 _MANY_ROWS = 840  # what choosing a tile takes such a row count for: a multiple of most tiles' rows
-_TYPICAL_ROWS = 128  # what prefetching expects of a row count known at run time, and a tile has to divide well
+_TYPICAL_ROWS = 128  # which a tile has to divide well where the row count is known at run time
 _SERIAL_BELOW = 1 << 18  # multiply-adds that are not worth the launch of threads
 _FEW_ROWS = (1, 4)  # up to which a row count known at run time is one tile of so many rows
 _AHEAD = 4 << 10  # bytes ahead of a weight that is read once: faster than 16 KB, and than a whole panel
@@ -212,14 +212,16 @@ class _Gemm:
                 kernel.serial(parts) as part,
                 kernel.serial(tirx.min(int64(block), own - at * block)) as number,
             ):
-                _Step(self, tile, sums, first_panel + panel, part, first + at * block + number, number).write()
+                passing = self.tiles_passing(tile, tirx.min(int64(block), own - at * block))
+                _Step(self, tile, sums, first_panel + panel, part, first + at * block + number, number, passing).write()
 
-    def expected_tiles(self, tile: Tile) -> int:
-        """Tiles that pass over a part of a panel, as far as is known."""
+    def tiles_passing(self, tile: Tile, count: Any) -> Any:
+        """Tiles that pass over a part of a panel: a number where it is known, else `count` of them."""
         if tile != self.tile:
             return 1
-        rows = self.row_count if isinstance(self.row_count, int) else _TYPICAL_ROWS
-        return max(1, -(-min(-(-rows // self.choice.row_shares), self.choice.block_rows) // tile.rows))
+        if not isinstance(self.row_count, int):
+            return count
+        return max(1, -(-min(-(-self.row_count // self.choice.row_shares), self.choice.block_rows) // tile.rows))
 
     def row_start(self, row: Any) -> Any:
         """Where a row of A lies; past the last one it is read again."""
@@ -239,13 +241,20 @@ class _Step:
     """One tile over one part of a panel."""
 
     def __init__(
-        self, gemm_: _Gemm, tile: Tile, sums: Any, panel: Any, part: Any, tile_number: Any, number: Any
+        self, gemm_: _Gemm, tile: Tile, sums: Any, panel: Any, part: Any, tile_number: Any, number: Any, passing: Any
     ) -> None:
         self.gemm, self.kernel, self.tile, self.sums = gemm_, gemm_.kernel, tile, sums
         self.panel, self.part, self.number = T.bind(panel), part, number
         self.first_row = T.bind(tile_number * tile.rows)
         self.depth = gemm_.choice.block_depth
         self.parts = -(-gemm_.k // self.depth)
+        self.passing = passing
+        depth = min(self.depth, gemm_.k)
+        self.steps = max(1, depth // tile.steps)
+        self.lines = -(-depth * gemm_.columns // gemm_.line)  # of the next part of a panel
+        passes = passing * self.steps  # fetch them between them
+        known = isinstance(passes, int)
+        self.share = -(-self.lines // passes) if known else T.bind(tirx.truncdiv(passes + (self.lines - 1), passes))
 
     def write(self) -> None:
         gemm_, kernel = self.gemm, self.kernel
@@ -283,22 +292,25 @@ class _Step:
 
     def prefetch(self, weights: Any, outer: Any) -> None:
         """Touch this step's share of the lines of the next part of a panel, or of those a little ahead."""
-        gemm_ = self.gemm
-        tiles_, line = gemm_.expected_tiles(self.tile), gemm_.line
-        if tiles_ == 1:
+        gemm_, line = self.gemm, self.gemm.line
+        if isinstance(self.passing, int) and self.passing == 1:
             step = self.tile.steps * gemm_.columns
             self.touch(weights + _AHEAD // gemm_.width + outer * step, -(-step // line))
             return
-        depth = min(self.depth, gemm_.k)
-        steps = max(1, depth // self.tile.steps)
-        lines = -(-depth * gemm_.columns // line)
-        share = -(-lines // (tiles_ * steps))
-        self.touch(weights + (lines + (self.number * steps + outer) * share) * line, share)
+        lines, share = self.lines, self.share
+        self.touch(weights + (lines + (self.number * self.steps + outer) * share) * line, share)
 
-    def touch(self, position: Any, lines: int) -> None:
+    def touch(self, position: Any, lines: Any) -> None:
+        if not isinstance(lines, int):
+            with self.kernel.serial(lines) as line:
+                self.fetch(position + line * self.gemm.line)
+            return
         for line in range(lines):
-            address = tirx.address_of(self.gemm.b[position + line * self.gemm.line])
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+            self.fetch(position + line * self.gemm.line)
+
+    def fetch(self, position: Any) -> None:
+        address = tirx.address_of(self.gemm.b[position])
+        T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
     def write_end(self, registers: RegisterTile) -> None:
         gemm_ = self.gemm

@@ -102,7 +102,7 @@ class EarlyExit(Pass):
         if isinstance(found, str):
             return PassResult(program, notes=(found,))
         form, why = self._form(program)
-        plan = self.plan(program, [node.name for node in found.exits], context)
+        plan = self.plan(self.learn(program, [node.name for node in found.exits], context), context)
         exits = {name: plan.products[name] for name in plan.places}
         result = with_exits(program, context, exits, plan.policy, form, plan.point.shares)
         declined = (*(Declined(self.name, node.name, reason) for node, reason in found.refused), *result.declined)
@@ -126,9 +126,12 @@ class EarlyExit(Pass):
         before, after = (None if timing is None else timing.seconds for timing in timings)
         return before, after
 
-    def plan(self, program: Program, places: Sequence[str], context: PassContext) -> Plan:
-        """Which of these nodes get an exit, with trained heads and thresholds as the options have them."""
-        learned = learn(program, places, context, self.fit_steps, embeds=self.policy == "cosine")
+    def learn(self, program: Program, places: Sequence[str], context: PassContext) -> Learned:
+        """Heads behind all of these nodes, and what comes of them; targets and thresholds play no part in it."""
+        return learn(program, places, context, self.fit_steps, embeds=self.policy == "cosine")
+
+    def plan(self, learned: Learned, context: PassContext) -> Plan:
+        """Which nodes get an exit, with trained heads and thresholds as the options have them."""
         policy = Policy("pmax" if self.policy == "gate" else self.policy)
         chosen = self._exits(learned, policy)
         costs = learned.whole.costs(chosen)

@@ -29,7 +29,8 @@ class Outcomes:
 class Point:
     """What thresholds come to: `quality` and `cost` are means over samples, cost a share of the whole network's.
 
-    `error` is the standard error of how far `quality` is from that of the end.
+    `error` is the standard error of how far `quality` is from that of the end, as if half a sample more had differed
+    by 1 (Jeffreys' prior): that none of a few hundred did says less than that none will.
     """
 
     thresholds: tuple[float, ...]
@@ -51,7 +52,7 @@ def judge(outcomes: Outcomes, costs: Sequence[float], thresholds: Sequence[float
     taken = exits_taken(outcomes.confidence, thresholds)
     quality = outcomes.quality.double().gather(1, taken[:, None])[:, 0]
     lost = outcomes.quality[:, -1].double() - quality
-    error = float(lost.std(correction=0)) / len(taken) ** 0.5
+    error = (float(lost.var(correction=0)) * len(taken) + 0.5) ** 0.5 / len(taken)
     counts = torch.bincount(taken, minlength=len(costs)).double() / len(taken)
     cost = float(counts @ torch.tensor(costs, dtype=torch.float64))
     return Point(tuple(thresholds), float(quality.mean()), error, cost, tuple(counts.tolist()))

@@ -17,7 +17,9 @@ SIDE, PATCH, CLASSES = 8, 2, 10
 BATCH = 32
 STEPS = 800
 RATE = 2e-3
-PARTS = ((1000, 32), (250, 8), (547, 10))  # images and feeds: to train on, to choose by, held out
+Parts = tuple[tuple[int, int], ...]  # images and feeds: to train on, to choose by, held out
+PARTS: Parts = ((1000, 32), (250, 8), (547, 10))
+MANY_TO_CHOOSE_BY: Parts = ((800, 32), (450, 8), (547, 10))  # thresholds for half a point need some hundred images
 
 
 class DigitsViT(nn.Module):
@@ -54,10 +56,10 @@ def digits() -> Batch:
     return torch.from_numpy(found.images / 16).float()[order], torch.from_numpy(found.target).long()[order]
 
 
-def train_digits_vit(seed: int, steps: int = STEPS) -> Trained:
-    """On the first of PARTS; its loss is that of the last one."""
+def train_digits_vit(seed: int, steps: int = STEPS, parts: Parts = PARTS) -> Trained:
+    """On the first of the parts; its loss is that of the last one."""
     images, classes = digits()
-    known, held_out = PARTS[0][0], PARTS[-1][0]
+    known, held_out = parts[0][0], parts[-1][0]
 
     def batch(generator: torch.Generator) -> Batch:
         chosen = torch.randint(known, (BATCH,), generator=generator)
@@ -67,23 +69,23 @@ def train_digits_vit(seed: int, steps: int = STEPS) -> Trained:
     return train(module, batch, (images[-held_out:], classes[-held_out:]), steps=steps, seed=seed, rate=RATE)
 
 
-def case(seed: int, steps: int = STEPS) -> Case:
-    """Captured with a batch of any size; a feed has 31 or 32 images, or 54 or 55 of those held out.
+def case(seed: int, steps: int = STEPS, parts: Parts = PARTS) -> Case:
+    """Captured with a batch of any size.
 
-    A pass that learns does so on what was trained on, and chooses by the second of PARTS.
+    A pass that learns does so on what was trained on, and chooses by the second of the parts.
     """
-    trained = train_digits_vit(seed, steps)
+    trained = train_digits_vit(seed, steps, parts)
     images, classes = digits()
     example = torch.zeros(2, SIDE, SIDE)
     program = graphopt.capture(trained.module, (example,), dynamic_shapes={"images": {0: "batch"}}, name="digits-vit")
-    return Case(program, feeds(images, classes), "accuracy", trained)
+    return Case(program, feeds(images, classes, parts), "accuracy", trained)
 
 
-def feeds(images: Tensor, classes: Tensor) -> list[Feed]:
-    """All of PARTS: feeds of 31 or 32 images, then 54 or 55 of those held out."""
+def feeds(images: Tensor, classes: Tensor, parts: Parts = PARTS) -> list[Feed]:
+    """All of the parts, each in its feeds: of PARTS with 31 or 32 images, then 54 or 55 of those held out."""
     data: list[Feed] = []
     start = 0
-    for count, number in PARTS:
+    for count, number in parts:
         part = slice(start, start + count)
         pairs = zip(images[part].tensor_split(number), classes[part].tensor_split(number), strict=True)
         data += [({"images": some}, labels) for some, labels in pairs]

@@ -47,10 +47,13 @@ def measure_case(case: ExitCase, seed: int, settings: Settings) -> dict[str, Any
     context = PassContext(data=open_data(subject.data, subject.program), metric=open_metric(subject.metric), seed=seed)
     points: list[dict[str, Any]] = []
     stage: dict[str, Any] = {}
+    with progress(f"{case.title}: learning exits"):
+        first = pass_for(case, None)
+        learned = first.learn(subject.program, places_of(subject.program, first), context)
     for target in case.targets:
         pass_ = pass_for(case, target)
-        with progress(f"{case.title}: learning exits"):
-            plan = pass_.plan(subject.program, places_of(subject.program, pass_), context)
+        with progress(f"{case.title}: choosing thresholds"):
+            plan = pass_.plan(learned, context)
         with progress(f"{case.title}: compiling and timing"):
             points.append(measure_plan(subject, plan, pass_, settings) | {"target": target})
             stage = stage or measure_stage(subject, plan, pass_, settings)
