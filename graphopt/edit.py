@@ -163,11 +163,9 @@ class GraphEditor:
         if self.module not in self.edit.callers:
             return None
         key = _memory_key(tensor)
-        for node in self.graph.find_nodes(op="placeholder"):
-            value = self.constant_value(node)
-            if value is not None and _memory_key(value) == key:
-                return node
-        return None
+        operands: list[Node] = self.graph.find_nodes(op="placeholder")
+        values = ((node, self.constant_value(node)) for node in operands)
+        return next((node for node, value in values if value is not None and _memory_key(value) == key), None)
 
     def decline(self, rule: str, node: Node, reason: str) -> None:
         """Record that `rule` matched at `node` and left it alone."""

@@ -400,9 +400,8 @@ def test_thresholds_are_as_asked_for(options: dict[str, Any], form: str) -> None
 def test_gates_learn_which_exit_is_best() -> None:
     program = network(None)
     context = PassContext(data=open_data(labelled(), program), metric=open_metric("accuracy"))
-    plan = EarlyExit(policy="gate", fit_steps=12, exits=(0, 1), threshold=0.5).plan(
-        program, list(heads(program)), context
-    )
+    early_exit = EarlyExit(policy="gate", fit_steps=12, exits=(0, 1), threshold=0.5)
+    plan = early_exit.plan(early_exit.learn(program, list(heads(program)), context), context)
     exits = {place: plan.products[place] for place in plan.places}
     everything, staged = (
         with_exits(program, context, exits, plan.policy, form).program for form in ("multi-output", "staged")
