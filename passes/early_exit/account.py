@@ -33,6 +33,22 @@ def account(places: Sequence[str], judged: Outcomes, costs: Sequence[float], cho
     return tuple(notes)
 
 
+def latency(
+    judged: Outcomes, costs: Sequence[float], chosen: Point, seconds: tuple[float | None, float | None]
+) -> tuple[str, ...]:
+    """What a held-out sample is expected to take, at the measured rate of the whole network, if it was measured."""
+    whole, early = seconds
+    if whole is None or early is None:
+        return ()
+    found = judge(judged, costs, chosen.thresholds)
+    *left, end = (f"{1e3 * whole * cost:.4g} ms" for cost in costs)
+    each = ", ".join(f"{time} at exit {number}" for number, time in enumerate(left))
+    return (
+        f"expected latency on held-out data: {1e3 * whole * found.cost:.4g} ms a run ({each}, {end} to the end); "
+        f"measured on the examples: {1e3 * early:.4g} ms, without exits {1e3 * whole:.4g} ms",
+    )
+
+
 def trade_offs(
     judged: Outcomes, costs: Sequence[float], chosen: Point, policy: str, seconds: tuple[float | None, float | None]
 ) -> tuple[TradeOff, ...]:

@@ -24,7 +24,7 @@ from typing import Literal
 from graphopt.contract import Declined, Pass, PassContext, PassResult
 from graphopt.errors import UsageError
 from graphopt.passes.early_exit import thresholds as selection
-from graphopt.passes.early_exit.account import account, trade_offs
+from graphopt.passes.early_exit.account import account, latency, trade_offs
 from graphopt.passes.early_exit.decisions import Policy
 from graphopt.passes.early_exit.forms import Form, with_exits
 from graphopt.passes.early_exit.gate import learn_gates
@@ -108,13 +108,13 @@ class EarlyExit(Pass):
         declined = (*(Declined(self.name, node.name, reason) for node, reason in found.refused), *result.declined)
         if result.program is program:
             return replace(result, declined=declined)
+        times = self._times(program, result, context)
+        told = account(plan.places, plan.judged, plan.costs, plan.point)
         return replace(
             result,
             declined=declined,
-            notes=(*plan.notes, *why, *account(plan.places, plan.judged, plan.costs, plan.point)),
-            trade_offs=trade_offs(
-                plan.judged, plan.costs, plan.point, self.policy, self._times(program, result, context)
-            ),
+            notes=(*plan.notes, *why, *told, *latency(plan.judged, plan.costs, plan.point, times)),
+            trade_offs=trade_offs(plan.judged, plan.costs, plan.point, self.policy, times),
         )
 
     def _times(self, program: Program, result: PassResult, context: PassContext) -> tuple[float | None, float | None]:

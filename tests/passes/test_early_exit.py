@@ -17,7 +17,7 @@ import graphopt
 from graphopt.backends import cpu
 from graphopt.backends.target import resolve_target
 from graphopt.checking.structure import find_defect
-from graphopt.contract import PassContext
+from graphopt.contract import PassContext, Timing
 from graphopt.data.dataset import open_data
 from graphopt.data.metric import open_metric
 from graphopt.errors import CompileError, UnknownNameError, UsageError
@@ -395,6 +395,19 @@ def test_thresholds_are_as_asked_for(options: dict[str, Any], form: str) -> None
     assert sum("AUROC" in note or "alike" in note for note in result.notes) == 2
     points = [point for point in result.trade_offs if point.variant == exits.policy]
     assert [point.value for point in points] == sorted((point.value for point in points), reverse=True)
+
+
+def test_a_chart_tells_what_samples_are_expected_to_take() -> None:
+    program = network(None)
+    times = iter((4e-3, 3e-3))
+    context = PassContext(
+        data=open_data(labelled(), program), metric=open_metric("accuracy"), measure=lambda _: Timing(next(times), 3)
+    )
+    result = EarlyExit(exits=(0, 1), threshold=0.7, fit_steps=0, chart=True).run(program, context)
+    (note,) = [note for note in result.notes if note.startswith("expected latency")]
+    assert note.endswith("measured on the examples: 3 ms, without exits 4 ms")
+    assert f"{4 * result.trade_offs[1].value:.4g} ms a run" in note
+    assert [point.seconds for point in result.trade_offs[:2]] == [4e-3, 3e-3]
 
 
 def test_gates_learn_which_exit_is_best() -> None:
