@@ -8,6 +8,7 @@ is stored is the upper half of a rounded number. Buffers inside a kernel hold fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
@@ -20,11 +21,14 @@ _CHOICES = (tirx.Max, tirx.Min, tirx.Select, tirx.Broadcast, tirx.Shuffle)
 _MAGNITUDE, _INFINITY, _QUIET, _UPPER, _BELOW_HALF = 0x7FFFFFFF, 0x7F800000, 0x00400000, 0xFFFF0000, 0x7FFF
 
 
-def in_float32(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The function with float32 numbers in place of its bfloat16 ones; its arguments keep their dtype."""
+def in_float32(function: tirx.PrimFunc, native: bool = False) -> tirx.PrimFunc:
+    """The function with float32 numbers in place of its bfloat16 ones; its arguments keep their dtype.
+
+    `native`: rounding stays a cast to bfloat16 and back, for `instructions.round_natively`.
+    """
     if not _occurs(function):
         return function
-    numbers = _Numbers(function)
+    numbers = _Numbers(function, _cast_back if native else rounded)
     callbacks = [
         (tirx.FloatImm, numbers.constant),
         (tirx.Var, numbers.variable),
@@ -56,6 +60,11 @@ def rounded(x: Any) -> Any:
     nearest = bits + constant(_BELOW_HALF) + ((bits >> constant(16)) & constant(1))
     kept = tirx.Select((bits & constant(_MAGNITUDE)) > constant(_INFINITY), bits | constant(_QUIET), nearest)
     return tirx.Let(variable, x, tirx.reinterpret(kind, kept & constant(_UPPER)))
+
+
+def _cast_back(x: Any) -> Any:
+    kind = str(x.ty.dtype)
+    return tirx.Cast(kind, tirx.Cast(_like(BFLOAT16, kind), x))
 
 
 def _like(element: str, dtype: str) -> str:
@@ -91,7 +100,8 @@ def _is_buffer(variable: Any) -> bool:
 class _Numbers:
     """The expressions and statements of one function, bottom up: what has a narrow type has wide operands by then."""
 
-    def __init__(self, function: tirx.PrimFunc) -> None:
+    def __init__(self, function: tirx.PrimFunc, rounded: Callable[[Any], Any]) -> None:
+        self._rounded = rounded
         self._made: dict[Any, Any] = {parameter: parameter for parameter in function.params}
         self._inside: set[Any] = set()  # buffers that the body allocates
         tvm_ffi.structural_walk(function.body, (tirx.AllocBuffer, lambda each: self._inside.add(each.buffer)))
@@ -115,11 +125,11 @@ class _Numbers:
 
     def cast(self, cast: Any) -> Any:
         if _is_narrow(cast):
-            return rounded(cast.value.astype(_like("float32", str(cast.ty.dtype))))
+            return self._rounded(cast.value.astype(_like("float32", str(cast.ty.dtype))))
         return cast.value.astype(str(cast.ty.dtype))
 
     def arithmetic(self, node: Any) -> Any:
-        return rounded(type(node)(node.a, node.b)) if _is_narrow(node) else node
+        return self._rounded(type(node)(node.a, node.b)) if _is_narrow(node) else node
 
     def choice(self, node: Any) -> Any:
         if not _is_narrow(node):

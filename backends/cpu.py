@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
 from graphopt.backends.lowering import WEIGHT_COUNT, Weights, lower_program, reserve
 from graphopt.backends.target import Target, resolve_target, runnable
@@ -197,12 +199,13 @@ def _check_space(folder: str) -> None:
 
 def native_target(target: Target) -> tvm.target.Target:
     """LLVM splits vectors of x86-64-v4 into halves unless told otherwise."""
+    wide = target.lanes == 16 and target.machine == "x86_64"
     return tvm.target.Target(
         {
             "kind": "llvm",
             "mtriple": f"{target.machine}-unknown-linux-gnu",
             "mcpu": target.architecture,
-            "mattr": ["-prefer-256-bit"] if target.lanes == 16 and target.machine == "x86_64" else [],
+            "mattr": ["-prefer-256-bit"] * wide + [f"+{extension}" for extension in target.extensions],
             "num-cores": target.threads,
         }
     )
@@ -220,7 +223,8 @@ def set_denormals(target: Target) -> tirx.PrimFunc:
             T.func_attr({"tirx.noalias": True, "global_symbol": SET_DENORMALS})
             flush = T.arg("flush", tirx.Var("flush", "int32"))
             threads = T.arg("threads", tirx.Var("threads", "int32"))
-            with T.parallel(tirx.const(0, "int32"), threads):  # one task for each thread
+            everywhere = T.parallel(tirx.const(0, "int32"), threads)  # one task for each thread
+            with _importing(definitions(target)), everywhere:
                 if target.machine == "aarch64":
                     word = T.bind(tirx.call_llvm_intrin("int64", "llvm.aarch64.get.fpcr"))
                     T.evaluate(tirx.call_llvm_intrin("void", "llvm.aarch64.set.fpcr", _flushed(word, _FZ, flush)))
@@ -231,6 +235,11 @@ def set_denormals(target: Target) -> tirx.PrimFunc:
                     T.buffer_store(word, _flushed(word[0], _FTZ_DAZ, flush), [0])
                     T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.ldmxcsr", address))
         return builder.get()
+
+
+def _importing(code: str) -> AbstractContextManager[Any]:
+    """Functions in LLVM's language for all kernels of the module; a statement has to carry them."""
+    return T.attr(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(code)) if code else nullcontext()
 
 
 def _flushed(word: Any, bits: int, flush: Any) -> Any:

@@ -69,6 +69,7 @@ class Kernel:
         self.target = target
         self.sizes = Sizes()
         self._flat: dict[int, Any] = {}
+        self._arguments: dict[int, Any] = {}
         self._known: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._products: dict[int, Callable[[Index], Any]] = {}
 
@@ -83,10 +84,17 @@ class Kernel:
 
     def add_input(self, storage: Storage, buffer: Any) -> None:
         self._flat[id(storage)] = self.alias(buffer, storage.shape, storage.dtype)
+        self._arguments[id(storage)] = buffer
 
     def flat(self, storage: Storage) -> Any:
         """The one-dimensional buffer of an input."""
         return self._flat[id(storage)]
+
+    def words(self, storage: Storage, dtype: str) -> Any:
+        """The one-dimensional bits of an input of bfloat16: "uint16" each, or "uint32" for pairs."""
+        count = self.size(product(storage.shape))
+        elements = count if dtype == "uint16" else tirx.truncdiv(count, int64(2))
+        return T.decl_buffer([elements], dtype, data=self._arguments[id(storage)].data, layout=None)
 
     def registers(self, *shape: int, dtype: str = "float32") -> Any:
         """A small buffer on the stack that the compiler keeps in registers."""
@@ -202,7 +210,7 @@ def write_kernel(
             ]
             body(kernel, results)
         function = builder.get()
-    function = without_vector_calls(in_float32(function.without_attr("global_symbol")))
+    function = without_vector_calls(in_float32(function.without_attr("global_symbol"), target.pairs))
     touched = elements_read(reads)
     counts = tuple(touched[storage] for storage in inputs)
     return Code(

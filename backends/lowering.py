@@ -191,7 +191,7 @@ class Lowering:
             return self.view(value)
         if value.depth > (_DEEPEST if bound else _DEEPEST_UNBOUND):
             return self.view(value)
-        if count_reads(node) < 2 or not value.operands:
+        if count_reads(node) < 2 or not value.operands or value.narrow is not None:
             return value
         together, _ = epilogue(node, Place(value.shape), self.order, _KINDS)
         inside = {node, *together}

@@ -1,4 +1,4 @@
-"""Two kernels that do nothing but work: multiply-adds in registers, and reading memory from one end to the other.
+"""Kernels that do nothing but work: multiply-adds in registers, and reading memory from one end to the other.
 
 How fast they run is the most that any kernel can ask of this machine: the roofs of a roofline (Williams, Waterman and
 Patterson, 2009).
@@ -16,21 +16,26 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.cpu import build
+from graphopt.backends.instructions import multiply_pairs
 from graphopt.backends.target import Target, resolve_target
 
 MULTIPLY_ADD, READ = "graphopt_multiply_add", "graphopt_read"
+MULTIPLY_PAIRS = "graphopt_multiply_bfloat16"  # where the target has an instruction for it
 _READS = 8  # vectors of partial sums: independent, so that additions wait for memory only
 
 
 def build_roofs(threads: int) -> bytes:
-    """A library for this CPU with two functions over `threads` shares; `result` is float32 [threads, lanes].
+    """A library for this CPU with functions over `threads` shares; `result` is float32 [threads, lanes].
 
     graphopt_multiply_add(rounds, result): each share does `rounds` times `operations(target)` operations.
+    graphopt_multiply_bfloat16: the same with pairs of bfloat16, so twice the operations.
     graphopt_read(rounds, data, result): reads `rounds` times data, float32 [n], n a multiple of 8 lanes times threads.
     Raises CompileError where building fails.
     """
     target = target_here(threads)
     functions = {relax.GlobalVar(MULTIPLY_ADD): _multiply_add(target), relax.GlobalVar(READ): _read(target)}
+    if target.pairs:
+        functions[relax.GlobalVar(MULTIPLY_PAIRS)] = _multiply_pairs(target)
     return build(tvm.IRModule(functions), target)
 
 
@@ -60,6 +65,23 @@ def _multiply_add(target: Target) -> tirx.PrimFunc:
                         with T.vectorized(_int64(0), _int64(target.lanes)) as lane:
                             value = totals[number, lane] * _float32(0.999) + _float32(1e-4)
                             T.buffer_store(totals, value, [number, lane])
+                _store_sum(totals, _accumulators(target), result, share, target)
+        return builder.get()
+
+
+def _multiply_pairs(target: Target) -> tirx.PrimFunc:
+    with IRBuilder() as builder:
+        with _function(MULTIPLY_PAIRS):
+            rounds = T.arg("rounds", tirx.Var("rounds", "int64"))
+            result = T.arg("result", T.buffer((target.threads, target.lanes), "float32", layout=None))
+            whole = tirx.Ramp(_int64(0), _int64(1), target.lanes)
+            with T.parallel(_int64(0), _int64(target.threads)) as share:
+                totals = _totals(_accumulators(target), target)
+                with T.serial(_int64(0), rounds):
+                    for number in range(_accumulators(target)):
+                        pairs = tirx.reinterpret(f"uint32x{target.lanes}", totals[number, whole])
+                        value = multiply_pairs(totals[number, whole], pairs, pairs)
+                        T.buffer_store(totals, value, [number, whole])
                 _store_sum(totals, _accumulators(target), result, share, target)
         return builder.get()
 

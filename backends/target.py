@@ -12,15 +12,18 @@ from graphopt.runtime.features import host_features, missing
 # x86-64 psABI micro-architecture levels (System V ABI, section 3.1.1) as the runtime spells the flags, oldest first.
 _V3 = ("x86_64", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_BF16 = (*_V4, "avx512_bf16")  # Intel from Cooper Lake on, AMD from Zen 4 on
 # Armv8-A with NEON, which every 64-bit Arm has, and what LLVM may use of Armv8.2-A on the core of a Jetson Orin.
 _ARMV8 = ("aarch64", "fp", "asimd")
 _ARMV8_2 = (*_ARMV8, "atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "asimddp")
 LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu:x86-64-v3": ("x86-64-v3", _V3),
     "cpu:x86-64-v4": ("x86-64-v4", _V4),
+    "cpu:x86-64-v4-bf16": ("x86-64-v4", _BF16),
     "cpu:aarch64": ("generic", _ARMV8),
     "cpu:cortex-a78ae": ("cortex-a78ae", _ARMV8_2),
 }
+EXTENSIONS = {"avx512_bf16": "avx512bf16"}  # beyond what an architecture has: the kernel's flag -> LLVM's name
 MOST_THREADS = 1024  # more CPUs than one machine has; shares of kernels beyond that are only overhead
 
 
@@ -29,8 +32,8 @@ class Target:
     """What kernels are written for, and the machine that their code is generated for.
 
     `features` are the CPU flags that the code needs, the first names the machine; `threads` is how many equal shares a
-    kernel's work is cut into; `machine` ("x86_64", "aarch64") and `architecture` (LLVM's name of the CPU) choose the
-    instructions.
+    kernel's work is cut into; `machine` ("x86_64", "aarch64"), `architecture` (LLVM's name of the CPU) and `extensions`
+    (LLVM's names of what it has besides) choose the instructions.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Target:
     features: tuple[str, ...]
     threads: int
     machine: str = "x86_64"
+    extensions: tuple[str, ...] = ()
 
     @property
     def lanes(self) -> int:
@@ -45,6 +49,11 @@ class Target:
         if "avx512f" in self.features:
             return 16
         return 4 if "asimd" in self.features else 8
+
+    @property
+    def pairs(self) -> bool:
+        """Whether one instruction multiplies bfloat16 in pairs and adds the products to float32."""
+        return "avx512_bf16" in self.features
 
     @property
     def registers(self) -> int:
@@ -64,7 +73,8 @@ def resolve_target(name: str, threads: int | None = None) -> Target:
     if name not in LEVELS:
         raise UnknownNameError("target", name, target_names())
     architecture, features = LEVELS[name]
-    return Target(name, architecture, features, min(threads or available, MOST_THREADS), features[0])
+    threads = min(threads or available, MOST_THREADS)
+    return Target(name, architecture, features, threads, features[0], _extensions(features))
 
 
 def runnable(target: Target) -> Target:
@@ -74,8 +84,12 @@ def runnable(target: Target) -> Target:
     """
     if not missing(target.features):
         return target
-    here = LEVELS[_host_level()]
-    return replace(target, architecture=here[0], machine=here[1][0])
+    architecture, features = LEVELS[_host_level()]
+    return replace(target, architecture=architecture, machine=features[0], extensions=_extensions(features))
+
+
+def _extensions(features: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(EXTENSIONS[feature] for feature in features if feature in EXTENSIONS)
 
 
 def target_names() -> tuple[str, ...]:

@@ -13,6 +13,8 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
+from graphopt.backends.instructions import round_natively
+
 NAME = "graphopt-cpu"
 
 
@@ -115,9 +117,9 @@ def _lower() -> tvm.transform.Pass:
             blocks.LowerOpaqueBlock(),  # loops of one iteration become their bodies
             blocks.StmtSimplify(),
             flatten,
-            tir.BF16ComputeLegalize(),
             tir.NarrowDataType(32),
             tir.VectorizeLoop(),
+            round_natively,
             tir.StorageRewrite(),
             blocks.HoistIfThenElse(),
             tir.UnrollLoop(),

@@ -64,6 +64,7 @@ class Lazy:
     branching: bool = False  # its formula compares or selects
     borders: tuple[int, ...] = ()  # where along the last axis another part of it begins
     unrepeated: View | None = None  # [B, G, ...], where this has the same shape but R G in place of G: i reads i // R
+    casts: bool = False  # its only operand in another dtype
     depth: int = field(init=False, default=1)  # longest chain of lazy values below, itself included
     branches: int = field(init=False, default=0)  # most branching values on such a chain
 
@@ -74,6 +75,12 @@ class Lazy:
 
     sizes: Shape = ()  # symbolic sizes computed with, besides those of the shapes
     nodes: tuple[str, ...] = ()  # names of the program's nodes whose value this is
+
+    @property
+    def narrow(self) -> Value | None:
+        """The bfloat16 value that this is in float32."""
+        source = self.operands[0] if self.casts and self.dtype == "float32" else None
+        return source if isinstance(source, (View, Lazy)) and source.dtype == "bfloat16" else None
 
 
 Value = View | Lazy

@@ -16,6 +16,7 @@ PASSES = {
     "early-exit": "graphopt.passes.early_exit:EarlyExit",
     "gated-attention": "graphopt.passes.gated_attention:GatedAttention",
     "merge-linears": "graphopt.passes.merge_linears:MergeLinears",
+    "mixed-precision": "graphopt.passes.mixed_precision:MixedPrecision",
     "no-op-removal": "graphopt.passes.no_op_removal:NoOpRemoval",
     "scale-folding": "graphopt.passes.scale_folding:ScaleFolding",
 }

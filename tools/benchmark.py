@@ -23,6 +23,7 @@ from graphopt.tools.subject import add_size_options, chosen_sizes, open_artifact
 from graphopt.tools.table import add_json_option, wants_text, write_json
 
 SUMMARY = "time a model, an artifact or a suite, alone or against other runtimes"
+DTYPES = ("f32", "bf16")
 SUITES = ("e2e", "kernels", "folding", "gating", "exits")
 
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", metavar="NAME,...", help="some models of the suite, or kernels or kinds of them")
     parser.add_argument("--rounds", type=int, default=15, help="turns of 0.2 s for each side (default 15)")
     parser.add_argument("--threads", type=int, help="threads and cores for each side (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="f32", help="what all sides multiply in (default f32)")
     timeout = f"how long a side may take to open its model, autotuning included (default {PATIENCE:g})"
     parser.add_argument("--peer-timeout", type=float, metavar="SECONDS", default=PATIENCE, help=timeout)
     parser.add_argument("--chart", metavar="FILE.png", help="draw what a suite found")
@@ -53,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_combination(arguments)
-    settings = Settings(choose_cores(arguments.threads), arguments.rounds, arguments.peer_timeout)
+    settings = Settings(choose_cores(arguments.threads), arguments.rounds, arguments.peer_timeout, arguments.dtype)
     if arguments.suite is not None:
         from graphopt.tools.benchmarking.suites import run_suite
 
         return run_suite(arguments, settings)
     artifacts, names = check_artifacts(arguments.against or "")
-    peers = check_peers(names)
+    peers = check_peers(names, settings.dtype)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         report = benchmark(arguments, peers, artifacts, settings, Path(folder))
     write_json(arguments, report)
@@ -75,9 +77,13 @@ def check_combination(arguments: argparse.Namespace) -> None:
     if (arguments.model is None) == (arguments.suite is None):
         raise UsageError("give either MODEL or --suite, one of them and not both")
     if arguments.suite is None:
+        if arguments.dtype != "f32" and is_artifact(arguments.model):
+            raise UsageError(f"{arguments.model} is compiled already; --dtype belongs to a model")
         for option in ("models", "chart", "markdown"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"--{option} belongs to --suite; leave it out, or use --json for one model's figures")
+    elif arguments.suite != "e2e" and arguments.dtype != "f32":
+        raise UsageError(f"--suite {arguments.suite} is measured in float32; --dtype belongs to --suite e2e or a MODEL")
     elif arguments.source or arguments.dynamic or arguments.examples or arguments.size or arguments.shape:
         raise UsageError(
             "a suite brings its own models and inputs; leave out --model, --dynamic, --examples, --size and --shape"
@@ -99,9 +105,9 @@ def benchmark(
         reference = program_subject(program)
         if not is_artifact(arguments.model):
             with progress("compiling"):
-                entrants = [Entrant("graphopt", compile_to(program, folder))]
+                entrants = [Entrant("graphopt", compile_to(program, folder, settings.dtype))]
         with progress("exporting for the others"):
-            others, failures = peer_entrants(program, peers, folder)
+            others, failures = peer_entrants(program, peers, folder, settings.dtype)
             entrants += others
     entrants += artifacts
     subject = reference or open_artifact(arguments.model)

@@ -36,6 +36,7 @@ from graphopt.backends.operators import (
     sorting,
     views,
 )
+from graphopt.backends.operators.widening import is_left_to_products
 
 ELEMENT_WISE: dict[Any, Callable[..., Any]] = {**pointwise.TABLE, **activations.TABLE, **quantization.TABLE}
 
@@ -90,9 +91,17 @@ def is_branching(node: Node) -> bool:
 
     TVM's simplifier looks through everything a comparison reads: time doubles and more with each one nested in another.
     """
-    return node.target in ELEMENT_WISE and node.target not in STRAIGHT
+    return node.target in ELEMENT_WISE and node.target not in STRAIGHT and not _changes_width(node)
+
+
+def _changes_width(node: Node) -> bool:
+    """A cast from one kind of float to another."""
+    if node.target is not _aten._to_copy.default or not isinstance(node.args[0], Node):
+        return False
+    values = node.meta.get("val"), node.args[0].meta.get("val")
+    return all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
 
 
 def fits_epilogue(node: Node) -> bool:
     """True for operators that compute one element from one element at the same rows and columns."""
-    return node.target in ELEMENT_WISE or views.keeps_rows(node)
+    return (node.target in ELEMENT_WISE and not is_left_to_products(node)) or views.keeps_rows(node)

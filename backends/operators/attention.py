@@ -1,6 +1,6 @@
 """Scaled dot-product attention: in float32 one kernel that never stores the scores.
 
-float16 and bfloat16 are widened before it and rounded after it.
+float16 is widened before it and rounded after it, and so is bfloat16 where the target multiplies no pairs of it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 from torch.fx import Node
 from tvm import tirx
 
+from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, convert, like, widened
 from graphopt.backends.operators.reduction import exponential, exponentials, finite
 from graphopt.backends.operators.views import PERMUTATIONS, RESHAPES, expand, reshape
 from graphopt.backends.operators.windows import load_at, quotient
-from graphopt.backends.rules.attention import attention
+from graphopt.backends.rules.attention import attention, is_one_block
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Index, Lazy, Product, View, inverse, permuted
+from graphopt.backends.values import Index, Lazy, Product, Value, View, inverse, permuted
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def _attention(lowering: Lowering, node: Node) -> Any:
     k, v = (lowering.tensor(x) for x in (k, v))
     if (unrepeated := _unrepeated(k, v)) and not grouped:
         grouped, (k, v) = True, unrepeated
-    query, key, value = (_rows_of_vectors(lowering, widened(lowering, x), grouped) for x in (q, k, v))
+    q, k, v = _numbers(lowering, node, q, k, v)
+    query, key, value = (_rows_of_vectors(lowering, x, grouped) for x in (q, k, v))
     batch, heads = shape[:2] if not flat else (1, shape[0]) if grouped else (shape[0], 1)
     if not all(isinstance(size, int) for size in (heads, query.shape[-1], value.shape[-1])):
         raise CompileError(f"{node.name} attends with a dynamic number of heads or depth; fixed ones have a lowering")
@@ -58,7 +60,7 @@ def _attention(lowering: Lowering, node: Node) -> Any:
     bias = None if mask is None else lowering.view(mask)
     if bias is not None and flat and len(bias.shape) == 3 and not grouped:
         bias = _with_one_head(bias)
-    if query.dtype != "float32":
+    if query.dtype == "float64":
         return reshape(lowering, _in_parts(lowering, query, key, value, bias, float(scale), bool(causal)), shape)
 
     def build(result: Product, end: Any) -> Code:
@@ -66,11 +68,22 @@ def _attention(lowering: Lowering, node: Node) -> Any:
 
     order = (0, 2, 1, 3) if not flat else (1, 0, 2) if grouped else ()
     dtype = DTYPES[node.meta["val"].dtype]
-    if dtype != query.dtype:
-        whole = Product(tuple(shape[axis] for axis in inverse(order)) if order else shape, query.dtype)
-        (stored,) = lowering.call(build(whole, whole))
+    if dtype != "float32":
+        whole = Product(tuple(shape[axis] for axis in inverse(order)) if order else shape, "float32")
+        rounded = dtype == query.dtype and query.shape[2] != 1 and is_one_block(key)
+        (stored,) = lowering.call(build(whole, cast(whole, dtype) if rounded else whole))
         return cast(permuted(stored, order) if order else stored, dtype)
     return lowering.anchored(node, build, order=order, joins=True, ends=_ends)
+
+
+def _numbers(lowering: Lowering, node: Node, *operands: Any) -> list[Value]:
+    """As bfloat16 where the node is and the target multiplies pairs of it, else in the dtype that it is computed in."""
+    stored = [lowering.tensor(operand) if isinstance(operand, Node) else operand for operand in operands]
+    depth = stored[0].shape[-1]
+    even = isinstance(depth, int) and depth % 2 == 0
+    if lowering.target.pairs and even and DTYPES[node.meta["val"].dtype] == BFLOAT16:
+        return stored
+    return [widened(lowering, operand) for operand in operands]
 
 
 def _in_parts(

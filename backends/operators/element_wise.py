@@ -95,7 +95,14 @@ def cast(value: Any, dtype: str) -> Any:
     """The value in another dtype, computed where it is read."""
     if value.dtype == dtype:
         return value
-    return Lazy(value.shape, dtype, (value,), lambda kernel, i: convert(kernel.load(value, i), dtype), flat=True)
+    return Lazy(
+        value.shape,
+        dtype,
+        (value,),
+        lambda kernel, i: convert(kernel.load(value, i), dtype),
+        flat=True,
+        casts=True,
+    )
 
 
 def widened(lowering: Lowering, argument: Any) -> Value:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, like, widened
+from graphopt.backends.operators.widening import NARROW, numbers_of, pairs_of
 from graphopt.backends.rules.batched_gemm import batched_gemm
-from graphopt.backends.rules.gemm import configure, gemm, pack_weight
+from graphopt.backends.rules.gemm import configure, gemm, pack_pairs, pack_weight
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, product, shape_of
 from graphopt.backends.values import Index, Lazy, Product, View, permuted
@@ -70,14 +72,16 @@ def _packable(lowering: Lowering, node: Node, weight: Any) -> bool:
         isinstance(weight, torch.Tensor)
         and weight.dim() == 2
         and weight.numel() > 0
-        and weight.dtype == node.meta["val"].dtype
-        and computed_in(DTYPES[weight.dtype]) == "float32"
+        and weight.dtype in (node.meta["val"].dtype, *NARROW)
+        and computed_in(DTYPES[node.meta["val"].dtype]) == "float32"
         and node.meta["val"].dim() > 1
     )
 
 
 def _packed(lowering: Lowering, node: Node, x: Any, weight: torch.Tensor, begin: Callable[[Any], Any]) -> Any:
-    a = lowering.view(widened(lowering, x))
+    a = pairs_of(lowering, x) if weight.dtype == torch.bfloat16 else None
+    if a is None:
+        a = numbers_of(lowering, x)
     return packed_product(lowering, node, a if a.strides[-1] == 1 else lowering.contiguous(a), weight, begin)
 
 
@@ -91,12 +95,14 @@ def packed_product(
 ) -> View:
     """a [..., K], its last axis contiguous, times weight [N, K] with the node's epilogue.
 
-    `begin` and `order` as in `anchored`.
+    `begin` and `order` as in `anchored`. `a` is float32, or bfloat16 as the weight is, with zeros up to an even K.
     """
     n, k = weight.shape
-    choice = configure(lowering.target, product(a.shape[:-1]), n, k)
+    pairs = a.dtype == BFLOAT16
+    choice = configure(lowering.target, product(a.shape[:-1]), n, int(a.shape[-1]) // 2 if pairs else k)
     columns = choice.tile.vectors * lowering.target.lanes
-    b = lowering.weight(weight, f"gemm{columns}", lambda array: pack_weight(array, columns))
+    pack = pack_pairs if pairs else pack_weight
+    b = lowering.weight(weight, f"{'pairs' if pairs else 'gemm'}{columns}", lambda array: pack(array, columns))
 
     def build(result: Product, end: Any) -> Code:
         return gemm(a, b, result, end, f"gemm_{n}x{k}", lowering.target, choice)
@@ -129,9 +135,9 @@ def _matmul_of(
     """Product of two computed tensors with broadcast leading axes; `transposed`: y is [N, K]."""
     a, b = lowering.view(x), lowering.view(y)
     b = permuted(b, (*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)) if transposed else b
-    same = a.dtype == b.dtype == DTYPES[node.meta["val"].dtype]
-    if same and len(a.shape) > 1 and len(b.shape) > 1 and computed_in(a.dtype) == "float32":
-        a = lowering.view(widened(lowering, a))
+    computed = {computed_in(dtype) for dtype in (a.dtype, b.dtype, DTYPES[node.meta["val"].dtype])}
+    if len(a.shape) > 1 and len(b.shape) > 1 and computed == {"float32"}:
+        a = numbers_of(lowering, a)
         return lowering.anchored(
             node, lambda result, end: batched_gemm(a, b, result, end, f"matmul_{node.name}", lowering.target), begin
         )

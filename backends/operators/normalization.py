@@ -13,11 +13,13 @@ import torch
 from torch.fx import Node
 from tvm import tirx
 
+from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, computed_in, convert, like, widened
 from graphopt.backends.operators.reduction import axes_of, exponentials, moments, reduce
 from graphopt.backends.operators.views import reshape
+from graphopt.backends.operators.widening import as_stored
 from graphopt.backends.rules.rows import largest_probability, layer_norm, rms_norm, softmax
 from graphopt.backends.sizes import product, shape_of
 from graphopt.backends.values import Index, Lazy, View, permuted
@@ -43,16 +45,26 @@ def _layer_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, bias, epsilon, *_ = arguments(node).values()
 
     def build(value: View) -> Any:
-        scale, shift = (_parameter(lowering, each, value.dtype) for each in (weight, bias))
-        return standardized(lowering, value, scale, shift, float(epsilon))
+        scale, shift = (_parameter(lowering, each, computed_in(value.dtype)) for each in (weight, bias))
+        return standardized(lowering, value, scale, shift, float(epsilon), _stored_in(node))
 
     return _over_last_axes(lowering, node, x, len(normalized), build)
 
 
-def standardized(lowering: Lowering, rows: View, weight: View | None, bias: View | None, epsilon: float) -> View | Lazy:
-    """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis of contiguous rows."""
-    if rows.dtype == "float32":
-        return lowering.call(layer_norm(rows, weight, bias, epsilon, lowering.target))[0]
+def standardized(
+    lowering: Lowering,
+    rows: View,
+    weight: View | None,
+    bias: View | None,
+    epsilon: float,
+    dtype: str = "float32",
+) -> View | Lazy:
+    """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis of contiguous rows.
+
+    `dtype` is that of the result, unless rows are float64.
+    """
+    if computed_in(rows.dtype) == "float32":
+        return lowering.call(layer_norm(rows, weight, bias, epsilon, lowering.target, dtype))[0]
     last = len(rows.shape) - 1
     scale, center = moments(lowering, rows, [last], rows.dtype, 0, _inverse_root(epsilon))
     return scaled(rows, center, scale, weight, bias, last)
@@ -83,9 +95,9 @@ def _rms_norm(lowering: Lowering, node: Node) -> Any:
         epsilon = torch.finfo(torch.promote_types(node.meta["val"].dtype, torch.float32)).eps
 
     def build(value: View) -> View | Lazy:
-        parameter = _parameter(lowering, weight, value.dtype)
-        if value.dtype == "float32":
-            return lowering.call(rms_norm(value, parameter, float(epsilon), lowering.target))[0]
+        parameter = _parameter(lowering, weight, computed_in(value.dtype))
+        if computed_in(value.dtype) == "float32":
+            return lowering.call(rms_norm(value, parameter, float(epsilon), lowering.target, _stored_in(node)))[0]
         last = len(value.shape) - 1
         squares = Lazy(value.shape, value.dtype, (value,), lambda k, i: k.load(value, i) * k.load(value, i), flat=True)
         count, end = product(value.shape[last:]), _inverse_root(float(epsilon))
@@ -101,11 +113,33 @@ def _rms_norm(lowering: Lowering, node: Node) -> Any:
 
 def _over_last_axes(lowering: Lowering, node: Node, x: Any, count: int, build: Callable[[View], Any]) -> Any:
     """Several normalised axes are one, since memory is contiguous."""
-    value = lowering.contiguous(widened(lowering, x))
+    value = lowering.contiguous(as_stored(lowering, x))
     shape = value.shape
     kept = len(shape) - count
     merged = lowering.contiguous(reshape(lowering, value, (*shape[:kept], product(shape[kept:]))))
-    return _narrowed(node, reshape(lowering, build(merged), shape))
+    result = reshape(lowering, build(merged), shape)
+    if (rounding := _only_rounding(node)) is not None and result.dtype == BFLOAT16:
+        lowering.cover(rounding, lowering.view(result))
+        return result
+    return _narrowed(node, result)
+
+
+def _only_rounding(node: Node) -> Node | None:
+    """The one reader of a float32 result, where it rounds it to bfloat16."""
+    (reader,) = node.users if len(node.users) == 1 else (None,)
+    if reader is None or reader.target is not aten._to_copy.default:
+        return None
+    dtypes = node.meta["val"], reader.meta["val"]
+    return reader if [value.dtype for value in dtypes] == [torch.float32, torch.bfloat16] else None
+
+
+def _stored_in(node: Node) -> str:
+    """The dtype of a norm's result in memory: its own, or what its one reader rounds it to."""
+    meta = node.meta["val"]
+    own = (meta[0] if isinstance(meta, (tuple, list)) else meta).dtype
+    if isinstance(meta, torch.Tensor) and _only_rounding(node) is not None:
+        return BFLOAT16
+    return DTYPES[own]
 
 
 def _softmax(log: bool) -> Callable[[Lowering, Node], Any]:

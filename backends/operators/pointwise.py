@@ -27,6 +27,7 @@ from graphopt.backends.operators.element_wise import (
     like,
     not_equal,
 )
+from graphopt.backends.operators.widening import PRODUCTS, is_widening
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Lazy
 from graphopt.errors import CompileError
@@ -326,6 +327,9 @@ def _rounding(function: Expression) -> Lower:
 
 def _cast(lowering: Lowering, node: Node) -> Any:
     """A change of dtype; device and memory format mean nothing here."""
+    value = lowering.value(node.args[0])
+    if isinstance(value, torch.Tensor) and is_widening(node) and all(user.target in PRODUCTS for user in node.users):
+        return value  # which is packed as it is
     return cast(lowering.tensor(node.args[0]), DTYPES[node.meta["val"].dtype])
 
 

@@ -1,4 +1,6 @@
-"""Fused attention: softmax(scale Q K^T + mask) V, float32, without ever storing the scores.
+"""Fused attention: softmax(scale Q K^T + mask) V, without ever storing the scores.
+
+All numbers are float32; where queries, keys and values are bfloat16 both products multiply pairs of them.
 
 A task is one group of heads that share keys (and, where there are few, a part of their rows). Keys come in blocks that
 stay in the L2 cache: transposed by shuffles into panels of 2 vectors and read by all rows of all heads of the group.
@@ -24,19 +26,21 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends import approximations
+from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import count_operations, operations
+from graphopt.backends.rules.attention_copies import TILE_VECTORS, Memory, Operands, ceiling
 from graphopt.backends.rules.attention_epilogue import Epilogue
-from graphopt.backends.rules.attention_operands import MASKED, Masks, strides_of
+from graphopt.backends.rules.attention_operands import MASKED, Masks
+from graphopt.backends.rules.attention_pairs import add_products, rounded_words, word_at
 from graphopt.backends.rules.attention_row import write_single_rows
-from graphopt.backends.rules.lanes import fill_tile, fold_rows, settled, span, transposed, zero_tile
+from graphopt.backends.rules.lanes import fill_tile, fold_rows, settled, span, zero_tile
 from graphopt.backends.sizes import Size, least
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "fused-attention"
 f32 = approximations.f32
-_TILE_VECTORS = 2  # vectors of keys, and of values, beside each other in a tile
 _BLOCK = 256  # keys of one block
 _LEAST_ROWS = 64  # of a task, where heads are too few: below, copying the keys again costs more than it brings
 _STEPS = 4  # keys of the second product written out
@@ -56,7 +60,8 @@ def attention(
 ) -> Code:
     """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E]; mask broadcasts to [B, H, S, T].
 
-    Stored is the element-wise tree `end`, float32, over `result`, which has the elements of [B, S, H, E] in this order.
+    float32, or all three bfloat16 with an even D. Stored is the element-wise tree `end` over `result`, which has the
+    elements of [B, S, H, E] in this order: float32, or rounded to bfloat16 where the keys are one block at most.
     """
     batch, heads, rows, _ = q.shape
     shape = (batch, rows, heads, v.shape[3])
@@ -88,13 +93,19 @@ def attention(
         body,
         configuration={
             "rows": 1 if rows == 1 else _tile_rows(target),
-            "columns": _TILE_VECTORS * target.lanes,
+            "columns": TILE_VECTORS * target.lanes,
             "block": _BLOCK,
             "lanes": target.lanes,
+            **({"products": "pairs of bfloat16"} if q.dtype == BFLOAT16 else {}),
             "mask": "causal" if causal else "none" if mask is None else "given",
         },
         flops=batch * heads * _pairs(rows, k.shape[2], causal) * each + operations([end], target),
     )
+
+
+def is_one_block(k: View) -> bool:
+    """Whether the keys [B, G, T, D] are known to be one block, so that no unfinished row is kept in the output."""
+    return isinstance(k.shape[2], int) and k.shape[2] <= _BLOCK
 
 
 def _exponential(_: Kernel) -> Any:
@@ -115,20 +126,6 @@ def _tile_rows(target: Target) -> int:
     return 8 if target.lanes == 16 else 6
 
 
-def _ceiling(a: Any, b: int) -> Any:
-    return tirx.truncdiv(a + (b - 1), int64(b))
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """Working memory of a task; all of it stays in the L2 cache."""
-
-    keys: Any  # [panels, depth, columns of a panel]
-    values: Any  # [keys, vectors of depth, lanes], or None where they are read where they are
-    scores: Any  # [rows of a tile, keys]
-    state: Any  # [tiles, 2, rows of a tile]: largest score and sum of weights so far, or None with one block
-
-
 @dataclass(frozen=True)
 class _Rows:
     """One tile of rows against one block of keys; `start` and `count` are the block's, `state` numbers the tile."""
@@ -140,7 +137,7 @@ class _Rows:
     start: Any
     count: Any
     state: Any
-    memory: _Memory
+    memory: Memory
 
 
 @dataclass(frozen=True)
@@ -152,29 +149,24 @@ class _Numbers:
     scale: Any  # what the second product is multiplied by
 
 
-class _Attention:
+class _Attention(Operands):
     def __init__(
         self, kernel: Kernel, q: View, k: View, v: View, masks: Masks, scale: float, epilogue: Epilogue
     ) -> None:
-        self.kernel, self.masks, self.scale = kernel, masks, scale
+        super().__init__(kernel, q, k, v)
+        self.masks, self.scale = masks, scale
         self.epilogue, self.output = epilogue, epilogue.output
-        self.q, self.k, self.v = (strides_of(kernel, view) for view in (q, k, v))
-        self.lanes, self.tile_rows = kernel.target.lanes, _tile_rows(kernel.target)
+        self.tile_rows = _tile_rows(kernel.target)
         self.folded = 1 << (self.tile_rows - 1).bit_length()  # lanes of a vector with one number a row
-        self.tile_columns = _TILE_VECTORS * self.lanes
-        self.depth, self.value_depth = int(q.shape[3]), int(v.shape[3])
-        self.heads, self.groups = int(q.shape[1]), int(k.shape[1])
-        self.batch, self.rows, self.columns = (kernel.size(s) for s in (q.shape[0], q.shape[2], k.shape[2]))
-        self.value_vectors = -(-self.value_depth // self.lanes)
-        self.values_in_place = self.value_depth % self.lanes == 0
-        self.one_block = isinstance(k.shape[2], int) and k.shape[2] <= _BLOCK
+        self.batch, self.rows = kernel.size(q.shape[0]), kernel.size(q.shape[2])
+        self.one_block = is_one_block(k)
         self.raw = masks.given is None and scale > 0  # scores are kept as they are and scaled in the exponent
         self.padded = -(-k.shape[2] // self.tile_columns) * self.tile_columns if self.one_block else _BLOCK
 
     # Shares -----------------------------------------------------------------------------------------------------------
     def write(self) -> None:
         kernel, threads = self.kernel, self.kernel.target.threads
-        pairs, tiles = self.batch * self.groups, _ceiling(self.rows, self.tile_rows)
+        pairs, tiles = self.batch * self.groups, ceiling(self.rows, self.tile_rows)
         parts = T.bind(self.parts(pairs, threads))
         each = T.bind(tirx.truncdiv(tiles + parts - 1, parts))
         with kernel.parallel(pairs * parts) as task:
@@ -202,7 +194,7 @@ class _Attention:
         columns = self.columns
         if self.masks.causal:  # keys that any row of the task attends to
             columns = tirx.min(columns, (first_tile + tiles) * self.tile_rows)
-        with kernel.serial(int64(1) if self.one_block else _ceiling(columns, _BLOCK)) as number:
+        with kernel.serial(int64(1) if self.one_block else ceiling(columns, _BLOCK)) as number:
             start = int64(0) if self.one_block else number * _BLOCK
             count = self.columns if self.one_block else settled(kernel, tirx.min(self.columns - start, int64(_BLOCK)))
             self.copy_keys(memory, batch, group, start, count)
@@ -217,57 +209,22 @@ class _Attention:
                 with _only_if(start < first_row + self.tile_rows if later else None):
                     self.write_rows(rows)
 
-    def memory(self, tiles: Any) -> _Memory:
+    def memory(self, tiles: Any) -> Memory:
         kernel = self.kernel
-        most = _ceiling(self.rows, self.tile_rows) * (self.heads // self.groups)
+        most = ceiling(self.rows, self.tile_rows) * (self.heads // self.groups)
         state = None if self.one_block else kernel.scratch(most, 2, self.folded)
         if state is not None:
             with kernel.serial(tiles) as tile:
                 for number, start in enumerate((MASKED, 0.0)):
                     with kernel.vectorized(self.folded) as lane:
                         T.buffer_store(state, f32(start), [tile, number, lane])
-        return _Memory(
+        return Memory(
             kernel.scratch(self.padded // self.tile_columns, self.depth, self.tile_columns),
-            None if self.values_in_place else kernel.scratch(self.padded, self.value_vectors, self.lanes),
+            None if self.values_in_place else kernel.scratch(self.padded // self.each, self.value_vectors, self.lanes),
             kernel.scratch(self.tile_rows, self.padded + self.lanes),  # rows apart by no power of two
+            kernel.scratch(self.tile_rows, (self.padded + self.lanes) // 2) if self.pairs else None,
             state,
         )
-
-    # Copies -----------------------------------------------------------------------------------------------------------
-    def copy_keys(self, memory: _Memory, batch: Any, group: Any, first: Any, count: Any) -> None:
-        """Transposed; what pads the last vector repeats the last key, and its scores are masked."""
-        kernel, lanes = self.kernel, self.lanes
-        with kernel.serial(_ceiling(count, lanes)) as vector:
-            panel, column = self.place(vector)
-            numbers = [tirx.min(first + vector * lanes + lane, self.columns - 1) for lane in range(lanes)]
-            starts = [settled(kernel, self.k.at(batch, group, number)) for number in numbers]
-            with kernel.serial(int64(self.depth // lanes)) as at:
-                square = [T.bind(self.k.flat[span(start + at * lanes, lanes)]) for start in starts]
-                for number, row in enumerate(transposed(square)):
-                    T.buffer_store(memory.keys, row, [panel, at * lanes + number, span(column, lanes)])
-            for d in range(self.depth // lanes * lanes, self.depth):
-                for lane, start in enumerate(starts):
-                    T.buffer_store(memory.keys, self.k.flat[start + d], [panel, int64(d), column + lane])
-
-    def place(self, vector: Any) -> tuple[Any, Any]:
-        """Panel and column of a vector of keys."""
-        beside = int64(_TILE_VECTORS)
-        return tirx.truncdiv(vector, beside), tirx.truncmod(vector, beside) * self.lanes
-
-    def copy_values(self, memory: _Memory, batch: Any, group: Any, first: Any, count: Any) -> None:
-        """Lanes past the depth are 0."""
-        kernel, lanes = self.kernel, self.lanes
-        with kernel.serial(count) as column:
-            start = self.v.at(batch, group, first + column)
-            for c in range(self.value_vectors):
-                if (c + 1) * lanes <= self.value_depth:
-                    with kernel.vectorized(lanes) as lane:
-                        T.buffer_store(memory.values, self.v.flat[start + c * lanes + lane], [column, c, lane])
-                    continue
-                for number in range(lanes):
-                    at = c * lanes + number
-                    value = self.v.flat[start + at] if at < self.value_depth else f32(0)
-                    T.buffer_store(memory.values, value, [column, c, number])
 
     # One tile of rows -------------------------------------------------------------------------------------------------
     def write_rows(self, rows: _Rows) -> None:
@@ -281,9 +238,9 @@ class _Attention:
         full = tirx.truncdiv(free, int64(self.tile_columns))
         full = settled(kernel, full)
         with kernel.serial(full) as panel:
-            self.write_scores(rows, tops, panel, int64(0), _TILE_VECTORS)
-        done = full * _TILE_VECTORS
-        with kernel.serial(tirx.max(int64(0), _ceiling(limit, self.lanes) - done)) as rest:
+            self.write_scores(rows, tops, panel, int64(0), TILE_VECTORS)
+        done = full * TILE_VECTORS
+        with kernel.serial(tirx.max(int64(0), ceiling(limit, self.lanes) - done)) as rest:
             panel, column = self.place(done + rest)
             self.write_scores(rows, tops, panel, column, 1)
         numbers = _Numbers(*(kernel.registers(self.folded) for _ in range(3)))
@@ -291,8 +248,8 @@ class _Attention:
         fill_tile(kernel, tops, self.tile_rows, 1, 0.0)
         self.write_weights(rows, numbers, tops, limit)
         self.write_scale(rows, tops, numbers)
-        for begin in range(0, self.value_vectors, _TILE_VECTORS):
-            self.write_context(rows, numbers, limit, begin, min(_TILE_VECTORS, self.value_vectors - begin))
+        for begin in range(0, self.value_vectors, TILE_VECTORS):
+            self.write_context(rows, numbers, limit, begin, min(TILE_VECTORS, self.value_vectors - begin))
         if not self.epilogue.bare:
             own = tirx.min(int64(self.tile_rows), self.rows - rows.first)
             with _only_if(self.finished(rows)):
@@ -311,6 +268,11 @@ class _Attention:
                 d = outer * steps + inner
                 for r in range(self.tile_rows):
                     for c in range(vectors):
+                        if self.pairs:
+                            words = keys[panel, d, span(column + c * lanes, lanes)]
+                            word = word_at(self.q.flat, starts[r] + 2 * d)
+                            T.buffer_store(total, *add_products(total, r, c, word, words, lanes))
+                            continue
                         with kernel.vectorized(lanes) as lane:
                             term = self.q.flat[starts[r] + d] * keys[panel, d, column + c * lanes + lane]
                             T.buffer_store(total, total[r, c, lane] + term, [r, c, lane])
@@ -380,12 +342,17 @@ class _Attention:
         together = 4 if self.lanes == 16 else 2  # the polynomial's constants take ten registers
         for begin in range(0, self.tile_rows, together):
             some = range(begin, min(begin + together, self.tile_rows))
-            with self.kernel.serial(_ceiling(limit, self.lanes)) as vector:
+            with self.kernel.serial(ceiling(limit, self.lanes)) as vector:
                 place = span(vector * self.lanes, self.lanes)
                 exponents = [self.exponent(T.bind(scores[r, place]), numbers.shift[r], self.lanes) for r in some]
                 for r, weight in zip(some, approximations.exp2_nonpositive(*exponents), strict=True):
                     weight = T.bind(weight)
-                    T.buffer_store(scores, weight, [r, place])
+                    if self.pairs:
+                        half = self.lanes // 2
+                        words = rounded_words(weight, self.lanes)
+                        T.buffer_store(rows.memory.weights, words, [r, span(vector * half, half)])
+                    else:
+                        T.buffer_store(scores, weight, [r, place])
                     T.buffer_store(sums, sums[r, 0, whole] + weight, [r, 0, whole])
 
     def write_scale(self, rows: _Rows, sums: Any, numbers: _Numbers) -> None:
@@ -419,6 +386,11 @@ class _Attention:
         def step(column: Any) -> None:
             for r in range(self.tile_rows):
                 for c in range(width):
+                    if self.pairs:
+                        word = tirx.reinterpret("uint32", rows.memory.weights[r, column])
+                        words = rows.memory.values[column, begin + c, span(0, lanes)]
+                        T.buffer_store(context, *add_products(context, r, c, word, words, lanes))
+                        continue
                     with kernel.vectorized(lanes) as lane:
                         if rows.memory.values is None:
                             at = origin + column * self.v.row + (begin + c) * lanes + lane
@@ -427,6 +399,7 @@ class _Attention:
                             value = rows.memory.values[column, begin + c, lane]
                         T.buffer_store(context, context[r, c, lane] + scores[r, column] * value, [r, c, lane])
 
+        limit = ceiling(limit, self.each)
         main = tirx.truncdiv(limit, int64(_STEPS))
         with kernel.serial(main) as outer:
             for inner in range(_STEPS):

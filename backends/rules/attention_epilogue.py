@@ -30,9 +30,9 @@ class Epilogue:
 
     @property
     def bare(self) -> bool:
-        """Nothing follows."""
+        """Nothing follows but a rounding."""
         end = self.end
-        while isinstance(end, Lazy) and end.order:
+        while isinstance(end, Lazy) and (end.order or end.casts):
             (end,) = end.operands
         return end is self.result
 

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends import approximations
 from graphopt.backends.kernel import Kernel, int64
 from graphopt.backends.rules.attention_epilogue import Epilogue
-from graphopt.backends.rules.attention_operands import MASKED, Masks, strides_of
+from graphopt.backends.rules.attention_operands import MASKED, Masks, Strides, strides_of
 from graphopt.backends.rules.lanes import fold_lanes, fold_rows, settled, span
 from graphopt.backends.values import View
 
@@ -69,6 +69,10 @@ class _SingleRows:
             with kernel.serial(int64(self.share)) as member:
                 self.write_block(member, first, count)
 
+    def numbers(self, operand: Strides, start: Any) -> Any:
+        """A vector of float32, from `start` on."""
+        return operand.flat[span(start, self.lanes)].astype(f"float32x{self.lanes}")
+
     def write_block(self, member: Any, first: Any, count: Any) -> None:
         kernel, lanes = self.kernel, self.lanes
         head = self.group * self.share + member
@@ -76,7 +80,7 @@ class _SingleRows:
         _fill(kernel, top, 1, MASKED)
         vectors = tirx.truncdiv(count + (lanes - 1), int64(lanes))
         row = settled(kernel, self.q.at(self.batch, head, int64(0)))
-        query = [T.bind(self.q.flat[span(row + d * lanes, lanes)]) for d in range(self.depth_vectors)]
+        query = [T.bind(self.numbers(self.q, row + d * lanes)) for d in range(self.depth_vectors)]
         with kernel.serial(vectors) as vector:
             self.write_scores(query, top, head, first + vector * lanes, vector * lanes, count)
         fold_lanes(kernel, top, 1, "max")
@@ -111,9 +115,9 @@ class _SingleRows:
         ]
         sums = []
         for start in starts:
-            total = query[0] * self.k.flat[span(start, lanes)]
+            total = query[0] * self.numbers(self.k, start)
             for d in range(1, self.depth_vectors):
-                total = total + query[d] * self.k.flat[span(start + d * lanes, lanes)]
+                total = total + query[d] * self.numbers(self.k, start + d * lanes)
             sums.append(T.bind(total))
         T.buffer_store(self.scores, fold_rows(sums, lanes, "sum"), [span(place, lanes)])
         with kernel.vectorized(lanes) as lane:
@@ -136,7 +140,7 @@ class _SingleRows:
         def step(column: Any, chain: int) -> None:
             for c in range(vectors):
                 with kernel.vectorized(lanes) as lane:
-                    value = self.v.flat[start + column * self.v.row + c * lanes + lane]
+                    value = self.v.flat[start + column * self.v.row + c * lanes + lane].astype("float32")
                     at = chain * vectors + c
                     T.buffer_store(sums, sums[at, lane] + self.scores[column] * value, [at, lane])
 

@@ -18,10 +18,12 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.bfloat16 import BFLOAT16
+from graphopt.backends.instructions import as_pair
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.pointwise import for_columns
-from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile
+from graphopt.backends.rules.register_tile import PairTile, RegisterTile, Tile, choose_tile
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
@@ -67,6 +69,13 @@ def pack_filters(filters: np.ndarray, groups: int, columns: int, inner: bool) ->
     return packed.reshape(groups * panels, columns, -1).transpose(0, 2, 1)
 
 
+def pack_filter_pairs(filters: np.ndarray, columns: int) -> np.ndarray:
+    """[O, C, KH, KW] of bfloat16 -> [panels, KH KW C / 2, columns, 2], zero where outputs end; C is even."""
+    pairs = np.ascontiguousarray(filters.transpose(0, 2, 3, 1)).view(np.uint32).transpose(0, 3, 1, 2)
+    packed = np.ascontiguousarray(pack_filters(pairs, 1, columns, True))
+    return packed.view(filters.dtype).reshape(*packed.shape, 2)
+
+
 def configure(shape: Shape, filters: Shape, groups: int, window: Window, target: Target) -> Configuration:
     """The default for outputs [N, OH, OW, O] and filters [O, C / groups, KH, KW]."""
     _, height, width, outputs = shape
@@ -101,6 +110,8 @@ def _shares(threads: int) -> list[tuple[int, int]]:
 class Direct:
     """A convolution: x [N, H, W, C] with any strides, weight as `pack_filters` packs it, outputs [N, OH, OW, O].
 
+    Where x is bfloat16, channels beside each other, the weight is as `pack_filter_pairs` packs it, without groups.
+
     `padded`: taps may lie outside of x, where they read zero.
     """
 
@@ -118,7 +129,7 @@ def convolution(direct: Direct, result: Product, end: Any, name: str, target: Ta
 
     Then the element-wise tree `end` over `result`, which has the pixels of `outputs` as rows and its channels.
     """
-    choice, depth = direct.choice, int(direct.weight.shape[1])
+    choice, depth = direct.choice, int(product(direct.weight.shape[1:2] + direct.weight.shape[3:]))
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         ConvolutionWriter(kernel, direct, result, end, outputs[0]).write()
@@ -134,6 +145,7 @@ def convolution(direct: Direct, result: Product, end: Any, name: str, target: Ta
             "rows": choice.tile.rows,
             "columns": choice.tile.vectors * target.lanes,
             "lanes": target.lanes,
+            **({"products": "pairs of bfloat16"} if direct.x.dtype == BFLOAT16 else {}),
             "block_rows": choice.block_rows,
             "row_groups": choice.row_groups,
             "panel_groups": choice.panel_groups,
@@ -169,8 +181,11 @@ class ConvolutionWriter:
         self.kernel, self.x, self.window, self.groups = kernel, direct.x, direct.window, direct.groups
         self.result, self.end, self.output, self.choice = result, end, output, direct.choice
         self.padded, self.shape = direct.padded, direct.outputs
-        self.weights = kernel.flat(direct.weight.storage)
-        self.panels, self.depth, self.columns = (int(size) for size in direct.weight.shape)
+        self.pairs = self.x.dtype == BFLOAT16
+        self.bits = kernel.words(self.x.storage, "uint16") if self.pairs else kernel.flat(self.x.storage)
+        weight = direct.weight
+        self.weights = kernel.words(weight.storage, "uint32") if self.pairs else kernel.flat(weight.storage)
+        self.panels, self.depth, self.columns = (int(size) for size in weight.shape[:3])  # depth may count pairs
         self.lanes = kernel.target.lanes
         self.inner = channels_inner(self.x)
         self.batch, self.height, self.width, _ = (kernel.size(size) for size in self.shape)
@@ -188,7 +203,8 @@ class ConvolutionWriter:
             first_block = tirx.truncdiv(task, int64(choice.panel_groups)) * blocks_each
             share = tirx.truncmod(task, int64(choice.panel_groups))
             self.begin_task()
-            copy = kernel.scratch(kernel.size(self.copied())) if self.padded else None
+            kind = "uint16" if self.pairs else "float32"
+            copy = kernel.scratch(kernel.size(self.copied()), dtype=kind) if self.padded else None
             partial = kernel.scratch(kernel.size(self.partial())) if choice.chunked else None
             with kernel.serial(tirx.min(blocks_each, blocks - first_block)) as number:
                 block = first_block + number
@@ -231,7 +247,7 @@ class ConvolutionWriter:
         strides = [kernel.size(stride) for stride in x.strides]
         start = kernel.size(x.offset) + image * strides[0] + first_row * self.window.strides[0] * strides[1]
         if copy is None:
-            return Source(kernel.flat(x.storage), *strides[1:]), start
+            return Source(self.bits, *strides[1:]), start
         rows, columns = self.copied_shape()
         wide, channels = kernel.size(columns), int(x.shape[3])
         to = (
@@ -272,12 +288,11 @@ class ConvolutionWriter:
                     self.fill(to.buffer, place, wide * each)
 
     def fill(self, buffer: Any, place: Any, count: Any) -> None:
-        zero = tirx.const(0, "float32")
+        zero = tirx.const(0, str(buffer.dtype))
         for_columns(self.kernel, count, lambda at: T.buffer_store(buffer, zero, [place + at]))
 
     def copy(self, buffer: Any, place: Any, start: Any, stride: Any, count: Any) -> None:
-        source = self.kernel.flat(self.x.storage)
-        for_columns(self.kernel, count, lambda at: T.buffer_store(buffer, source[start + at * stride], [place + at]))
+        for_columns(self.kernel, count, lambda at: T.buffer_store(buffer, self.bits[start + at * stride], [place + at]))
 
     # Products ---------------------------------------------------------------------------------------------------------
     def write_panel(self, source: tuple[Source, Any], partial: Any, image: Any, first_row: Any, panel: Any) -> None:
@@ -290,23 +305,23 @@ class ConvolutionWriter:
         every, last = (0, self.window.taps[0]), self.window.taps[0] - 1
         if partial is None:
             with kernel.serial(tiles) as number:
-                registers = RegisterTile(kernel, choice.tile)
+                registers = self.tile()
                 registers.zero()
                 self.multiply(registers, source, block, number, *every)
                 self.write_tile(registers, block, number)
             return
         with kernel.serial(tiles) as number:
-            registers = RegisterTile(kernel, choice.tile)
+            registers = self.tile()
             registers.zero()
             self.multiply(registers, source, block, number, 0, 1)
             registers.keep(partial, self.kept(number))
         with kernel.serial(last - 1) as tap_row, kernel.serial(tiles) as number:
-            registers = RegisterTile(kernel, choice.tile)
+            registers = self.tile()
             registers.read(partial, self.kept(number))
             self.multiply(registers, source, block, number, tap_row + 1, 1)
             registers.keep(partial, self.kept(number))
         with kernel.serial(tiles) as number:
-            registers = RegisterTile(kernel, choice.tile)
+            registers = self.tile()
             registers.read(partial, self.kept(number))
             self.multiply(registers, source, block, number, last, 1)
             self.write_tile(registers, block, number)
@@ -315,7 +330,7 @@ class ConvolutionWriter:
         self, registers: RegisterTile, source: tuple[Source, Any], block: Block, number: Any, first: Any, count: int
     ) -> None:
         """Add the products over `count` rows of taps from the row `first` on."""
-        kernel, window, each = self.kernel, self.window, self.channels
+        kernel, window, each = self.kernel, self.window, self.channels // (2 if self.pairs else 1)
         read, origin = source
         starts = self.starts(read, origin, block, number)
         columns = window.taps[1]
@@ -323,8 +338,8 @@ class ConvolutionWriter:
         def run(extent: int, stride: Any, offset: Any, depth: Any) -> None:
             registers.multiply(
                 extent,
-                lambda row, k: read.buffer[starts[row] + offset + k * stride],
-                lambda k, c, lane: self.weights[self.weight_place(block.panel, depth + k, c) + lane].astype("float32"),
+                lambda row, k: self.left(read.buffer, starts[row] + offset, k, stride),
+                lambda k, c, lane: self.right(self.weight_place(block.panel, depth + k, c), lane),
             )
 
         down, across = window.dilations[0] * read.row, window.dilations[1] * read.column
@@ -339,13 +354,25 @@ class ConvolutionWriter:
             depth = (channel * window.taps[0] + tap_row) * columns
             run(columns, across, channel * read.channel + tap_row * down, depth)
 
+    def tile(self) -> RegisterTile:
+        return (PairTile if self.pairs else RegisterTile)(self.kernel, self.choice.tile)
+
+    def left(self, buffer: Any, start: Any, k: Any, stride: Any) -> Any:
+        if self.pairs:
+            return as_pair(buffer[start + 2 * k], buffer[start + 2 * k + 1])
+        return buffer[start + k * stride]
+
+    def right(self, start: Any, lane: Any) -> Any:
+        """The weight at a lane of the vector from `start` on; a vector of pairs at the range of all lanes."""
+        return self.weights[lane + start] if self.pairs else self.weights[start + lane].astype("float32")
+
     def weight_place(self, panel: Any, depth: Any, c: int) -> Any:
         """Where the vector `c` of a panel lies in the packed weights."""
         return panel * (self.depth * self.columns) + depth * self.columns + c * self.lanes
 
     def run_channels(self, run: Callable[[Any, int], None]) -> None:
-        """`run` (first, count) the channels under one tap."""
-        run(0, self.channels)
+        """`run` (first, count) the channels under one tap, or the pairs of them."""
+        run(0, self.channels // (2 if self.pairs else 1))
 
     def starts(self, read: Source, origin: Any, block: Block, number: Any) -> list[Any]:
         """Where the first tap of each of the tile's pixels lies; past the last pixel it is read again."""

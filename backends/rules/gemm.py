@@ -10,6 +10,9 @@ Where one tile holds all rows, as in decoding, weights are read once and memory 
 the other, so each step prefetches lines a fixed distance ahead, and neither the first panel of a share waits nor is one
 behind the last fetched for nothing.
 
+bfloat16 times bfloat16, where the target multiplies pairs, is the same product with pairs of k in the place of k: a
+pair is one 32-bit word of A, and of a weight packed [N / columns, K / 2, columns, 2]. Sums are float32.
+
 Threads share out rows, so that activations stay in their own L2 cache, or panels, so that weights are read once:
 whatever gives the more even shares. Sums always run over k from first to last, so results depend on neither.
 """
@@ -25,9 +28,11 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.bfloat16 import BFLOAT16
+from graphopt.backends.instructions import as_pair
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.register_tile import RegisterTile, Tile, tile_cost, tiles
+from graphopt.backends.rules.register_tile import PairTile, RegisterTile, Tile, tile_cost, tiles
 from graphopt.backends.sizes import Size, least, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
@@ -121,16 +126,24 @@ def pack_weight(weight: np.ndarray, columns: int) -> np.ndarray:
     return packed
 
 
+def pack_pairs(weight: np.ndarray, columns: int) -> np.ndarray:
+    """[N, K] -> [ceil(N / columns), ceil(K / 2), columns, 2], zero where N or K ends."""
+    even = np.pad(weight, ((0, 0), (0, weight.shape[1] % 2)))
+    pairs = pack_weight(np.ascontiguousarray(even).view(np.uint32), columns)
+    return pairs.view(weight.dtype).reshape(*pairs.shape, 2)
+
+
 def gemm(
     a: View, weight: View, result: Product, end: Any, name: str, target: Target, choice: Configuration | None = None
 ) -> Code:
     """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`.
 
     float32, `weight` also float16 or bfloat16; `a` [..., K] has its last axis contiguous, `weight` is packed as
-    `pack_weight` does for the columns of the tile of `choice`, by default what `configure` says.
+    `pack_weight` does for the columns of the tile of `choice`, by default what `configure` says. Where `a` is bfloat16
+    the weight is packed by `pack_pairs` and the configuration is one for K / 2.
     """
     rows, n, k = product(result.shape[:-1]), int(result.shape[-1]), int(a.shape[-1])
-    choice = configure(target, rows, n, k) if choice is None else choice
+    choice = configure(target, rows, n, int(weight.shape[1])) if choice is None else choice
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         _Gemm(kernel, a, weight, result, end, outputs[0], choice).write()
@@ -147,6 +160,7 @@ def gemm(
             "columns": choice.tile.vectors * target.lanes,
             "steps": choice.tile.steps,
             "lanes": target.lanes,
+            **({"products": "pairs of bfloat16"} if a.dtype == BFLOAT16 else {}),
             "block_rows": choice.block_rows,
             "block_depth": choice.block_depth,
             "row_shares": choice.row_shares,
@@ -162,9 +176,12 @@ class _Gemm:
     ) -> None:
         self.kernel, self.choice, self.tile = kernel, choice, choice.tile
         self.output, self.end, self.result = output, end, result
-        self.view, self.a, self.b = a, kernel.flat(a.storage), kernel.flat(weight.storage)
-        self.panels, self.k, self.columns = (int(size) for size in weight.shape)
-        self.width = np.dtype(weight.dtype).itemsize  # bytes of a weight
+        self.pairs = a.dtype == BFLOAT16
+        self.view = a
+        self.a = kernel.words(a.storage, "uint16") if self.pairs else kernel.flat(a.storage)
+        self.b = kernel.words(weight.storage, "uint32") if self.pairs else kernel.flat(weight.storage)
+        self.panels, self.k, self.columns = (int(size) for size in weight.shape[:3])  # k counts pairs where there are
+        self.width = np.dtype(self.b.dtype).itemsize  # bytes of a weight, or of a pair of them
         self.line = _LINE // self.width
         self.n, self.lanes = int(result.shape[-1]), kernel.target.lanes
         self.row_count = product(result.shape[:-1])
@@ -228,13 +245,22 @@ class _Gemm:
         kernel, view = self.kernel, self.view
         row = tirx.min(row, self.rows - 1)
         if view.contiguous:
-            return row * self.k
+            return row * int(view.shape[-1])
         index = kernel.index(view.shape, row=row, column=int64(0))
         start = kernel.size(view.offset)
         for number, stride in enumerate(view.strides[:-1]):
             if view.shape[number] != 1 and stride != 0:
                 start = start + index.axis(number) * kernel.size(stride)
         return start
+
+    def left(self, start: Any, k: Any) -> Any:
+        if self.pairs:
+            return as_pair(self.a[start + 2 * k], self.a[start + 2 * k + 1])
+        return self.a[start + k]
+
+    def right(self, start: Any, lane: Any) -> Any:
+        """The weight at a lane of the vector from `start` on; a vector of pairs at the range of all lanes."""
+        return self.b[lane + start] if self.pairs else self.b[start + lane].astype("float32")
 
 
 class _Step:
@@ -258,7 +284,7 @@ class _Step:
 
     def write(self) -> None:
         gemm_, kernel = self.gemm, self.kernel
-        registers = RegisterTile(kernel, self.tile)
+        registers = (PairTile if gemm_.pairs else RegisterTile)(kernel, self.tile)
         if self.sums is None:
             registers.zero()
         else:
@@ -280,13 +306,14 @@ class _Step:
 
     def multiply(self, registers: RegisterTile) -> None:
         gemm_, depth = self.gemm, self.depth
-        starts = [T.bind(gemm_.row_start(self.first_row + r) + self.part * depth) for r in range(self.tile.rows)]
+        skip = self.part * depth * (2 if gemm_.pairs else 1)
+        starts = [T.bind(gemm_.row_start(self.first_row + r) + skip) for r in range(self.tile.rows)]
         weights = T.bind((self.panel * gemm_.k + self.part * depth) * gemm_.columns)
         even = gemm_.k % depth == 0
         registers.multiply(
             min(depth, gemm_.k) if even else tirx.min(int64(depth), gemm_.k - self.part * depth),
-            lambda r, k: gemm_.a[starts[r] + k],
-            lambda k, c, lane: gemm_.b[weights + k * gemm_.columns + c * gemm_.lanes + lane].astype("float32"),
+            lambda r, k: gemm_.left(starts[r], k),
+            lambda k, c, lane: gemm_.right(weights + k * gemm_.columns + c * gemm_.lanes, lane),
             lambda outer: self.prefetch(weights, outer),
         )
 

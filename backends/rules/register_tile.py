@@ -15,6 +15,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.instructions import multiply_pairs
 from graphopt.backends.kernel import Kernel, Output, int64
 from graphopt.backends.sizes import Size
 from graphopt.backends.target import Target
@@ -228,6 +229,18 @@ class RegisterTile:
         for c, begin, count in parts:
             with self.kernel.vectorized(count) as lane:
                 store(r, c * self.lanes + begin + lane, self.values[r, c, begin + lane])
+
+
+class PairTile(RegisterTile):
+    """Sums of products of bfloat16: `left` and `right` give pairs of the depth, uint32, `right` a vector of them."""
+
+    def _step(self, k: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
+        whole = tirx.Ramp(int64(0), int64(1), self.lanes)
+        for r in range(self.tile.rows):
+            pair = tirx.Broadcast(left(r, k), self.lanes)
+            for c in range(self.tile.vectors):
+                total = multiply_pairs(self.values[r, c, whole], pair, right(k, c, whole))
+                T.buffer_store(self.values, total, [r, c, whole])
 
 
 def _read_in_place(end: Any) -> list[View]:

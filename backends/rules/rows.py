@@ -160,8 +160,13 @@ class Rows:
         return self.numbers[number] * self.width + column
 
 
-def layer_norm(x: Any, weight: View | None, bias: View | None, epsilon: float, target: Target) -> Code:
-    """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis; two passes, so no cancellation."""
+def layer_norm(
+    x: Any, weight: View | None, bias: View | None, epsilon: float, target: Target, dtype: str = "float32"
+) -> Code:
+    """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis; two passes, so no cancellation.
+
+    Computed in float32 and rounded to `dtype`.
+    """
 
     def write(rows: Rows) -> None:
         flat = rows.kernel.flat
@@ -179,11 +184,11 @@ def layer_norm(x: Any, weight: View | None, bias: View | None, epsilon: float, t
 
     # Mean 1, variance 3, result 2 and one for each parameter.
     parameters = [v for v in (weight, bias) if v is not None]
-    return _row_kernel("layer_norm", x, parameters, target, write, 6 + len(parameters))
+    return _row_kernel("layer_norm", x, parameters, target, write, 6 + len(parameters), dtype)
 
 
-def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target) -> Code:
-    """x / sqrt(mean(x^2) + epsilon) weight over the last axis."""
+def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target, dtype: str = "float32") -> Code:
+    """x / sqrt(mean(x^2) + epsilon) weight over the last axis, computed in float32 and rounded to `dtype`."""
 
     def write(rows: Rows) -> None:
         inverse_width = f32(1) / rows.width.astype("float32")
@@ -196,7 +201,7 @@ def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target) -> Cod
         rows.store(element)
 
     parameters = [weight] if weight is not None else []
-    return _row_kernel("rms_norm", x, parameters, target, write, 3 + len(parameters))
+    return _row_kernel("rms_norm", x, parameters, target, write, 3 + len(parameters), dtype)
 
 
 def softmax(x: Any, target: Target, *, log: bool = False) -> Code:

@@ -203,7 +203,7 @@ class WinogradWriter:
                 def read(i: int, j: int, lane: Any, channel: Any = channel) -> Any:
                     (row, row_inside), (column, column_inside) = rows[i], columns[j]
                     inside = tirx.all(row_inside, column_inside)
-                    value = self.data[channel + row + column + lane]
+                    value = self.data[channel + row + column + lane].astype("float32")
                     return tirx.Select(inside, value, tirx.const(0, "float32"))
 
                 def write(i: int, j: int, lane: Any, value: Any, vector: Any = vector) -> None:

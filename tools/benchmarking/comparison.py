@@ -22,11 +22,15 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """`cores` are the CPUs of every side, one thread each; `patience`: seconds a side may take to open its model."""
+    """`cores` are the CPUs of every side, one thread each; `patience`: seconds a side may take to open its model.
+
+    `dtype` is what all sides multiply in, "f32" or "bf16".
+    """
 
     cores: Sequence[int]
     rounds: int
     patience: float = PATIENCE
+    dtype: str = "f32"
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -43,12 +47,15 @@ def choose_cores(threads: int | None) -> list[int]:
     return available[:threads]
 
 
-def compile_to(program: Program, folder: Path) -> str:
-    """The path of the artifact of `program` at O2."""
+def compile_to(program: Program, folder: Path, dtype: str = "f32") -> str:
+    """The path of the artifact of `program` at O2, then with its products in `dtype`."""
     import graphopt
 
     path = str(folder / "model.gopt")
-    graphopt.compile(graphopt.optimize(program, "O2").program).save(path)
+    optimized = graphopt.optimize(program, "O2").program
+    if dtype != "f32":
+        optimized = graphopt.optimize(optimized, f"mixed-precision{{dtype={dtype}}}").program
+    graphopt.compile(optimized).save(path)
     return path
 
 
@@ -66,4 +73,6 @@ def compare(
     measurements, failed, others = take_turns(
         entrants, feed, settings.cores, settings.rounds, patience=settings.patience
     )
-    return build_report(measurements, [*failures, *failed], others, feed, expected, settings.cores, settings.rounds)
+    return build_report(
+        measurements, [*failures, *failed], others, feed, expected, settings.cores, settings.rounds, settings.dtype
+    )

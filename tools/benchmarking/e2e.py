@@ -32,6 +32,7 @@ def run_models(names: Sequence[str], peers: list[str], settings: Settings, publi
         "suite": "e2e",
         "cpu": cpu_name(),
         "cores": list(settings.cores),
+        "dtype": settings.dtype,
         "rounds": settings.rounds,
         "turn_seconds": TURN,
         "transformers": version("transformers"),
@@ -70,10 +71,10 @@ def measure_built(
     feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, program.examples, strict=True)}
     begin = time.perf_counter()
     with progress(f"{model.title}: compiling"):
-        artifact = compile_to(program, folder)
+        artifact = compile_to(program, folder, settings.dtype)
     compile_seconds = time.perf_counter() - begin
     with progress(f"{model.title}: exporting for the others"):
-        entrants, failures = peer_entrants(program, peers, folder)
+        entrants, failures = peer_entrants(program, peers, folder, settings.dtype)
     with progress(f"{model.title}: measuring"):
         report = compare([Entrant("graphopt", artifact), *entrants], failures, feed, expected, settings)
     with progress(f"{model.title}: measuring the kernels"):

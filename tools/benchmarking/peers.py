@@ -20,34 +20,42 @@ ONNX, PT2 = ".onnx", ".pt2"
 
 @dataclass(frozen=True)
 class Peer:
-    """The module that must be installed, the kind of file it opens, and whether to call it as rarely as can be."""
+    """The module that must be installed, the kind of file it opens, whether to call it as rarely as can be.
+
+    `dtypes` are those that it can be told to multiply in; the first is its side's own.
+    """
 
     module: str
     suffix: str
     sparing: bool = False
+    dtypes: tuple[str, ...] = ("f32",)
 
 
 PEERS = {
     "onnxruntime": Peer("onnxruntime", ONNX),
-    "openvino": Peer("openvino", ONNX),
+    "openvino": Peer("openvino", ONNX, dtypes=("f32", "bf16")),
     "inductor": Peer("torch", PT2),
     "tvm": Peer("tvm", PT2, sparing=True),
 }
 
 
-def check_peers(text: str) -> list[str]:
-    """The names in "a,b", or every installed one for "all".
+def check_peers(text: str, dtype: str = "f32") -> list[str]:
+    """The names in "a,b", or every installed one that multiplies in `dtype` for "all".
 
-    Raises UnknownNameError, or MissingExtraError for a named one that is not installed.
+    Raises UnknownNameError, MissingExtraError for a named one that is not installed, or UsageError for one that cannot
+    multiply in `dtype`.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == [ALL]:
-        return [name for name in PEERS if installed(name)]
+        return [name for name, peer in PEERS.items() if installed(name) and dtype in peer.dtypes]
     for name in names:
         if name not in PEERS:
             raise UnknownNameError("runtime", name, [*PEERS, ALL])
         if not installed(name):
             raise MissingExtraError(f'{name} is not installed; run pip install "graphopt[bench]"')
+        if dtype not in PEERS[name].dtypes:
+            able = ", ".join(other for other, peer in PEERS.items() if dtype in peer.dtypes)
+            raise UsageError(f"{name} has no --dtype {dtype} here; compare with {able}")
     return list(dict.fromkeys(names))
 
 
@@ -69,7 +77,9 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(PEERS[name].module) is not None
 
 
-def peer_entrants(program: Program, peers: list[str], folder: Path) -> tuple[list[Entrant], list[Failure]]:
+def peer_entrants(
+    program: Program, peers: list[str], folder: Path, dtype: str = "f32"
+) -> tuple[list[Entrant], list[Failure]]:
     """Each peer with its file, or why there is none: not everything can be written as ONNX."""
     entrants, failures = [], []
     for name in peers:
@@ -78,7 +88,8 @@ def peer_entrants(program: Program, peers: list[str], folder: Path) -> tuple[lis
         except GraphoptError as e:
             failures.append(Failure(name, f"{name} cannot have this model: {e}"))
         else:
-            entrants.append(Entrant(name, path, PEERS[name].sparing))
+            side = name if dtype == PEERS[name].dtypes[0] else f"{name}-{dtype}"
+            entrants.append(Entrant(side, path, PEERS[name].sparing, name))
     return entrants, failures
 
 

@@ -16,6 +16,8 @@ from graphopt.tools.table import format_bytes, format_shape, format_table
 Array = np.ndarray[Any, Any]
 BUSY = 0.1  # share of the CPUs that others may take before no row is valid
 AGREE = 1e-3  # largest error of an output, relative to its largest value, that still counts as the same result
+AGREE_IN = {"f32": AGREE, "bf16": 5e-2}  # the same where products are of narrow numbers
+NAMES = {"f32": "float32", "bf16": "products in bfloat16"}
 
 
 def build_report(
@@ -26,6 +28,7 @@ def build_report(
     expected: Sequence[Array] | None,
     cores: Sequence[int],
     rounds: int,
+    dtype: str = "f32",
 ) -> dict[str, Any]:
     """In seconds; `ratio` is a median over that of the first side, whose outputs also stand in for `expected`."""
     first = measurements[0]
@@ -50,6 +53,7 @@ def build_report(
     return {
         "cpu": cpu_name(),
         "cores": list(cores),
+        "dtype": dtype,
         "inputs": {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in feed.items()},
         "rounds": rounds,
         "turn_seconds": TURN,
@@ -57,8 +61,13 @@ def build_report(
         "reference": "PyTorch" if expected is not None else first.side,
         "rows": rows,
         "failures": [asdict(failure) for failure in failures],
-        "agree": all(row["error"] <= AGREE for row in rows),
+        "agree": all(row["error"] <= AGREE_IN[dtype] for row in rows),
     }
+
+
+def tolerance(report: Mapping[str, Any]) -> float:
+    """The largest error of a row that is right."""
+    return AGREE_IN[report.get("dtype", "f32")]
 
 
 def largest_error(expected: Sequence[Array], outputs: Sequence[Array]) -> float:
@@ -103,7 +112,7 @@ def format_rows(report: Mapping[str, Any]) -> str:
             f"\nnot valid: in turns and alone differ by over {DRIFT:.0%}, or others took over {BUSY:.0%} of the CPUs"
         )
     if not report["agree"]:
-        text += f"\nthe outputs differ by more than {AGREE:g} of the largest value"
+        text += f"\nthe outputs differ by more than {tolerance(report):g} of the largest value"
     return text
 
 
@@ -125,7 +134,9 @@ def format_notes(report: Mapping[str, Any]) -> str:
 def format_machine(report: Mapping[str, Any]) -> str:
     cores = report["cores"]
     plural = "s" * (len(cores) > 1)
-    return f"{report['cpu']}, {len(cores)} thread{plural} on CPU{plural} {','.join(map(str, cores))}, float32"
+    cpus = ",".join(map(str, cores))
+    dtype = NAMES[report.get("dtype", "f32")]
+    return f"{report['cpu']}, {len(cores)} thread{plural} on CPU{plural} {cpus}, {dtype}"
 
 
 def format_about(about: Mapping[str, Any]) -> str:

@@ -56,10 +56,10 @@ def open_onnxruntime(path: str, feed: Feed, threads: int) -> Opened:
     return Opened(lambda: list(session.run(None, feed)), about)
 
 
-def open_openvino(path: str, feed: Feed, threads: int) -> Opened:
+def open_openvino(path: str, feed: Feed, threads: int, dtype: str = "f32") -> Opened:
     import openvino
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    options = {"INFERENCE_PRECISION_HINT": dtype, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     model = openvino.Core().compile_model(path, "CPU", options)
     request = model.create_infer_request()
 
@@ -73,10 +73,16 @@ def open_openvino(path: str, feed: Feed, threads: int) -> Opened:
     return Opened(call, about)
 
 
+def open_openvino_bf16(path: str, feed: Feed, threads: int) -> Opened:
+    """Its default on CPUs with bfloat16 instructions."""
+    return open_openvino(path, feed, threads, "bf16")
+
+
 SIDES = {
     "graphopt": "sides:open_graphopt",
     "onnxruntime": "sides:open_onnxruntime",
     "openvino": "sides:open_openvino",
+    "openvino-bf16": "sides:open_openvino_bf16",
     "inductor": "inductor_side:open_inductor",
     "tvm": "tvm_side:open_tvm",
     "kernel": "kernel_sides:open_kernel",

@@ -82,7 +82,7 @@ def models_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     from graphopt.tools.benchmarking.e2e import run_models
     from graphopt.tools.benchmarking.models import choose_models
 
-    peers = check_peers(ALL if arguments.against is None else arguments.against)
+    peers = check_peers(ALL if arguments.against is None else arguments.against, settings.dtype)
     names = choose_models(arguments.models)
     return Suite(
         lambda publish: run_models(names, peers, settings, publish),

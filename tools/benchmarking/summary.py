@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from graphopt.tools.benchmarking.report import AGREE, format_about, format_machine, format_rows
+from graphopt.tools.benchmarking.report import format_about, format_machine, format_rows, tolerance
 from graphopt.tools.table import format_bytes, format_table
 
 Report = Mapping[str, Any]
@@ -31,12 +31,12 @@ def judge(report: Report) -> dict[str, Any]:
     longer than the best peer's median.
     """
     ours, *others = report["rows"]
-    right = [row for row in others if row["error"] <= AGREE]
+    right = [row for row in others if row["error"] <= tolerance(report)]
     if not right:
         return {"best_peer": None, "ratio": None, "valid": False}
     best = min(right, key=lambda row: row["median"])
     close = [row for row in right if row["fastest"] <= best["median"]]
-    valid = all(row["valid"] for row in (ours, *close)) and ours["error"] <= AGREE
+    valid = all(row["valid"] for row in (ours, *close)) and ours["error"] <= tolerance(report)
     return {"best_peer": best["side"], "ratio": best["median"] / ours["median"], "valid": valid}
 
 
@@ -57,7 +57,7 @@ def summarize(models: Sequence[Report]) -> dict[str, Any]:
 
 def is_right(model: Report) -> bool:
     """It ran, and computes what PyTorch does."""
-    return "failed" not in model and bool(model["rows"][0]["error"] <= AGREE)
+    return "failed" not in model and bool(model["rows"][0]["error"] <= tolerance(model))
 
 
 def row_of(model: Report, side: str) -> Report | None:
@@ -151,7 +151,7 @@ def markdown_cells(model: Report, peers: Sequence[str]) -> list[str]:
     if "failed" in model:
         return [title, "failed", *("" for _ in peers), "", "", "", ""]
     ours = model["rows"][0]
-    medians = [milliseconds(row_of(model, side)) for side in (ours["side"], *peers)]
+    medians = [milliseconds(row_of(model, side), tolerance(model)) for side in (ours["side"], *peers)]
     ratio = format_ratio(model) + ("" if model["valid"] or model["ratio"] is None else " (not valid)")
     load = beside(model, lambda row: f"{row['load_seconds']:.2f}")
     memory = beside(model, lambda row: format_bytes(row["peak_bytes"]))
@@ -164,9 +164,9 @@ def beside(model: Report, cell: Callable[[Report], str]) -> str:
     return cell(model["rows"][0]) + ("" if other is None else f", onnxruntime {cell(other)}")
 
 
-def milliseconds(row: Report | None) -> str:
+def milliseconds(row: Report | None, allowed: float) -> str:
     if row is None:
         return "none"
     median = row["median"] * 1e3
     text = f"{median:.1f}" if median >= 10 else f"{median:.2f}"
-    return text if row["error"] <= AGREE else f"{text} (wrong result)"
+    return text if row["error"] <= allowed else f"{text} (wrong result)"

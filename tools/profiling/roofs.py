@@ -37,12 +37,16 @@ class Level:
 
 @dataclass(frozen=True)
 class Roofs:
-    """Measured with `threads` threads; `levels` from the nearest to memory; a launch is a kernel that does nothing."""
+    """Measured with `threads` threads; `levels` from the nearest to memory; a launch is a kernel that does nothing.
+
+    `pairs_per_second`: operations on bfloat16, None where there is no instruction for it.
+    """
 
     threads: int
     flops_per_second: float
     levels: tuple[Level, ...]
     launch_seconds: float
+    pairs_per_second: float | None = None
 
 
 class RoofMeter:
@@ -64,6 +68,8 @@ class RoofMeter:
         self._multiply_add, self._read = (
             library.get_function(name, query_imports=True) for name in (roofs.MULTIPLY_ADD, roofs.READ)
         )
+        pairs = roofs.MULTIPLY_PAIRS if target.pairs else None
+        self._multiply_pairs = pairs and library.get_function(pairs, query_imports=True)
         self._result = ffi().from_dlpack(_zeros(threads * target.lanes).reshape(threads, target.lanes))
         self._operations = threads * roofs.operations(target)
         self._runner = Runner(threads)
@@ -85,6 +91,9 @@ class RoofMeter:
 
     def _once(self) -> Roofs:
         peak = _ROUNDS * self._operations / self._seconds(lambda: self._multiply_add(_ROUNDS, self._result))
+        pairs = self._multiply_pairs
+        doubled = 2 * _ROUNDS * self._operations
+        wide = doubled / self._seconds(lambda: pairs(_ROUNDS, self._result)) if pairs else None
         launch = self._seconds(lambda: self._multiply_add(0, self._result))
         threads = self._runner.threads
         levels = []
@@ -94,7 +103,7 @@ class RoofMeter:
             rounds = max(1, _LEAST_READ // (4 * floats))
             seconds = self._seconds(lambda data=data, rounds=rounds: self._read(rounds, data, self._result))  # type: ignore[misc]
             levels.append(Level(name, capacity, rounds * 4 * floats / seconds))
-        return Roofs(threads, peak, tuple(levels), launch)
+        return Roofs(threads, peak, tuple(levels), launch, wide)
 
     def _seconds(self, call: Callable[[], object]) -> float:
         return self._runner.run(lambda: _fastest(call))
@@ -111,7 +120,8 @@ def best_of(one: Roofs, other: Roofs) -> Roofs:
         max(pair, key=lambda level: level.bytes_per_second) for pair in zip(one.levels, other.levels, strict=True)
     )
     peak = max(one.flops_per_second, other.flops_per_second)
-    return Roofs(one.threads, peak, levels, min(one.launch_seconds, other.launch_seconds))
+    pairs = max(one.pairs_per_second or 0, other.pairs_per_second or 0) or None
+    return Roofs(one.threads, peak, levels, min(one.launch_seconds, other.launch_seconds), pairs)
 
 
 def working_sets(caches: dict[int, int], threads: int) -> list[tuple[str, int | None, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from graphopt.runtime.manifest import KernelInfo
@@ -57,7 +57,7 @@ class Profile:
 
     @property
     def share_of_peak(self) -> float | None:
-        """Of the multiply-add peak, over the whole time of a run."""
+        """Of the multiply-add peak in float32, over the whole time of a run."""
         return self.flops / self.seconds / self.roofs.flops_per_second if self.roofs else None
 
     @property
@@ -141,6 +141,8 @@ def _row(
     roofs: Roofs | None,
     weights: float,
 ) -> Row:
+    if roofs is not None and roofs.pairs_per_second is not None and "products" in kernel.configuration:
+        roofs = replace(roofs, flops_per_second=roofs.pairs_per_second)  # of bfloat16
     nearest = nearest_roof(work, each, roofs, weights) if roofs else None
     roof, share_of_roof = nearest or (None, None)
     share = calls * each / whole

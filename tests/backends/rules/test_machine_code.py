@@ -26,7 +26,7 @@ from tests.backends.rules.assembly import Loop, calls, functions, kernel_functio
 
 F = nn.functional
 WIDE = {16: "zmm", 8: "ymm", 4: ".4s"}
-FUSED = re.compile(r"\t(?:vfn?m(?:add|sub)\w+|fml[as])\t")
+FUSED = re.compile(r"\t(?:vfn?m(?:add|sub)\w+|fml[as]|vdpbf16ps)\t")
 ARITHMETIC = re.compile(
     r"\t(?:v(?:fn?m(?:add|sub)\d*|add|sub|mul|div|max|min|sqrt)[ps]s|f(?:n?m)?(?:add|sub|mul|div|mla|mls|max|min|maxnm|minnm|sqrt))\t"
 )
@@ -134,6 +134,7 @@ def programs() -> dict[str, Program]:
         "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
         "brain_linear": (nn.Sequential(nn.Linear(64, 96), nn.GELU()).bfloat16(), (r(256, 64).bfloat16(),)),
         "brain_image": (nn.Conv2d(96, 96, 3, padding=1, stride=2).bfloat16(), (images.bfloat16(),)),
+        "brain_attention": (Case(F.scaled_dot_product_attention), tuple(x.bfloat16() for x in queries)),
         "brain_chain": (Case(lambda x: torch.relu(x * 2 + 1)), (r(16, 6144).bfloat16(),)),
     }
     return {name: capture(module.eval(), inputs) for name, (module, inputs) in cases.items()}
@@ -144,6 +145,7 @@ class Compiled:
     """All kernels for one level."""
 
     lanes: int
+    pairs: bool
     kernels: Mapping[str, KernelInfo]
     code: Mapping[str, tuple[str, ...]]
 
@@ -166,7 +168,7 @@ def compiled(request: pytest.FixtureRequest, captured: dict[str, Program]) -> Co
     target = resolve_target(request.param, threads=2)
     lowered = cpu.lower(captured, target)
     text = cpu.generate(lowered.module, target).mod.imports[0].inspect_source("s")
-    return Compiled(target.lanes, lowered.kernels, functions(text))
+    return Compiled(target.lanes, target.pairs, lowered.kernels, functions(text))
 
 
 def test_every_rule_is_looked_at(compiled: Compiled) -> None:
@@ -231,6 +233,22 @@ def test_tiles_have_the_size_that_was_chosen(compiled: Compiled) -> None:
         chosen = compiled.kernels[kernel].configuration
         tile = int(chosen["rows"]) * int(chosen["columns"]) // compiled.lanes * int(chosen["steps"])
         assert {count_fused(loop) for loop in hottest(parts)} == {tile}, kernel
+
+
+def test_pairs_of_bfloat16_are_multiplied_by_one_instruction(compiled: Compiled) -> None:
+    """And rounded by one; other levels have neither, and multiply float32."""
+    found = {
+        kernel: any(
+            "\tvdpbf16ps\t" in line for body in kernel_functions(compiled.code, kernel).values() for line in body
+        )
+        for kernel in compiled.kernels
+    }
+    told = {name: "products" in kernel.configuration for name, kernel in compiled.kernels.items()}
+    assert found == told and any(told.values()) == compiled.pairs
+    if compiled.pairs:
+        (kernel,) = (name for name, info in compiled.kernels.items() if "brain_chain" in info.nodes)
+        body = [line for part in kernel_functions(compiled.code, kernel).values() for line in part]
+        assert any("\tvcvtneps2bf16\t%zmm" in line for line in body)
 
 
 def innermost(parts: Mapping[str, tuple[str, ...]]) -> list[Loop]:
