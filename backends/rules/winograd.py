@@ -31,6 +31,8 @@ RULE = "winograd"
 OUT, _IN = 4, 6  # outputs and inputs of a tile along one axis
 POINTS = _IN * _IN
 _NEAR, _FAR = 0.75, 1.5  # products are taken at 0, +-_NEAR, +-_FAR and infinity: a third of the error of 0, +-1, +-2
+_CACHED_BYTES = 4 << 20  # of all weights, beyond which each use reads them from the last cache or memory
+_READ = 8  # multiply-adds that take as long as reading one such weight
 _BLOCK_BYTES = 512 << 10  # transformed inputs and sums of a block: half of a common L2 cache
 _WEIGHT_BYTES = 12 << 20  # transformed filters beyond this are read more slowly than direct products run
 _LEAST_CHANNELS = 32  # of inputs and outputs: with fewer the transforms cost more than they save
@@ -78,7 +80,10 @@ def transform_filters(filters: np.ndarray, columns: int) -> np.ndarray:
 
 
 def configure(outputs: Shape, channels: int, target: Target) -> Configuration:
-    """The default for outputs [N, OH, OW, O]: the shares with the least work, blocks that fit the L2 cache."""
+    """The default for outputs [N, OH, OW, O]: the shares with the least work, blocks that fit the L2 cache.
+
+    Where few pixels read many weights, reading them is most of the work, and shares of panels read each once.
+    """
     _, height, width, count = outputs
     tiles = -(-int(height) // OUT) * -(-int(width) // OUT)
     best: tuple[float, Configuration] | None = None
@@ -96,7 +101,9 @@ def configure(outputs: Shape, channels: int, target: Target) -> Configuration:
         own_panels = -(-panels // panel_groups)
         products = blocks * -(-block // tile.rows) * tile.rows * own_panels * columns * channels * POINTS
         transforms = blocks * block * (channels * 250 + own_panels * columns * 200)
-        work = products + 2 * transforms
+        weights = own_panels * columns * channels * POINTS
+        read = blocks * weights if 4 * weights * panel_groups > _CACHED_BYTES else 0
+        work = products + 2 * transforms + _READ * read
         if best is None or work < best[0]:
             best = work, Configuration(tile, block, tile_groups, panel_groups)
     assert best
