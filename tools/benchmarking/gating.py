@@ -43,10 +43,7 @@ def measure_sides(case: GatingCase, number: int, settings: Settings) -> dict[str
     with progress(f"{case.title}: building {number + 1} of {len(case.sides)}"):
         sides = case.sides[number]()
     with progress(f"{case.title}, {sides.label}: compiling and timing"):
-        runs = [
-            prepared(program, inputs, len(settings.cores))
-            for program, inputs in ((sides.ungated, sides.inputs), (sides.gated, sides.gated_inputs or sides.inputs))
-        ]
+        runs = [prepared(program, sides.inputs, len(settings.cores)) for program in (sides.ungated, sides.gated)]
         times = take_turns(runs, settings.rounds, TURN)
     ungated, gated = (1e3 * statistics.median(side) for side in times)
     ratio = statistics.median(after / before for before, after in zip(*times, strict=True))

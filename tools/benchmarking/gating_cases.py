@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ class Sides:
     gated: Program
     inputs: Sequence[tuple[Tensor, ...]]
     figures: Mapping[str, float]
-    gated_inputs: Sequence[tuple[Tensor, ...]] = ()  # where the gated side takes masks too
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,16 @@ def resnet(widths: Sequence[int] = (64, 128, 256, 512)) -> Sides:
 
 
 class Kernel(nn.Module):
-    """One convolution with its activation, plain or with masks as inputs."""
+    """One convolution with its activation; plain, it does not read the masks, so that both sides take the same."""
 
-    def __init__(self, inputs: int, outputs: int, taps: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, taps: int, stride: int, gated: bool) -> None:
         super().__init__()
+        self.gated = gated
         self.convolution = nn.Conv2d(inputs, outputs, taps, stride, taps // 2)
 
-    def forward(self, x: Tensor, taking: Tensor | None = None, making: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, taking: Tensor, making: Tensor) -> Tensor:
         own = self.convolution
-        if taking is None:
+        if not self.gated:
             plain: Tensor = own(x).relu()
             return plain
         options: dict[str, Any] = {"stride": own.stride, "padding": own.padding, "dilation": own.dilation}
@@ -143,11 +144,11 @@ def kernel(inputs: int, outputs: int, side: int, taps: int, stride: int) -> Side
     import graphopt
     from graphopt.tools.benchmarking.small_transformers import seeded
 
-    module = seeded(0, lambda: Kernel(inputs, outputs, taps, stride)).eval()
     x = torch.randn(1, inputs, side, side, generator=torch.Generator().manual_seed(0))
-    masks = tuple(torch.ones(1, channels // 16, dtype=torch.bool) for channels in (inputs, outputs))
-    plain, gated = graphopt.capture(module, (x,)), graphopt.capture(module, (x, *masks))
-    return Sides(f"{inputs}->{outputs} {side}x{side} {taps}x{taps}/{stride}", plain, gated, [(x,)], {}, [(x, *masks)])
+    given = (x, *(torch.ones(1, channels // 16, dtype=torch.bool) for channels in (inputs, outputs)))
+    modules = (seeded(0, partial(Kernel, inputs, outputs, taps, stride, gated)).eval() for gated in (False, True))
+    plain, gated = (graphopt.capture(module, given) for module in modules)
+    return Sides(f"{inputs}->{outputs} {side}x{side} {taps}x{taps}/{stride}", plain, gated, [given], {})
 
 
 KERNELS = (
