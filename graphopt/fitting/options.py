@@ -10,7 +10,8 @@ from graphopt.errors import UsageError
 
 EPOCHS = 10  # where neither steps nor epochs are given
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "one-cycle")
+RISE = 0.15  # of the steps of one cycle
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class FitOptions:
     `epochs`, or neither for 10 epochs.
 
     `optimizer`: "adamw" (with no `weight_decay`, Adam) or "sgd" with a momentum of 0.9. `schedule`: "constant", or
-    "cosine" from `learning_rate` down to 0 at the last step. `clip_norm` bounds the norm of the whole gradient.
+    "cosine" from `learning_rate` down to 0 at the last step, or "one-cycle", that with a rise from 0 over the first
+    steps (after Smith and Topin 2017, arXiv 1708.07120). `clip_norm` bounds the norm of the whole gradient.
 
     Held-out data is evaluated before the first step, after every `evaluate_every` steps (None: every epoch) and after
     the last; `patience` evaluations in a row without a lower loss end the fit (None: none do).
@@ -31,7 +33,7 @@ class FitOptions:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "one-cycle"] = "constant"
     clip_norm: float | None = None
     steps: int | None = None
     epochs: int | None = None
@@ -67,5 +69,7 @@ class FitOptions:
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of step `step` (from 0) of `total`."""
-        share = step / total if self.schedule == "cosine" else 0.0
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+        if self.schedule == "constant":
+            return self.learning_rate
+        rise = min(1.0, (step + 1) / (RISE * total)) if self.schedule == "one-cycle" else 1.0
+        return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / total))

@@ -6,9 +6,9 @@ After:  active = rule(scores(mean(x)));  y = conv(relu(conv(x, only active filte
 A small predictor looks at what a product reads and decides, for each sample, which blocks of 16 of its output channels
 are computed; what reads them reads only those (Elkerdawy et al. 2022, "Fire Together Wire Together", arXiv 2110.08232;
 Gao et al. 2019, arXiv 1810.05331, for `predictor=topk`). `keep` is a fixed share of the blocks, `mass` as many as hold
-that share of the heat (see `targets`). Predictors begin as the least squares from pooled inputs to targets;
-`fit-steps` trains them and the network, with `joint` through straight-through gradients. `form` says how the
-rest is left out (see `forms`): `auto` measures. Channels that are hot together are put beside each other.
+that share of the heat (see `targets`). Predictors are the least squares from pooled inputs to targets (`following`);
+`fit-steps` trains the network for them, with `joint` both through straight-through gradients. `form` says how
+the rest is left out (see `forms`): `auto` measures. Channels that are hot together are put beside each other.
 
 Declines what meets other channels on its way: residual sums, concatenations, groups, outputs of the graph.
 """
@@ -30,6 +30,7 @@ from graphopt.passes.batch_norm_folding import BatchNormFolding
 from graphopt.passes.channel_gating.account import SAMPLES, Active, active_on, count_kept, describe, shares
 from graphopt.passes.channel_gating.buckets import BucketWriter
 from graphopt.passes.channel_gating.fitting import fit_predictors
+from graphopt.passes.channel_gating.following import follow
 from graphopt.passes.channel_gating.forms import BlockWriter, GatherWriter, MaskWriter, StaticWriter, Writer
 from graphopt.passes.channel_gating.predictor import Kind, Predictor, first_predictor
 from graphopt.passes.channel_gating.sites import PRODUCTS, NoSite, Site, find_sites
@@ -90,6 +91,9 @@ class ChannelGating(Pass):
         if sites and not seen:
             notes.append("there is no data: all blocks have one score, so that the first ones are kept")
         predictors = {site.name: self.begin(site, seen.get(site.name)) for site in sites}
+        targets = {site.name: self.targets(seen[site.name], predictors[site.name], site) for site in sites if seen}
+        if seen and not self.keeps_all:
+            predictors = follow(base, predictors, targets, samples)
         if self.fit_steps and sites:
             base, predictors, note = fit_predictors(
                 base, predictors, context, self.fit_steps, mass=self.mass, joint=self.joint
@@ -97,7 +101,6 @@ class ChannelGating(Pass):
             notes.append(note)
         written = self.choose(base, context, predictors, notes)
         if seen and written.result.rewrites:
-            targets = {site.name: self.targets(seen[site.name], predictors[site.name], site) for site in sites}
             notes += self.account(base, written, targets, samples)
         return joined(program, folded, written, notes)
 

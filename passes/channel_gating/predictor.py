@@ -50,16 +50,12 @@ def pooled(builder: Builder, product: Product, kind: Kind) -> Node:
     return builder.call(aten.mean.dim, node, axes) if axes else node
 
 
-def scores(
-    builder: Builder, site: Site, predictor: Predictor, inputs: Tensor | Node | None = None, *, apart: bool = False
-) -> Node:
+def scores(builder: Builder, site: Site, predictor: Predictor, inputs: Tensor | Node | None = None) -> Node:
     """[N, blocks], before the rule.
 
     `inputs` are the channels that the input has by now, in their order, where that is not all of them as they were.
-    `apart` lets no gradient through to what is looked at.
     """
     features = pooled(builder, site.producer, predictor.kind)
-    features = builder.call(aten.detach.default, features) if apart else features
     weight: Any = predictor.weight
     if isinstance(inputs, Tensor):
         weight = weight[:, inputs]

@@ -38,7 +38,7 @@ def heat_of(channel_axis: int, value: Tensor) -> Tensor:
     return size if size.dim() == 2 else size.movedim(channel_axis, 1).flatten(2).amax(2)
 
 
-class _Rows:
+class Rows:
     """Gathers a reduction of every value that it is shown."""
 
     def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -54,11 +54,11 @@ class _Rows:
 
 def look(program: Program, sites: Sequence[Site], samples: Iterable[Sample]) -> dict[str, Seen]:
     """Run the samples; what was seen at each site, by its name."""
-    shown: dict[str, list[_Rows]] = {}
-    kept: dict[str, tuple[_Rows, _Rows, _Rows]] = {}
+    shown: dict[str, list[Rows]] = {}
+    kept: dict[str, tuple[Rows, Rows, Rows]] = {}
     for site in sites:
         axis = site.producer.channel_axis
-        heat, mean, magnitude = (_Rows(partial(reduce, axis)) for reduce in (heat_of, pooled_mean, pooled_magnitude))
+        heat, mean, magnitude = (Rows(partial(reduce, axis)) for reduce in (heat_of, pooled_mean, pooled_magnitude))
         shown.setdefault(site.gated.name, []).append(heat)
         shown.setdefault(site.producer.input.name, []).extend((mean, magnitude))
         kept[site.name] = heat, mean, magnitude

@@ -102,6 +102,15 @@ def test_accumulating_four_samples_equals_one_of_four() -> None:
     assert not torch.equal(left["first.weight"], tensors(student)["first.weight"])
 
 
+def test_rates() -> None:
+    for schedule, wanted in (("constant", [1, 1, 1]), ("cosine", [1, 0.75, 0.25]), ("one-cycle", [1, 0.75, 0.25])):
+        options = FitOptions(learning_rate=0.01, schedule=schedule)  # type: ignore[arg-type]
+        assert [options.rate(step, 3) for step in range(3)] == pytest.approx([0.01 * share for share in wanted])
+    rising = [FitOptions(schedule="one-cycle").rate(step, 100) for step in range(100)]
+    assert rising[0] == pytest.approx(1e-3 / 15) and rising[:14] == sorted(rising[:14])
+    assert rising[15:] == pytest.approx([FitOptions(schedule="cosine").rate(step, 100) for step in range(15, 100)])
+
+
 def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
     options = FitOptions(epochs=2, accumulate=3)
     assert (options.steps_an_epoch(8), options.total_steps(8), FitOptions().total_steps(8)) == (3, 6, 8 * EPOCHS)

@@ -94,7 +94,7 @@ def test_a_module_is_no_program() -> None:
     ("options", "words"),
     [
         ({"optimizer": "lion"}, "optimizer='lion' is none of adamw, sgd"),
-        ({"schedule": "linear"}, "schedule='linear' is none of constant, cosine"),
+        ({"schedule": "linear"}, "schedule='linear' is none of constant, cosine, one-cycle"),
         ({"learning_rate": 0}, "learning_rate=0 must be a positive number"),
         ({"clip_norm": math.inf}, "clip_norm=inf must be a positive number"),
         ({"weight_decay": -1}, "weight_decay=-1 must be 0 or"),

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.contract import PassContext
+from graphopt.data.dataset import open_data
 from graphopt.errors import UsageError
 from graphopt.passes.channel_gating import ChannelGating
 from graphopt.passes.channel_gating.fitting import _straight_through, _training_program, network_weights
+from graphopt.passes.channel_gating.following import follow, solve_again
+from graphopt.passes.channel_gating.gating import sites_of
+from graphopt.passes.channel_gating.predictor import Kind
+from graphopt.passes.channel_gating.targets import look
 from graphopt.program import Program, get_attribute
 from tests.passes.checking import captured, targets
-from tests.passes.test_channel_gating import FeedForward, Pair, Separable, context, images, stepped
+from tests.passes.test_channel_gating import Chain, FeedForward, Pair, Separable, context, images, stepped
 
 
 # Learning -------------------------------------------------------------------------------------------------------------
@@ -44,13 +49,31 @@ def test_network_and_predictors_learn(options: dict[str, Any], labels: bool) -> 
 def test_gradients_pass_decisions_only_where_they_are_asked_to(joint: bool) -> None:
     program = captured(Pair(32), images())
     predictors = {"conv2d": stepped(2, 3), "conv2d_1": stepped(2, 32)}
-    gated, trained = _training_program(program, predictors, PassContext(), joint)
-    assert ("aten.detach" in targets(gated)) is not joint
-    assert len(trained) == 2
+    gated, trained = _training_program(program, predictors, joint)
+    assert [item.site.name for item in trained] == (["conv2d", "conv2d_1"] if joint else [])
+    assert sum("aten.mul" in name for name in targets(gated)) == 2
     scores, limit = torch.tensor([[0.5, -0.5, 0.0]], requires_grad=True), torch.zeros(1, 1)
     decided = _straight_through(scores, limit)
     assert decided.tolist() == [[1.0, 0.0, 1.0]]
     assert torch.autograd.grad(decided.sum(), scores)[0].tolist() == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("kind", ["linear", "topk"])
+def test_predictors_are_settled_on_what_gates_leave_them(kind: Kind) -> None:
+    program = captured(Chain(), images())
+    colours = images(20)[:, :, :1, :1] * 4
+    data = open_data([{"x": images(seed=seed) + colour} for seed, colour in enumerate(colours)], program)
+    samples, gating = list(data.fit), ChannelGating(keep=0.5, predictor=kind)
+    sites = sites_of(program, through_norms=False)
+    seen = look(program, sites, samples)
+    first = {site.name: gating.begin(site, seen[site.name]) for site in sites}
+    wanted = {site.name: gating.targets(seen[site.name], first[site.name], site) for site in sites}
+    settled = follow(program, first, wanted, samples)
+    again = solve_again(program, settled, wanted, samples)
+    assert len(sites) == 3
+    for number, name in enumerate(settled):
+        assert torch.equal(settled[name].weight, again[name].weight)
+        assert torch.allclose(settled[name].weight, first[name].weight, atol=1e-3) is (number == 0)
 
 
 def test_what_folding_made_anew_learns_too() -> None:

@@ -43,17 +43,19 @@ def percent(report: PassReport, pattern: str) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_predictors_follow_their_targets_without_training(seed: int) -> None:
     before, after, report = gated(seed, "mass=0.8,form=mask")
-    assert before > 96 and after >= before - 4
-    assert percent(report, "predictors agree") >= 75
+    assert before > 96 and after >= before - 2.5
+    assert percent(report, "predictors agree") >= 90
     told = 100 * estimate(digits(seed).program, digits(seed).data, mass=0.8).total
     assert told == pytest.approx(percent(report, "estimated before training"), abs=0.1)
-    assert abs(told - percent(report, "measured on the data")) <= 15
+    assert abs(told - percent(report, "measured on the data")) <= 10
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("options", "loss", "work"), [("mass=0.7", 3, 70), ("keep=0.75", 1.5, 57)])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_what_learns_with_its_gates_is_right_with_less_work(seed: int) -> None:
-    before, after, report = gated(seed, f"mass=0.7,form=mask,fit-steps={FIT_STEPS}")
-    _, untrained, _ = gated(seed, "mass=0.7,form=mask")
-    assert after >= before - 3 and after > untrained
-    assert percent(report, "measured on the data") <= 75
+def test_what_learns_with_its_gates_is_right_with_less_work(seed: int, options: str, loss: float, work: float) -> None:
+    before, after, report = gated(seed, f"{options},form=mask,fit-steps={FIT_STEPS}")
+    _, untrained, _ = gated(seed, f"{options},form=mask")
+    assert after >= before - loss and after > untrained
+    assert percent(report, "measured on the data") <= work
+    assert percent(report, "predictors agree") >= 70

@@ -41,12 +41,12 @@ def test_every_kernel_has_to_be_as_fast_as_is_wanted_and_networks_on_the_mean() 
 
 @pytest.mark.slow
 def test_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of each block's channels, and the least mass that costs little."""
+    """Half of each block's channels, and the first share of blocks that costs little."""
     sides = resnet((32, 32, 64, 64))
     gated = [str(node.target) for node in sides.gated.nodes() if "gated_convolution" in str(node.target)]
     assert len(gated) == 2 * 8
     monkeypatch.setattr(gating_cases, "FIT_STEPS", 40)
-    monkeypatch.setattr(gating_cases, "MASSES", (0.9, 0.1))
+    monkeypatch.setattr(gating_cases, "KEEPS", (0.1, 1.0))
     found = digits(0, (32, 64), 8, 60)
-    assert found.figures["mass"] in (2.0, 0.9)
+    assert found.figures["kept"] in (0.1, 1.0)
     assert len(found.inputs) == gating_cases.TIMED
