@@ -17,6 +17,7 @@ from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.choice import Choices, Tuned
 from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
 from graphopt.backends.lowering import WEIGHT_COUNT, Weights, lower_program, reserve
@@ -43,10 +44,15 @@ class Module:
     weights: Mapping[str, np.ndarray]
     arguments: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, KernelInfo]
+    choices: Choices
 
 
-def lower(programs: Mapping[str, Program], target: Target) -> Module:
-    """Every entry as a function of one module. Raises CompileError naming the node that has no lowering."""
+def lower(programs: Mapping[str, Program], target: Target, tuned: Tuned | None = None) -> Module:
+    """Every entry as a function of one module; `tuned` tells what measured best for a workload.
+
+    Raises CompileError naming the node that has no lowering.
+    """
+    choices = Choices(tuned) if tuned else Choices()
     functions: dict[Any, Any] = {}
     arguments: dict[str, tuple[str, ...]] = {}
     kernels: dict[str, KernelInfo] = {}
@@ -55,13 +61,13 @@ def lower(programs: Mapping[str, Program], target: Target) -> Module:
     for entry in programs:
         reserve(entry, builder)
     for entry, program in programs.items():
-        lowered = lower_program(program, target, entry, weights, builder)
+        lowered = lower_program(program, target, entry, weights, builder, choices)
         arguments[entry] = lowered.weights
         for kernel, info in lowered.kernels.items():
             known = kernels.get(kernel, info)
             kernels[kernel] = replace(known, nodes={**known.nodes, **info.nodes})
     functions.update(builder.get().functions)
-    return Module(tvm.IRModule(functions), weights.arrays, arguments, kernels)
+    return Module(tvm.IRModule(functions), weights.arrays, arguments, kernels, choices)
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -198,17 +204,20 @@ def _check_space(folder: str) -> None:
 
 
 def native_target(target: Target) -> tvm.target.Target:
-    """LLVM splits vectors of x86-64-v4 into halves unless told otherwise."""
+    """The target as TVM has it."""
+    return tvm.target.Target(target_fields(target))
+
+
+def target_fields(target: Target) -> dict[str, Any]:
+    """As JSON. LLVM splits vectors of x86-64-v4 into halves unless told otherwise."""
     wide = target.lanes == 16 and target.machine == "x86_64"
-    return tvm.target.Target(
-        {
-            "kind": "llvm",
-            "mtriple": f"{target.machine}-unknown-linux-gnu",
-            "mcpu": target.architecture,
-            "mattr": ["-prefer-256-bit"] * wide + [f"+{extension}" for extension in target.extensions],
-            "num-cores": target.threads,
-        }
-    )
+    return {
+        "kind": "llvm",
+        "mtriple": f"{target.machine}-unknown-linux-gnu",
+        "mcpu": target.architecture,
+        "mattr": ["-prefer-256-bit"] * wide + [f"+{extension}" for extension in target.extensions],
+        "num-cores": target.threads,
+    }
 
 
 def set_denormals(target: Target) -> tirx.PrimFunc:

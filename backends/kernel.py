@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import tvm
@@ -24,6 +24,9 @@ from graphopt.backends.target import Target
 from graphopt.backends.traffic import elements_read, nodes_computed
 from graphopt.backends.values import Index, Lazy, Product, Storage, Value, View, inverse, leaves, permuted
 
+if TYPE_CHECKING:
+    from graphopt.backends.choice import Made
+
 Configuration = Mapping[str, bool | int | float | str]  # what a rule chose, flat, as JSON has it
 BOUND = ("float32", "float64", "float16", "bfloat16")  # dtypes whose values are bound to variables in kernels
 
@@ -33,7 +36,7 @@ class Code:
     """A finished kernel: call it with `inputs`, then the sizes named by `scalars`, then the outputs.
 
     `reads` is how many elements of each input one call touches, `flops` how many operations on floats it does, `nodes`
-    the program's nodes whose values it computes on the way to its own.
+    the program's nodes whose values it computes on the way to its own, `made` what was chosen for it.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Code:
     flops: Size
     reads: tuple[Size, ...]
     nodes: tuple[str, ...]
+    made: Made[Any] | None = None
 
 
 @dataclass(frozen=True)

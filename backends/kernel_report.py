@@ -22,7 +22,7 @@ class Kernels:
 
     def __init__(self, entry: str, symbols: Mapping[str, str]) -> None:
         self.found: dict[str, KernelInfo] = {}
-        self._entry, self._symbols = entry, symbols
+        self.entry, self._symbols = entry, symbols
 
     def describe(self, code: Code, weights: Iterable[Storage]) -> KernelInfo:
         """What one call of the kernel does, without its nodes."""
@@ -33,15 +33,20 @@ class Kernels:
         writes = sum((product(shape) * width(dtype) for shape, dtype in code.outputs), start=0)
         weight_bytes = sum((size for storage, size in reads if storage in constants), start=0)
         total = sum((size for _, size in reads), start=writes)
+        tuned = {"tuned": True} if code.made is not None and code.made.tuned else {}
         return KernelInfo(
-            code.rule, code.configuration, self._text(code.flops), self._text(total), self._text(weight_bytes)
+            code.rule,
+            {**code.configuration, **tuned},
+            self._text(code.flops),
+            self._text(total),
+            self._text(weight_bytes),
         )
 
     def add(self, name: str, info: KernelInfo, nodes: Iterable[str]) -> None:
         """One call; those of equal kernels are put together."""
         known = self.found.get(name, info)
-        every = tuple(dict.fromkeys((*known.nodes.get(self._entry, ()), *nodes)))
-        self.found[name] = replace(known, nodes={self._entry: every})
+        every = tuple(dict.fromkeys((*known.nodes.get(self.entry, ()), *nodes)))
+        self.found[name] = replace(known, nodes={self.entry: every})
 
     def _text(self, size: Size) -> int | str | None:
         """As the manifest writes sizes; None where it cannot."""

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from tvm import relax
 
 from graphopt.arrays import array_of
+from graphopt.backends.choice import Choice, Choices, Site
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.fusion import Kinds, Place, epilogue, in_order, row_epilogue
 from graphopt.backends.kernel import BOUND, Code
@@ -90,6 +91,11 @@ class Weights:
             self.held.append(tensor)
         return self.names[identity]
 
+    def forget(self, name: str) -> None:
+        """Take back what `add` kept last."""
+        del self.arrays[name]
+        self.names = {identity: other for identity, other in self.names.items() if other != name}
+
 
 class Lowering:
     """State of lowering one graph; a branch of a `cond` has its own, sharing weights and kernels with its parent."""
@@ -101,11 +107,12 @@ class Lowering:
         weights: Weights,
         builder: relax.BlockBuilder,
         kernels: Kernels,
+        choices: Choices,
         parent: Lowering | None = None,
         path: str = "",
     ) -> None:
         self.target, self.module, self.weights, self.builder = target, module, weights, builder
-        self.kernels, self._path = kernels, path
+        self.kernels, self.choices, self._path = kernels, choices, path
         self.sizes: Sizes = parent.sizes if parent else Sizes()
         self.constants: dict[str, Storage] = parent.constants if parent else {}  # name -> argument of the function
         self._labels: dict[int, str] = dict(parent._labels) if parent else {}  # address of a weight -> its name
@@ -302,6 +309,26 @@ class Lowering:
             self.env[node] = view
         self._covered.add(node)
 
+    def choose(self, choice: Choice[Any]) -> Code:
+        """The kernel of the configuration that is best as far as is known."""
+        made = self.choices.make(choice)
+        return replace(choice.write(made.configuration), made=made)
+
+    def trial(self, choice: Choice[Any], configuration: Any) -> tuple[Code, tuple[np.ndarray | None, ...]]:
+        """The kernel of another configuration, and the values of those of its inputs that are weights.
+
+        To be measured, once the graph is lowered: nothing of it stays here.
+        """
+        constants, arrays = set(self.constants), set(self.weights.arrays)
+        code = choice.write(configuration)
+        names = {storage: name for name, storage in self.constants.items()}
+        values = tuple(self.weights.arrays[names[each]] if each in names else None for each in code.inputs)
+        for name in self.constants.keys() - constants:
+            del self.constants[name]
+        for name in self.weights.arrays.keys() - arrays:
+            self.weights.forget(name)
+        return code, values
+
     def call(self, code: Code, nodes: tuple[str, ...] | None = None) -> list[View]:
         """Bind a call of the kernel; the builder keeps equal kernels that do equal work once.
 
@@ -310,6 +337,8 @@ class Lowering:
         info = self.kernels.describe(code, self.constants.values())
         work = code.function.with_attr("graphopt.work", f"{info.flops} {info.bytes}")
         function = self.builder.add_func(work, code.name)  # the builder's own name where this one is taken
+        if code.made is not None:
+            self.choices.sites.append(Site(code.made, self, function.name_hint))
         self.kernels.add(function.name_hint, info, (*code.nodes, *(self._current if nodes is None else nodes)))
         types = [relax.TensorType(self.sizes.shape(shape), dtype) for shape, dtype in code.outputs]
         arguments = [storage.variable for storage in code.inputs]
@@ -339,7 +368,7 @@ class Lowering:
     def branch(self, graph: Node, arguments: list[Any], kind: Any) -> relax.SeqExpr:
         """The sub-graph that the node `graph` reads as one side of an `If`, closing over weights and operands."""
         module, path = self.value(graph), f"{self._path}{graph.target}."
-        inner = Lowering(self.target, module, self.weights, self.builder, self.kernels, self, path)
+        inner = Lowering(self.target, module, self.weights, self.builder, self.kernels, self.choices, self, path)
         results = [inner.contiguous(value) for value in inner.run(arguments)]
         variables = [inner.own(view) for view in results]
         result = variables[0] if len(variables) == 1 else inner.bind(relax.Tuple(variables), kind)
@@ -395,14 +424,14 @@ def reserve(name: str, builder: relax.BlockBuilder) -> None:
 
 
 def lower_program(
-    program: Program, target: Target, name: str, weights: Weights, builder: relax.BlockBuilder
+    program: Program, target: Target, name: str, weights: Weights, builder: relax.BlockBuilder, choices: Choices
 ) -> Lowered:
     """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`.
 
     It takes the place of what `reserve` put there. Raises CompileError naming the first node that has no lowering.
     """
     module = program.graph_module
-    lowering = Lowering(target, module, weights, builder, Kernels(name, program.symbols))
+    lowering = Lowering(target, module, weights, builder, Kernels(name, program.symbols), choices)
     parameters, arguments = [], []
     for node in module.graph.nodes:
         if node.op == "placeholder":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from graphopt.arrays import array_of
 from graphopt.artifact.write import write_artifact
 from graphopt.checking.output_check import check_session
+from graphopt.database import Database, hardware_of, open_store
 from graphopt.errors import UsageError
 from graphopt.optional import missing_extra
 from graphopt.program import Program, TensorSpec
@@ -59,63 +61,122 @@ def compile(
     programs: Program | Mapping[str, Program],
     target: str = "cpu",
     *,
-    tune: Any = None,
-    database: Any = None,
+    tune: float | None = None,
+    database: Database = None,
     threads: int | None = None,
 ) -> Artifact:
     """Lower one program, or several by entry name, for `target`; `threads` is how many share a kernel's work.
+
+    Kernels have the configurations that measured best, as far as `database` knows: the path of a store of tuning
+    records, a `Store`, or None for the user's own. `tune` is how many seconds to measure for first; what is found is
+    kept there.
 
     The result is run on the examples and on inputs drawn from each input's domain, at the example's sizes, at 1 and at
     primes. Where this machine cannot run the target's code, the same kernels are built for this machine and run in its
     place, and the report says so: `graphopt run --check` on the target is still to be done. Raises VerificationError
     where the result is not what the program computes, CompileError where a node has no lowering or code generation
-    fails, UsageError for arguments that cannot be used.
+    fails, UsageError for arguments that cannot be used, WriteError where the store cannot be written.
     """
-    for name, value in (("tune", tune), ("database", database)):
-        if value is not None:
-            raise UsageError(f"{name}={value!r} has no effect in this version of graphopt; leave it out")
+    compilation = prepare(programs, target, threads)
+    with missing_compiler():
+        store = open_store(database)
+    if tune is not None:
+        from graphopt.tuning import tune_compilation
+
+        tune_compilation(compilation, store, tune)
+    module = compilation.lower(store)
+    artifact = compilation.assemble(module)
+    backend, chosen = compilation.backend, compilation.target
+    here = backend.runnable(chosen)
+    trial = artifact if here is chosen else _trial(artifact, backend.build(module.module, here))
+    checks = check_session(trial.session(), compilation.described)
+    report = dict(artifact.report)
+    report["checked_on"] = chosen.name if here is chosen else f"{here.machine} {here.architecture}, not on the target"
+    report["errors"] = {name: check.error for name, check in checks.items()}
+    report["unchecked"] = {name: list(check.unchecked) for name, check in checks.items() if check.unchecked}
+    return replace(artifact, report=report)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What is compiled, and for what. `functions` are the entries, in place of staged ones their stages."""
+
+    entries: Mapping[str, Program]
+    stages: Mapping[str, Mapping[str, Program]]
+    functions: Mapping[str, Program]
+    backend: Any
+    target: Any
+
+    @property
+    def described(self) -> dict[str, Program]:
+        """Everything that the manifest describes."""
+        return {**self.entries, **self.functions}
+
+    def lower(self, store: Any) -> Any:
+        """The backend's module, its kernels as the store knows them to be best."""
+        hardware = hardware_of(self.target)
+
+        def tuned(workload: Any) -> Mapping[str, Any] | None:
+            record = store.lookup(workload, hardware)
+            return None if record is None else record.configuration
+
+        return self.backend.lower(self.functions, self.target, tuned)
+
+    def assemble(self, module: Any) -> Artifact:
+        """The module built, with all that belongs to it; nothing of it was run."""
+        chosen = self.target
+        library = f"lib/{re.sub(r'[^A-Za-z0-9_.-]', '-', chosen.name)}.so"
+        manifest = Manifest(
+            name=next(iter(self.entries.values())).name,
+            entries={
+                name: describe_entry(program, tuple(self.stages.get(name, ())))
+                for name, program in self.described.items()
+            },
+            variants=(Variant(chosen.name, chosen.features, library, module.arguments, module.kernels),),
+            tools={tool: metadata.version(tool) for tool in _TOOLS},
+            passes=tuple(
+                {"entry": name, **PassReport.summary(item)}
+                for name, program in self.entries.items()
+                for item in program.history
+            ),
+        )
+        report: dict[str, Any] = {
+            "format": FORMAT,
+            "target": chosen.name,
+            "threads": chosen.threads,
+            "kernels": {name: kernel.rule for name, kernel in module.kernels.items()},
+            "slow": sorted(name for name, kernel in module.kernels.items() if kernel.slow),
+            "tuned": sorted(name for name, kernel in module.kernels.items() if kernel.configuration.get("tuned")),
+            "notes": list(module.choices.notes),
+        }
+        report["entries"] = {
+            name: {"passes": list(program.history), "notes": list(program.notes)}
+            for name, program in self.entries.items()
+        }
+        built = {library: self.backend.build(module.module, chosen)}
+        weights = {**module.weights, **_initial_state(self.entries)}
+        return Artifact(manifest, built, weights, _samples(self.described), report)
+
+
+def prepare(programs: Program | Mapping[str, Program], target: str, threads: int | None) -> Compilation:
+    """What `compile` does with its arguments first. Raises UsageError and its kinds."""
     entries = _entries(programs)
-    try:
+    with missing_compiler():
         backend = find_backend(target)
-    except ImportError as e:
-        raise missing_extra("graphopt.compile", e) or e from e
     chosen = backend.resolve_target(target, threads)
     stages = {name: dict(stage_entries(name, program)) for name, program in entries.items() if is_staged(program)}
     functions = {name: program for name, program in entries.items() if name not in stages}
     functions |= {name: stage for found in stages.values() for name, stage in found.items()}
-    module = backend.lower(functions, chosen)
-    library = f"lib/{re.sub(r'[^A-Za-z0-9_.-]', '-', chosen.name)}.so"
-    weights = {**module.weights, **_initial_state(entries)}
-    described = entries | functions
-    manifest = Manifest(
-        name=next(iter(entries.values())).name,
-        entries={name: describe_entry(program, tuple(stages.get(name, ()))) for name, program in described.items()},
-        variants=(Variant(chosen.name, chosen.features, library, module.arguments, module.kernels),),
-        tools={tool: metadata.version(tool) for tool in _TOOLS},
-        passes=tuple(
-            {"entry": name, **PassReport.summary(item)} for name, program in entries.items() for item in program.history
-        ),
-    )
-    slow = sorted(name for name, kernel in module.kernels.items() if kernel.slow)
-    report: dict[str, Any] = {
-        "format": FORMAT,
-        "target": chosen.name,
-        "threads": chosen.threads,
-        "kernels": {name: kernel.rule for name, kernel in module.kernels.items()},
-        "slow": slow,
-    }
-    report["entries"] = {
-        name: {"passes": list(program.history), "notes": list(program.notes)} for name, program in entries.items()
-    }
-    built = {library: backend.build(module.module, chosen)}
-    artifact = Artifact(manifest, built, weights, _samples(described), report)
-    here = backend.runnable(chosen)
-    trial = artifact if here is chosen else _trial(artifact, backend.build(module.module, here))
-    checks = check_session(trial.session(), described)
-    report["checked_on"] = chosen.name if here is chosen else f"{here.machine} {here.architecture}, not on the target"
-    report["errors"] = {name: check.error for name, check in checks.items()}
-    report["unchecked"] = {name: list(check.unchecked) for name, check in checks.items() if check.unchecked}
-    return Artifact(manifest, built, weights, artifact.check, report)
+    return Compilation(entries, stages, functions, backend, chosen)
+
+
+@contextmanager
+def missing_compiler() -> Iterator[None]:
+    """Says which extra brings the compiler."""
+    try:
+        yield
+    except ImportError as e:
+        raise missing_extra("graphopt.compile", e) or e from e
 
 
 def _trial(artifact: Artifact, library: bytes) -> Artifact:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from graphopt.contract import Pass, PassContext
 from graphopt.data.dataset import open_data
 from graphopt.data.metric import open_metric
+from graphopt.database import Database, open_store
 from graphopt.errors import UsageError
 from graphopt.levels import is_level, level_passes
 from graphopt.pipeline import Pipeline
@@ -41,7 +42,7 @@ def optimize(
     verify: Verify = "numeric",
     keep_if_faster: bool = False,
     target: str = "cpu",
-    database: Any = None,
+    database: Database = None,
     threads: int | None = None,
     seed: int = 0,
     strict: bool = False,
@@ -54,7 +55,8 @@ def optimize(
     stays within 4 times the error against float64 that there was before it, plus 1e-6 relative: each rewrite on its
     own, then the whole program. Wrong rewrites, and only they, are taken back and reported; with `strict` they are an
     error. With `keep_if_faster` those are taken back, too, with which the model is not measured to be faster on
-    `target` with so many `threads`.
+    `target` with so many `threads`. What is measured, by it and by passes that measure, has the kernels that `database`
+    knows to be best, as in `compile`.
 
     `data` (see `open_data`) is what passes learn from, but for its last fifth, on which `metric` (see `open_metric`) is
     measured before and after; its first sample is checked on as well. Passes that preserve approximately need both.
@@ -70,8 +72,7 @@ def optimize(
         settings = recipe.settings_beside(given, optimize.__kwdefaults__ or {})
         items = [step.item for step in recipe.passes]
         return optimize(program, items, data=data, database=database, threads=threads, **settings)
-    if database is not None:
-        raise UsageError(f"database={database!r} has no effect in this version of graphopt; leave it out")
+    open_store(database)
     if threads is not None and not keep_if_faster:
         raise UsageError(f"threads={threads!r} has no effect where nothing is measured; leave it out")
     chosen = choose_passes(passes)
@@ -89,11 +90,11 @@ def optimize(
             metric=None if metric is None else open_metric(metric),
             seed=seed,
             progress=tell,
-            measure=measure_on(target, threads),
+            measure=measure_on(target, threads, database),
         ),
         verify=verify,
         strict=strict,
-        race=race_on(target, threads) if keep_if_faster else None,
+        race=race_on(target, threads, database) if keep_if_faster else None,
     )
     return OptimizeResult(*pipeline.run(program))
 

@@ -7,12 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from graphopt.arrays import array_of
 from graphopt.contract import Timing
+from graphopt.database import Database
 from graphopt.errors import ArtifactError, CompileError, UsageError
 from graphopt.program import Program
+from graphopt.turns import in_turns
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import InferenceSession
@@ -33,15 +36,15 @@ class Outcome:
 Race = Callable[[Program, Program], Outcome]
 
 
-def race_on(target: str, threads: int | None) -> Race:
-    """A race on this machine.
+def race_on(target: str, threads: int | None, database: Database = None) -> Race:
+    """A race on this machine; `database` as in `compile`.
 
     It raises UsageError where code for `target` does not run here, CompileError where a program has no lowering for it.
     """
 
     def race(first: Program, second: Program) -> Outcome:
         try:
-            runs = [_prepare(program, target, threads) for program in (first, second)]
+            runs = [_prepare(program, target, threads, database) for program in (first, second)]
         except CompileError as error:
             raise CompileError(f"keep_if_faster cannot measure {second.name}: {error}; leave it out") from error
         times = take_turns(runs)
@@ -52,12 +55,12 @@ def race_on(target: str, threads: int | None) -> Race:
     return race
 
 
-def measure_on(target: str, threads: int | None) -> Callable[[Program], Timing | None]:
+def measure_on(target: str, threads: int | None, database: Database = None) -> Callable[[Program], Timing | None]:
     """What `PassContext.measure` is: the time of one run of a program, None where `target` does not run here."""
 
     def measure(program: Program) -> Timing | None:
         try:
-            run = _prepare(program, target, threads)
+            run = _prepare(program, target, threads, database)
         except UsageError:
             return None
         times = [_seconds(run, _count(run)) for _ in range(TURNS)]
@@ -66,11 +69,11 @@ def measure_on(target: str, threads: int | None) -> Callable[[Program], Timing |
     return measure
 
 
-def _prepare(program: Program, target: str, threads: int | None) -> Callable[[], object]:
+def _prepare(program: Program, target: str, threads: int | None, database: Database) -> Callable[[], object]:
     from graphopt.compile import compile
 
     try:
-        session: InferenceSession = compile(program, target, threads=threads).session(threads)
+        session: InferenceSession = compile(program, target, database=database, threads=threads).session(threads)
     except ArtifactError as error:
         raise UsageError(f"nothing can be measured for target {target!r} on this machine: {error}") from error
     feed = {spec.name: array_of(value) for spec, value in zip(program.inputs, program.examples, strict=True)}
@@ -78,15 +81,9 @@ def _prepare(program: Program, target: str, threads: int | None) -> Callable[[],
 
 
 def take_turns(runs: Sequence[Callable[[], object]], turns: int = TURNS, seconds: float = SECONDS) -> list[list[float]]:
-    """Seconds of one run in every turn of each; who begins changes, so that none always finds the caches warm."""
+    """Seconds of one run in every turn of each."""
     counts = [_count(run, seconds) for run in runs]
-    times: list[list[float]] = [[] for _ in runs]
-    sides = list(range(len(runs)))
-    for turn in range(turns):
-        first = -turn % len(runs)
-        for side in (*sides[first:], *sides[:first]):
-            times[side].append(_seconds(runs[side], counts[side]))
-    return times
+    return in_turns([partial(_seconds, run, count) for run, count in zip(runs, counts, strict=True)], turns)
 
 
 def _count(run: Callable[[], object], seconds: float = SECONDS) -> int:

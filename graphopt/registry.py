@@ -100,7 +100,7 @@ def list_targets() -> tuple[str, ...]:
 
 
 def find_backend(name: str) -> ModuleType:
-    """The module that compiles for this target: it has `resolve_target(name, threads)`, `lower` and `build`.
+    """The module that compiles for this target: it has `resolve_target(name, threads)`, `lower`, `build`, `runnable`.
 
     Raises UnknownNameError with the nearest name.
     """

@@ -130,7 +130,7 @@ class Learned(Given):
         ({"seed": -1}, "seed=-1 is none"),
         ({"verify": "all"}, "verify='all' is none of off, structure, numeric"),
         ({"threads": 2}, "threads=2 has no effect where nothing is measured"),
-        ({"database": "store"}, "database='store' has no effect"),
+        ({"database": 5}, "database=5 is no store"),
         ({"data": [1], "verify": "structure"}, "data has no effect without a metric"),
         ({"metric": "cosine"}, "metric is measured on data; give data too"),
         ({"target": "gpu"}, "unknown target 'gpu'"),

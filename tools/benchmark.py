@@ -21,10 +21,12 @@ from graphopt.tools.model_argument import HELP_ARTIFACT, add_capture_options, ca
 from graphopt.tools.progress import progress
 from graphopt.tools.subject import add_size_options, chosen_sizes, open_artifact, program_subject
 from graphopt.tools.table import add_json_option, wants_text, write_json
+from graphopt.tools.tuning.options import NONE, Tuning, add_tuning_options
 
 SUMMARY = "time a model, an artifact or a suite, alone or against other runtimes"
 DTYPES = ("f32", "bf16")
 SUITES = ("e2e", "kernels", "folding", "gating", "exits")
+TUNED = ("e2e", "kernels")  # suites whose kernels may be tuned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-timeout", type=float, metavar="SECONDS", default=PATIENCE, help=timeout)
     parser.add_argument("--chart", metavar="FILE.png", help="draw what a suite found")
     parser.add_argument("--markdown", metavar="FILE", help="write what a suite found as a table for a README")
+    add_tuning_options(parser, NONE)
     add_capture_options(parser)
     add_size_options(parser)
     add_json_option(parser)
@@ -55,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_combination(arguments)
-    settings = Settings(choose_cores(arguments.threads), arguments.rounds, arguments.peer_timeout, arguments.dtype)
+    tuning = Tuning(arguments.tune, arguments.database or NONE)
+    cores = choose_cores(arguments.threads)
+    settings = Settings(cores, arguments.rounds, arguments.peer_timeout, arguments.dtype, tuning)
     if arguments.suite is not None:
         from graphopt.tools.benchmarking.suites import run_suite
 
@@ -76,6 +81,10 @@ def check_combination(arguments: argparse.Namespace) -> None:
     """Raises UsageError for options that mean nothing together."""
     if (arguments.model is None) == (arguments.suite is None):
         raise UsageError("give either MODEL or --suite, one of them and not both")
+    tuned = arguments.tune is not None or arguments.database is not None
+    if tuned and (arguments.suite not in (None, *TUNED) or is_artifact(arguments.model or "")):
+        what = f"--suite {arguments.suite}" if arguments.suite else "an artifact, which is compiled already"
+        raise UsageError(f"--tune and --database have no effect on {what}; leave them out")
     if arguments.suite is None:
         if arguments.dtype != "f32" and is_artifact(arguments.model):
             raise UsageError(f"{arguments.model} is compiled already; --dtype belongs to a model")
@@ -105,7 +114,7 @@ def benchmark(
         reference = program_subject(program)
         if not is_artifact(arguments.model):
             with progress("compiling"):
-                entrants = [Entrant("graphopt", compile_to(program, folder, settings.dtype))]
+                entrants = [Entrant("graphopt", compile_to(program, folder, settings))]
         with progress("exporting for the others"):
             others, failures = peer_entrants(program, peers, folder, settings.dtype)
             entrants += others

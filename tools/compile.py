@@ -14,6 +14,7 @@ from graphopt.tools.output_file import check_suffix
 from graphopt.tools.pass_options import add_pass_choice, chosen_recipe, optimize_settings
 from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, wants_text, write_json
+from graphopt.tools.tuning.options import Tuning, add_tuning_options
 
 SUMMARY = "compile a model into one artifact to ship"
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="see `graphopt list-targets` (default cpu)")
     parser.add_argument("--threads", type=int, help="threads to cut work for (default: one for each CPU)")
     add_pass_choice(parser)
+    add_tuning_options(parser, "your own, see graphopt tune")
     add_json_option(parser)
 
 
@@ -41,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     with progress("optimizing"):
         result = graphopt.optimize(program, [step.item for step in recipe.passes], **settings)
     with progress(f"compiling for {target}"):
-        artifact = graphopt.compile(result.program, target, threads=arguments.threads)
+        tuning = Tuning(arguments.tune, arguments.database)
+        artifact = graphopt.compile(result.program, target, threads=arguments.threads, **tuning.options())
         interrupt.check()
         artifact.save(arguments.output)
     report = {**result.report.to_json(), "artifact": summarize(artifact, arguments.output)}
@@ -64,6 +67,8 @@ def summarize(artifact: Any, path: str) -> dict[str, Any]:
         "target": report["target"],
         "checked_on": report["checked_on"],
         "kernels": dict(report["kernels"]),
+        "tuned": list(report["tuned"]),
+        "notes": list(report["notes"]),
         "slow": [
             {
                 "kernel": name,
@@ -82,9 +87,12 @@ def size_on_disk(path: str | Path) -> int:
 
 
 def print_artifact(artifact: dict[str, Any]) -> None:
-    print(f"kernels  {len(artifact['kernels'])}, {len(artifact['slow'])} slow whatever is measured")
+    tuned = f"{len(artifact['tuned'])} tuned, " if artifact["tuned"] else ""
+    print(f"kernels  {len(artifact['kernels'])}, {tuned}{len(artifact['slow'])} slow whatever is measured")
     for item in artifact["slow"]:
         print(f"  slow: {item['kernel']} ({item['reason']}), for {', '.join(item['nodes']) or 'no node'}")
+    for note in artifact["notes"]:
+        print(f"  note: {note}")
     print(f"size  {format_bytes(artifact['bytes'])}")
     if artifact["checked_on"] != artifact["target"]:
         name = Path(artifact["path"]).name

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UsageError
 from graphopt.tools.model_argument import FUNCTION, find_function
@@ -15,17 +14,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("0", "1", "2", "3")
 EXAMPLE = "batch-norm-folding,constant-folding{max-bytes=1024}"
-LATER = ("--tune",)
 METRICS = ("accuracy", "cosine", "snr")
-
-
-class Later(argparse.Action):
-    """An option that is part of the command line and whose work this version cannot do."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> NoReturn:
-        raise UsageError(f"{option} comes with a later version; leave it out")
 
 
 def add_pass_choice(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +28,6 @@ def add_pass_choice(parser: argparse.ArgumentParser) -> None:
         "-O", dest="level", choices=LEVELS, help="level, -O0 nothing to -O3 all exact passes (default 2)"
     )
     add_data_options(parser)
-    add_later_options(parser, LATER)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +48,6 @@ def optimize_settings(recipe: Recipe) -> dict[str, Any]:
             raise UsageError(f"metric {metric!r} is neither {', '.join(METRICS)} nor package.module:function; give one")
         settings["metric"] = find_function(metric, "a number for (outputs, labels)")
     return settings
-
-
-def add_later_options(parser: argparse.ArgumentParser, options: Sequence[str]) -> None:
-    for option in options:
-        parser.add_argument(option, nargs="?", action=Later, help=argparse.SUPPRESS)
 
 
 def add_checking_options(parser: argparse.ArgumentParser) -> None:

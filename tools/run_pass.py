@@ -9,10 +9,8 @@ from graphopt.tools.html_page import add_html_option
 from graphopt.tools.model_argument import add_model_argument
 from graphopt.tools.optimize import add_output_option, optimize_and_write
 from graphopt.tools.pass_options import (
-    LATER,
     add_checking_options,
     add_data_options,
-    add_later_options,
     spelled_recipe,
 )
 from graphopt.tools.table import add_json_option
@@ -28,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", metavar="K=V", nargs="+", action="extend", default=[], help=help)
     add_checking_options(parser)
     add_data_options(parser)
-    add_later_options(parser, LATER)
     add_html_option(parser)
     add_json_option(parser)
 

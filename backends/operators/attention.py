@@ -20,7 +20,8 @@ from graphopt.backends.operators.element_wise import cast, convert, like, widene
 from graphopt.backends.operators.reduction import exponential, exponentials, finite
 from graphopt.backends.operators.views import PERMUTATIONS, RESHAPES, expand, reshape
 from graphopt.backends.operators.windows import load_at, quotient
-from graphopt.backends.rules.attention import attention, is_one_block
+from graphopt.backends.rules.attention import attention
+from graphopt.backends.rules.attention_choice import Configuration, configure, is_one_block, offer
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy, Product, Value, View, inverse, permuted
@@ -64,13 +65,18 @@ def _attention(lowering: Lowering, node: Node) -> Any:
         return reshape(lowering, _in_parts(lowering, query, key, value, bias, float(scale), bool(causal)), shape)
 
     def build(result: Product, end: Any) -> Code:
-        return attention(query, key, value, bias, float(scale), bool(causal), result, end, lowering.target)
+        target, masking = lowering.target, (bias, float(scale), bool(causal))
+
+        def write(choice: Configuration) -> Code:
+            return attention(query, key, value, *masking, result, end, target, choice)
+
+        return lowering.choose(offer(query, key, value, bias, bool(causal), end, target, write))
 
     order = (0, 2, 1, 3) if not flat else (1, 0, 2) if grouped else ()
     dtype = DTYPES[node.meta["val"].dtype]
     if dtype != "float32":
         whole = Product(tuple(shape[axis] for axis in inverse(order)) if order else shape, "float32")
-        rounded = dtype == query.dtype and query.shape[2] != 1 and is_one_block(key)
+        rounded = dtype == query.dtype and query.shape[2] != 1 and is_one_block(key, configure(lowering.target))
         (stored,) = lowering.call(build(whole, cast(whole, dtype) if rounded else whole))
         return cast(permuted(stored, order) if order else stored, dtype)
     return lowering.anchored(node, build, order=order, joins=True, ends=_ends)

@@ -6,8 +6,9 @@ maps of float16 and bfloat16 are widened to float32 as they are stored, their fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,28 +16,22 @@ from torch.fx import Node
 from tvm import tirx
 
 from graphopt.backends.bfloat16 import BFLOAT16
+from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
 from graphopt.backends.dtypes import DTYPES
-from graphopt.backends.kernel import int64
+from graphopt.backends.kernel import Code, int64
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of, widened
 from graphopt.backends.operators.linear import packed_product
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.operators.widening import as_stored
 from graphopt.backends.operators.windows import each_axis, load_at, quotient, surrounded
-from graphopt.backends.rules import winograd
-from graphopt.backends.rules.convolution import (
-    Direct,
-    channels_inner,
-    configure,
-    convolution,
-    pack_filter_pairs,
-    pack_filters,
-)
-from graphopt.backends.rules.depthwise import depthwise, pack_depthwise
+from graphopt.backends.rules import convolution as direct
+from graphopt.backends.rules import depthwise, winograd
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.sizes import Shape, shape_of
-from graphopt.backends.values import Index, Lazy, View, inverse, permuted
+from graphopt.backends.tuner.record import Parameter, Workload
+from graphopt.backends.values import Index, Lazy, Product, View, inverse, permuted
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -134,10 +129,14 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
     name = f"conv{spatial}d_{'x'.join(str(int(size)) for size in weight.shape)}"
     if batched and call.groups == weight.shape[0] == x.shape[-1] > 1:
         x = x if x.strides[-1] == 1 else lowering.contiguous(x)
-        packed = lowering.weight(weight, "depthwise", pack_depthwise)
+        packed = lowering.weight(weight, "depthwise", depthwise.pack_depthwise)
         each = Window(tuple(weight.shape[2:]), call.strides, call.before, call.dilations)
+        target = lowering.target
         return lowering.anchored(
-            node, lambda result, end: depthwise(x, packed, result, end, each, name, lowering.target), begin, order
+            node,
+            lambda result, end: lowering.choose(depthwise.offer(x, packed, result, end, each, name, target)),
+            begin,
+            order,
         )
     x, filters = (x, weight) if spatial == 2 else (_with_height(x), weight.unsqueeze(2))
     window = Window(tuple(filters.shape[2:]), _both(call.strides, 1), _both(call.before, 0), _both(call.dilations, 1))
@@ -146,19 +145,9 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
         return packed_product(lowering, node, x, weight.flatten(1), begin, order)
     outputs = tuple(shape[axis] for axis in inverse(order))
     outputs = (*(outputs[:1] if batched else (1,)), *((1,) if spatial == 1 else ()), *outputs[-1 - spatial :])
-    if x.dtype == BFLOAT16:
-        return _in_pairs(lowering, node, Pieces(x, filters, outputs, window, padded, name), begin, order)
-    minimal = winograd.suits(outputs, tuple(filters.shape), call.groups, window, lowering.target)
-    if minimal and x.strides[3] == 1 and not _becomes_integer(node):
-        return _minimal(lowering, node, x, filters, outputs, window, name, begin, order)
-    choice = configure(outputs, tuple(filters.shape), call.groups, window, lowering.target)
-    columns, inner = choice.tile.vectors * lowering.target.lanes, channels_inner(x)
-    key = f"conv{columns}{'' if inner else 'planar'}"
-    packed = lowering.weight(filters, key, lambda array: pack_filters(array, call.groups, columns, inner))
-    direct = Direct(x, packed, outputs, window, call.groups, padded, choice)
-    return lowering.anchored(
-        node, lambda result, end: convolution(direct, result, end, name, lowering.target), begin, order
-    )
+    scheduled = Scheduled(lowering, x, filters, outputs, window, call.groups, padded, not _becomes_integer(node), name)
+    build = scheduled.build_pairs if x.dtype == BFLOAT16 else scheduled.build
+    return lowering.anchored(node, build, begin, order)
 
 
 def _multiplies_pairs(lowering: Lowering, call: _Call, weight: torch.Tensor) -> bool:
@@ -170,56 +159,112 @@ def _multiplies_pairs(lowering: Lowering, call: _Call, weight: torch.Tensor) -> 
     return lowering.target.pairs and narrow and even and call.groups == 1
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What a direct convolution is made of: x [N, H, W, C], filters [O, C, KH, KW], outputs [N, OH, OW, O]."""
-
-    x: View
-    filters: torch.Tensor
-    outputs: Shape
-    window: Window
-    padded: bool
-    name: str
-
-
-def _in_pairs(
-    lowering: Lowering, node: Node, pieces: Pieces, begin: Callable[[Any], Any], order: tuple[int, ...]
-) -> View:
-    """Directly, in half as many steps: minimal filtering would save no more multiplications than pairs do."""
-    target, (outputs, channels, *taps) = lowering.target, pieces.filters.shape
-    choice = configure(pieces.outputs, (outputs, channels // 2, *taps), 1, pieces.window, target)
-    columns = choice.tile.vectors * target.lanes
-    packed = lowering.weight(pieces.filters, f"convpairs{columns}", lambda array: pack_filter_pairs(array, columns))
-    direct = Direct(pieces.x, packed, pieces.outputs, pieces.window, 1, pieces.padded, choice)
-    return lowering.anchored(
-        node, lambda result, end: convolution(direct, result, end, pieces.name, target), begin, order
-    )
-
-
 def _becomes_integer(node: Node) -> bool:
     """Whether somebody casts the result: sums of integers, which minimal filtering would round off."""
     casts = [user.meta["val"].dtype for user in node.users if user.target is aten._to_copy.default]
     return any(not dtype.is_floating_point for dtype in casts)
 
 
-def _minimal(
-    lowering: Lowering,
-    node: Node,
-    x: View,
-    filters: torch.Tensor,
-    outputs: Shape,
-    window: Window,
-    name: str,
-    begin: Callable[[Any], Any],
-    order: tuple[int, ...],
-) -> View:
-    target = lowering.target
-    choice = winograd.configure(outputs, int(filters.shape[1]), target)
-    columns = choice.tile.vectors * target.lanes
-    key = f"winograd{columns}"
-    weight = lowering.weight(filters, key, lambda array: winograd.transform_filters(array, columns))
-    call = winograd.Winograd(x, weight, outputs, window, choice)
-    return lowering.anchored(node, lambda r, end: winograd.winograd(call, r, end, name, target), begin, order)
+@dataclass(frozen=True)
+class Way:
+    """A rule and what it chose."""
+
+    rule: str
+    configuration: direct.Configuration | winograd.Configuration
+
+
+@dataclass(frozen=True, eq=False)
+class Scheduled:
+    """A convolution of x [N, H, W, C] by constant filters [O, C / groups, KH, KW], directly or by minimal filtering.
+
+    `rounds`: sums may be rounded as minimal filtering does.
+    """
+
+    lowering: Lowering
+    x: View
+    filters: torch.Tensor
+    outputs: Shape
+    window: Window
+    groups: int
+    padded: bool
+    rounds: bool
+    name: str
+
+    def build(self, result: Product, end: Any) -> Code:
+        """The kernel of the way that is best as far as is known."""
+        target, filters = self.lowering.target, tuple(self.filters.shape)
+        shape = (self.outputs, filters, self.groups, self.window)
+        possible = self.rounds and self.x.strides[3] == 1 and winograd.is_possible(*shape, target)
+        minimal = [winograd.RULE] if possible else []
+        default = direct.RULE
+        if possible and winograd.suits(*shape, target):
+            default = winograd.RULE
+
+        def configure(rule: str) -> Way:
+            if rule == winograd.RULE:
+                return Way(rule, winograd.configure(self.outputs, int(filters[1]), target))
+            return Way(rule, direct.configure(*shape, target))
+
+        def candidates() -> Iterator[Way]:
+            yield from map(configure, (direct.RULE, *minimal))
+            plain = direct.worth_timing(*shape, target, direct.channels_inner(self.x))
+            each = [[Way(direct.RULE, choice) for choice in plain]]
+            if possible:
+                ways = winograd.worth_timing(self.outputs, int(filters[1]), target)
+                each.append([Way(winograd.RULE, choice) for choice in ways])
+            yield from (way for ways in zip_longest(*each) for way in ways if way is not None)
+
+        return self.lowering.choose(
+            Choice(
+                Workload.of("convolution", {**self.parameters(possible), **epilogue_parameters(end)}),
+                configure(default),
+                candidates,
+                lambda way: self.write(way, result, end),
+                winograd.TOLERANCE if possible else 0.0,
+            )
+        )
+
+    def build_pairs(self, result: Product, end: Any) -> Code:
+        """Bfloat16 directly, in half as many steps: minimal filtering would save no more products than pairs do."""
+        target, (outputs, channels, *taps) = self.lowering.target, self.filters.shape
+        choice = direct.configure(self.outputs, (outputs, channels // 2, *taps), 1, self.window, target)
+        columns = choice.tile.vectors * target.lanes
+        packed = self.lowering.weight(
+            self.filters, f"convpairs{columns}", lambda array: direct.pack_filter_pairs(array, columns)
+        )
+        plain = direct.Direct(self.x, packed, self.outputs, self.window, 1, self.padded, choice)
+        return direct.convolution(plain, result, end, self.name, target)
+
+    def parameters(self, minimal: bool) -> dict[str, Parameter]:
+        """What the workload has besides its epilogue."""
+        window = self.window
+        batch, height, width, outputs = map(size_parameter, self.outputs)
+        return {
+            **{"batch": batch, "height": height, "width": width, "outputs": outputs},
+            **{"inputs": int(self.x.shape[3]), "groups": self.groups, "dtype": DTYPES[self.filters.dtype]},
+            **{name: "x".join(map(str, getattr(window, name))) for name in ("taps", "strides", "dilations")},
+            **{"padded": self.padded, "channels_inner": direct.channels_inner(self.x), "minimal": minimal},
+        }
+
+    def write(self, way: Way, result: Product, end: Any) -> Code:
+        """The kernel, its filters packed as it wants them."""
+        lowering, choice = self.lowering, way.configuration
+        target = lowering.target
+        columns = choice.tile.vectors * target.lanes
+        if isinstance(choice, winograd.Configuration):
+            packed = lowering.weight(
+                self.filters, f"winograd{columns}", lambda array: winograd.transform_filters(array, columns)
+            )
+            call = winograd.Winograd(self.x, packed, self.outputs, self.window, choice)
+            return winograd.winograd(call, result, end, self.name, target)
+        inner = direct.channels_inner(self.x)
+        packed = lowering.weight(
+            self.filters,
+            f"conv{columns}{'' if inner else 'planar'}",
+            lambda array: direct.pack_filters(array, self.groups, columns, inner),
+        )
+        plain = direct.Direct(self.x, packed, self.outputs, self.window, self.groups, self.padded, choice)
+        return direct.convolution(plain, result, end, self.name, target)
 
 
 def channels_last(lowering: Lowering, argument: Any, spatial: int, narrow: bool = False) -> View:

@@ -13,10 +13,10 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, like, widened
 from graphopt.backends.operators.widening import NARROW, numbers_of, pairs_of
-from graphopt.backends.rules.batched_gemm import batched_gemm
-from graphopt.backends.rules.gemm import configure, gemm, pack_pairs, pack_weight
+from graphopt.backends.rules import batched_gemm
+from graphopt.backends.rules.gemm import Configuration, gemm, offer, pack_pairs, pack_weight
 from graphopt.backends.rules.generic import reduce_generic
-from graphopt.backends.sizes import Size, product, shape_of
+from graphopt.backends.sizes import Size, shape_of
 from graphopt.backends.values import Index, Lazy, Product, View, permuted
 from graphopt.errors import CompileError
 
@@ -97,15 +97,17 @@ def packed_product(
 
     `begin` and `order` as in `anchored`. `a` is float32, or bfloat16 as the weight is, with zeros up to an even K.
     """
+    target = lowering.target
     n, k = weight.shape
-    pairs = a.dtype == BFLOAT16
-    choice = configure(lowering.target, product(a.shape[:-1]), n, int(a.shape[-1]) // 2 if pairs else k)
-    columns = choice.tile.vectors * lowering.target.lanes
-    pack = pack_pairs if pairs else pack_weight
-    b = lowering.weight(weight, f"{'pairs' if pairs else 'gemm'}{columns}", lambda array: pack(array, columns))
+    layout, pack = ("pairs", pack_pairs) if a.dtype == BFLOAT16 else ("gemm", pack_weight)
 
     def build(result: Product, end: Any) -> Code:
-        return gemm(a, b, result, end, f"gemm_{n}x{k}", lowering.target, choice)
+        def write(choice: Configuration) -> Code:
+            columns = choice.tile.vectors * target.lanes
+            b = lowering.weight(weight, f"{layout}{columns}", lambda array: pack(array, columns))
+            return gemm(a, b, result, end, f"gemm_{n}x{k}", target, choice)
+
+        return lowering.choose(offer(target, a, n, DTYPES[weight.dtype], end, write))
 
     return lowering.anchored(node, build, begin, order)
 
@@ -137,11 +139,15 @@ def _matmul_of(
     b = permuted(b, (*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)) if transposed else b
     computed = {computed_in(dtype) for dtype in (a.dtype, b.dtype, DTYPES[node.meta["val"].dtype])}
     if len(a.shape) > 1 and len(b.shape) > 1 and computed == {"float32"}:
-        a = numbers_of(lowering, a)
-        return lowering.anchored(
-            node, lambda result, end: batched_gemm(a, b, result, end, f"matmul_{node.name}", lowering.target), begin
-        )
+        return _batched(lowering, node, numbers_of(lowering, a), b, f"matmul_{node.name}", begin)
     return begin(_generic(lowering, node, a, b))
+
+
+def _batched(lowering: Lowering, node: Node, a: View, b: View, name: str, begin: Callable[[Any], Any] = _bare) -> View:
+    def build(result: Product, end: Any) -> Code:
+        return lowering.choose(batched_gemm.offer(a, b, result, end, name, lowering.target))
+
+    return lowering.anchored(node, build, begin)
 
 
 def _generic(lowering: Lowering, node: Node, a: View, b: View) -> View:
@@ -189,9 +195,7 @@ def _einsum(lowering: Lowering, node: Node) -> Any:
     matrices = _matrices(terms.split(","), views, result)
     if matrices and computed_in(DTYPES[node.meta["val"].dtype]) == "float32":
         a, b = lowering.view(widened(lowering, matrices[0])), matrices[1]
-        return lowering.anchored(
-            node, lambda bare, end: batched_gemm(a, b, bare, end, f"einsum_{node.name}", lowering.target)
-        )
+        return _batched(lowering, node, a, b, f"einsum_{node.name}")
     sizes = {
         c: size
         for term, view in zip(terms.split(","), views, strict=True)

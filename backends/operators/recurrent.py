@@ -16,7 +16,7 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators import activations
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, computed_in, constant, library, like
-from graphopt.backends.rules.gemm import configure, gemm, pack_weight
+from graphopt.backends.rules.gemm import Configuration, gemm, offer, pack_weight
 from graphopt.backends.rules.recurrence import (
     Operands,
     Plan,
@@ -29,13 +29,13 @@ from graphopt.backends.rules.recurrence import (
     recurrence,
 )
 from graphopt.backends.rules.recurrent_cells import Function, Layer
-from graphopt.backends.sizes import product, shape_of
+from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy, Product, View, permuted
 from graphopt.errors import CompileError
 from graphopt.operators.recurrent import Options, read_options
 
 if TYPE_CHECKING:
-    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.kernel import Code, Kernel
     from graphopt.backends.lowering import Lowering
 
 # name -> (x, alpha, beta) -> value
@@ -157,15 +157,18 @@ class _Lowered:
         """In float32, with weights packed as every linear layer has them."""
         layer, plan, target = self.layer, self.plan, self.lowering.target
         n, k = len(layer.reverse) * layer.gates * plan.width, int(w.shape[2])
-        choice = configure(target, product(a.shape[:-1]), n, k)
-        columns = choice.tile.vectors * target.lanes
-
-        def pack(array: np.ndarray) -> np.ndarray:
-            return pack_weight(in_panels(array, layer.gates, plan).reshape(n, k), columns)
-
         result = Product((*a.shape[:-1], n), "float32")
         end: Any = result if biases is None else _plus(result, biases)
-        code = gemm(a, self.weight(w, f"w{columns}", pack), result, end, f"gemm_{n}x{k}", target, choice)
+
+        def write(choice: Configuration) -> Code:
+            columns = choice.tile.vectors * target.lanes
+
+            def pack(array: np.ndarray) -> np.ndarray:
+                return pack_weight(in_panels(array, layer.gates, plan).reshape(n, k), columns)
+
+            return gemm(a, self.weight(w, f"w{columns}", pack), result, end, f"gemm_{n}x{k}", target, choice)
+
+        code = self.lowering.choose(offer(target, a, n, DTYPES[w.dtype], end, write))
         own = self.steps * self.batch * len(layer.reverse) * layer.gates * layer.hidden  # without what fills panels
         (stored,) = self.lowering.call(replace(code, flops=own * (2 * k + (biases is not None))))
         return stored

@@ -5,7 +5,7 @@ All numbers are float32; where queries, keys and values are bfloat16 both produc
 A task is one group of heads that share keys (and, where there are few, a part of their rows). Keys come in blocks that
 stay in the L2 cache: transposed by shuffles into panels of 2 vectors and read by all rows of all heads of the group.
 A tile of 8 query rows x 2 vectors is 16 accumulators: 2 loads, 8 broadcasts and 16 multiply-adds a step, in both
-products. Its scores, 8 x 256 at most, stay in L1. The exponential has base 2, its factor is folded into the scale: 13
+products. Its scores, 8 x 256, stay in L1. The exponential has base 2, its factor is folded into the scale: 13
 instructions a vector. With more than one block the largest score and the sum of weights are carried from block to block
 (Milakov and Gimelshein, 2018; Dao et al., 2022) and the unfinished rows lie in the output. What follows element by
 element is computed on each tile of finished rows. One query row alone is left to the rule for single rows, which reads
@@ -29,7 +29,8 @@ from graphopt.backends import approximations
 from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import count_operations, operations
-from graphopt.backends.rules.attention_copies import TILE_VECTORS, Memory, Operands, ceiling
+from graphopt.backends.rules.attention_choice import RULE, Configuration, is_one_block
+from graphopt.backends.rules.attention_copies import Memory, Operands, ceiling
 from graphopt.backends.rules.attention_epilogue import Epilogue
 from graphopt.backends.rules.attention_operands import MASKED, Masks
 from graphopt.backends.rules.attention_pairs import add_products, rounded_words, word_at
@@ -39,9 +40,7 @@ from graphopt.backends.sizes import Size, least
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
 
-RULE = "fused-attention"
 f32 = approximations.f32
-_BLOCK = 256  # keys of one block
 _LEAST_ROWS = 64  # of a task, where heads are too few: below, copying the keys again costs more than it brings
 _STEPS = 4  # keys of the second product written out
 _LOG2_E = 1 / math.log(2)
@@ -57,6 +56,7 @@ def attention(
     result: Product,
     end: Any,
     target: Target,
+    choice: Configuration,
 ) -> Code:
     """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E]; mask broadcasts to [B, H, S, T].
 
@@ -77,9 +77,9 @@ def attention(
                 with T.Then():
                     write_single_rows(kernel, q, k, v, masks, scale, epilogue)
                 with T.Else():
-                    _Attention(kernel, q, k, v, masks, scale, epilogue).write()
+                    _Attention(kernel, q, k, v, masks, scale, epilogue, choice).write()
         else:
-            _Attention(kernel, q, k, v, masks, scale, epilogue).write()
+            _Attention(kernel, q, k, v, masks, scale, epilogue, choice).write()
 
     reads = [q, k, v, *([] if mask is None else [mask]), end]
     # Both products, then scaling, mask, largest score, distance to it, exponential and sum.
@@ -92,20 +92,15 @@ def attention(
         [(end.shape, end.dtype)],
         body,
         configuration={
-            "rows": 1 if rows == 1 else _tile_rows(target),
-            "columns": TILE_VECTORS * target.lanes,
-            "block": _BLOCK,
+            "rows": 1 if rows == 1 else choice.rows,
+            "columns": choice.vectors * target.lanes,
+            "block": choice.block,
             "lanes": target.lanes,
             **({"products": "pairs of bfloat16"} if q.dtype == BFLOAT16 else {}),
             "mask": "causal" if causal else "none" if mask is None else "given",
         },
         flops=batch * heads * _pairs(rows, k.shape[2], causal) * each + operations([end], target),
     )
-
-
-def is_one_block(k: View) -> bool:
-    """Whether the keys [B, G, T, D] are known to be one block, so that no unfinished row is kept in the output."""
-    return isinstance(k.shape[2], int) and k.shape[2] <= _BLOCK
 
 
 def _exponential(_: Kernel) -> Any:
@@ -120,10 +115,6 @@ def _pairs(rows: Size, columns: Size, causal: bool) -> Size:
     triangle = square * (square + 1)
     half = triangle // 2 if isinstance(triangle, int) else FloorDiv(triangle, 2)
     return half if rows == columns else half + (rows - square) * columns
-
-
-def _tile_rows(target: Target) -> int:
-    return 8 if target.lanes == 16 else 6
 
 
 @dataclass(frozen=True)
@@ -151,17 +142,25 @@ class _Numbers:
 
 class _Attention(Operands):
     def __init__(
-        self, kernel: Kernel, q: View, k: View, v: View, masks: Masks, scale: float, epilogue: Epilogue
+        self,
+        kernel: Kernel,
+        q: View,
+        k: View,
+        v: View,
+        masks: Masks,
+        scale: float,
+        epilogue: Epilogue,
+        choice: Configuration,
     ) -> None:
-        super().__init__(kernel, q, k, v)
+        super().__init__(kernel, q, k, v, choice.vectors)
         self.masks, self.scale = masks, scale
         self.epilogue, self.output = epilogue, epilogue.output
-        self.tile_rows = _tile_rows(kernel.target)
+        self.tile_rows, self.block = choice.rows, choice.block
         self.folded = 1 << (self.tile_rows - 1).bit_length()  # lanes of a vector with one number a row
         self.batch, self.rows = kernel.size(q.shape[0]), kernel.size(q.shape[2])
-        self.one_block = is_one_block(k)
+        self.one_block = is_one_block(k, choice)
         self.raw = masks.given is None and scale > 0  # scores are kept as they are and scaled in the exponent
-        self.padded = -(-k.shape[2] // self.tile_columns) * self.tile_columns if self.one_block else _BLOCK
+        self.padded = -(-k.shape[2] // self.tile_columns) * self.tile_columns if self.one_block else self.block
 
     # Shares -----------------------------------------------------------------------------------------------------------
     def write(self) -> None:
@@ -194,9 +193,10 @@ class _Attention(Operands):
         columns = self.columns
         if self.masks.causal:  # keys that any row of the task attends to
             columns = tirx.min(columns, (first_tile + tiles) * self.tile_rows)
-        with kernel.serial(int64(1) if self.one_block else ceiling(columns, _BLOCK)) as number:
-            start = int64(0) if self.one_block else number * _BLOCK
-            count = self.columns if self.one_block else settled(kernel, tirx.min(self.columns - start, int64(_BLOCK)))
+        with kernel.serial(int64(1) if self.one_block else ceiling(columns, self.block)) as number:
+            start = int64(0) if self.one_block else number * self.block
+            left = tirx.min(self.columns - start, int64(self.block))
+            count = self.columns if self.one_block else settled(kernel, left)
             self.copy_keys(memory, batch, group, start, count)
             if memory.values is not None:
                 self.copy_values(memory, batch, group, start, count)
@@ -238,8 +238,8 @@ class _Attention(Operands):
         full = tirx.truncdiv(free, int64(self.tile_columns))
         full = settled(kernel, full)
         with kernel.serial(full) as panel:
-            self.write_scores(rows, tops, panel, int64(0), TILE_VECTORS)
-        done = full * TILE_VECTORS
+            self.write_scores(rows, tops, panel, int64(0), self.vectors)
+        done = full * self.vectors
         with kernel.serial(tirx.max(int64(0), ceiling(limit, self.lanes) - done)) as rest:
             panel, column = self.place(done + rest)
             self.write_scores(rows, tops, panel, column, 1)
@@ -248,8 +248,8 @@ class _Attention(Operands):
         fill_tile(kernel, tops, self.tile_rows, 1, 0.0)
         self.write_weights(rows, numbers, tops, limit)
         self.write_scale(rows, tops, numbers)
-        for begin in range(0, self.value_vectors, TILE_VECTORS):
-            self.write_context(rows, numbers, limit, begin, min(TILE_VECTORS, self.value_vectors - begin))
+        for begin in range(0, self.value_vectors, self.vectors):
+            self.write_context(rows, numbers, limit, begin, min(self.vectors, self.value_vectors - begin))
         if not self.epilogue.bare:
             own = tirx.min(int64(self.tile_rows), self.rows - rows.first)
             with _only_if(self.finished(rows)):
@@ -375,7 +375,7 @@ class _Attention(Operands):
         if self.one_block:
             return None
         reach = tirx.min(self.columns, rows.first + self.tile_rows) if self.masks.causal else self.columns
-        return rows.start + _BLOCK >= reach
+        return rows.start + self.block >= reach
 
     def write_context(self, rows: _Rows, numbers: _Numbers, limit: Any, begin: int, width: int) -> None:
         kernel, lanes, scores = self.kernel, self.lanes, rows.memory.scores

@@ -17,7 +17,6 @@ from graphopt.backends.rules.attention_pairs import as_number, halves_of, interl
 from graphopt.backends.rules.lanes import settled, span, transposed
 from graphopt.backends.values import View
 
-TILE_VECTORS = 2  # vectors of keys, and of values, beside each other in a tile
 f32 = approximations.f32
 
 
@@ -37,17 +36,20 @@ class Memory:
 
 
 class Operands:
-    """q [B, H, S, D], k [B, G, T, D] and v [B, G, T, E], and copies of the last two."""
+    """q [B, H, S, D], k [B, G, T, D] and v [B, G, T, E], and copies of the last two.
 
-    def __init__(self, kernel: Kernel, q: View, k: View, v: View) -> None:
-        self.kernel, self.lanes = kernel, kernel.target.lanes
+    So many `vectors` of keys, and of values, lie beside each other in a tile.
+    """
+
+    def __init__(self, kernel: Kernel, q: View, k: View, v: View, vectors: int) -> None:
+        self.kernel, self.lanes, self.vectors = kernel, kernel.target.lanes, vectors
         self.pairs = q.dtype == BFLOAT16
         strides = halves_of if self.pairs else strides_of
         self.q, self.k, self.v = (strides(kernel, view) for view in (q, k, v))
         self.each = 2 if self.pairs else 1  # numbers that are multiplied at once
         self.depth, self.value_depth = int(q.shape[3]) // self.each, int(v.shape[3])
         self.heads, self.groups = int(q.shape[1]), int(k.shape[1])
-        self.columns, self.tile_columns = kernel.size(k.shape[2]), TILE_VECTORS * self.lanes
+        self.columns, self.tile_columns = kernel.size(k.shape[2]), vectors * self.lanes
         self.value_vectors = -(-self.value_depth // self.lanes)
         self.values_in_place = self.value_depth % self.lanes == 0 and not self.pairs
 
@@ -76,7 +78,7 @@ class Operands:
 
     def place(self, vector: Any) -> tuple[Any, Any]:
         """Panel and column of a vector of keys."""
-        beside = int64(TILE_VECTORS)
+        beside = int64(self.vectors)
         return tirx.truncdiv(vector, beside), tirx.truncmod(vector, beside) * self.lanes
 
     def copy_values(self, memory: Memory, batch: Any, group: Any, first: Any, count: Any) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.choice import UNUSUAL, Choice, epilogue_parameters, size_parameter
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.lanes import span, transposed
-from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile
+from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile, tile_cost, tiles
 from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
+from graphopt.backends.tuner.record import Workload
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "batched-gemm"
@@ -42,21 +44,59 @@ def configure(target: Target, batch: Size, rows: Size, columns: Size, depth: Siz
     return Configuration(tile, 1 if tasks >= target.threads else target.threads)
 
 
-def batched_gemm(
-    a: View, b: View, result: Product, end: Any, name: str, target: Target, choice: Configuration | None = None
-) -> Code:
+def worth_timing(target: Target, batch: Size, rows: Size, columns: Size, depth: Size) -> list[Configuration]:
+    """Every tile, with rows shared out or not, the least expected time first."""
+    usual = configure(target, batch, rows, columns, depth).row_shares
+    many = rows if isinstance(rows, int) else _MANY_COLUMNS
+    wide = columns if isinstance(columns, int) else _MANY_COLUMNS
+    k = depth if isinstance(depth, int) else 256
+    costs = {
+        Configuration(tile, shares): tile_cost(target, tile, many, wide, k) * (1 if shares == usual else UNUSUAL)
+        for tile in tiles(target)
+        for shares in dict.fromkeys((1, target.threads))
+    }
+    return sorted(costs, key=lambda choice: costs[choice])
+
+
+def offer(a: View, b: View, result: Product, end: Any, name: str, target: Target) -> Choice[Configuration]:
+    """What may be chosen for the kernel that `batched_gemm` writes."""
+    merged, other, shape = _merged(a, b, result)
+    sizes = (product(shape[:-2]), shape[-2], shape[-1], merged.shape[-1])
+    parameters = {
+        **dict(zip(("batch", "rows", "n", "k"), map(size_parameter, sizes), strict=True)),
+        "dtype": a.dtype if a.dtype == b.dtype else f"{a.dtype} {b.dtype}",
+        "a_beside": _beside(merged, "rows", "depth"),
+        "b_beside": _beside(other, "depth", "columns"),
+    }
+    return Choice(
+        Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
+        configure(target, *sizes),
+        lambda: worth_timing(target, *sizes),
+        lambda choice: batched_gemm(a, b, result, end, name, target, choice),
+    )
+
+
+def _beside(view: View, down: str, across: str) -> str:
+    """Along which axis of a matrix elements lie beside each other."""
+    return across if view.strides[-1] == 1 else down if view.strides[-2] == 1 else "neither"
+
+
+def _merged(a: View, b: View, result: Product) -> tuple[View, View, Shape]:
+    """The operands and the shape of the product; a right side without a batch makes it one matrix."""
+    if product(b.shape[:-2]) != 1 or not a.contiguous:
+        return a, b, result.shape
+    a = View(a.storage, (product(a.shape[:-1]), a.shape[-1]), (a.shape[-1], 1))
+    b = View(b.storage, b.shape[-2:], b.strides[-2:], b.offset)
+    return a, b, (*a.shape[:-1], b.shape[-1])
+
+
+def batched_gemm(a: View, b: View, result: Product, end: Any, name: str, target: Target, choice: Configuration) -> Code:
     """C[..., m, n] = sum over k of A[..., m, k] B[..., k, n], then the element-wise tree `end` over `result`.
 
     float32; leading axes broadcast to those of the result.
     """
-    if product(b.shape[:-2]) == 1 and a.contiguous:
-        a = View(a.storage, (product(a.shape[:-1]), a.shape[-1]), (a.shape[-1], 1))
-        b = View(b.storage, b.shape[-2:], b.strides[-2:], b.offset)
-        shape: Shape = (*a.shape[:-1], b.shape[-1])
-    else:
-        shape = result.shape
-    rows, columns, depth = shape[-2], shape[-1], a.shape[-1]
-    choice = choice or configure(target, product(shape[:-2]), rows, columns, depth)
+    a, b, shape = _merged(a, b, result)
+    depth = a.shape[-1]
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         _Batched(kernel, a, b, shape, choice).write(result, end, outputs[0])

@@ -10,6 +10,7 @@ cache's share are taken a row of taps at a time, with partial sums in scratch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,12 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.bfloat16 import BFLOAT16
+from graphopt.backends.choice import UNUSUAL
 from graphopt.backends.instructions import as_pair
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.pointwise import for_columns
-from graphopt.backends.rules.register_tile import PairTile, RegisterTile, Tile, choose_tile
+from graphopt.backends.rules.register_tile import PairTile, RegisterTile, Tile, choose_tile, tile_cost, tiles
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
@@ -31,6 +33,7 @@ from graphopt.backends.values import Product, View, fused_name
 
 RULE = "direct-convolution"
 _BLOCK_PIXELS = 200  # output pixels that all panels pass over before the next ones
+_SYMBOLIC_ROWS = 4  # rows of a block where their length is known at run time
 _PANEL_BYTES = 512 << 10  # half of a common L2 cache: a deeper panel is taken a row of taps at a time
 
 
@@ -82,12 +85,10 @@ def configure(shape: Shape, filters: Shape, groups: int, window: Window, target:
     depth = int(product(filters[1:]))
     if not isinstance(height, int) or not isinstance(width, int):
         tile = choose_tile(target, _BLOCK_PIXELS, int(outputs) // groups)
-        return Configuration(tile, 4, target.threads, 1, False)
+        return Configuration(tile, _SYMBOLIC_ROWS, target.threads, 1, False)
     best: tuple[float, Configuration] | None = None
     for row_groups, panel_groups in _shares(target.threads):
-        blocks = max(row_groups, round(height * width / _BLOCK_PIXELS))
-        blocks = -(-blocks // row_groups) * row_groups
-        rows = max(1, -(-height // blocks))
+        rows = _block_rows(height, width, row_groups, 1)
         tile = choose_tile(target, rows * width, int(outputs) // groups)
         columns = tile.vectors * target.lanes
         blocks, tiles = -(-height // rows), -(-rows * width // tile.rows)
@@ -99,6 +100,41 @@ def configure(shape: Shape, filters: Shape, groups: int, window: Window, target:
             best = work, Configuration(tile, rows, row_groups, panel_groups, chunked)
     assert best
     return best[1]
+
+
+def worth_timing(
+    shape: Shape, filters: Shape, groups: int, window: Window, target: Target, inner: bool
+) -> list[Configuration]:
+    """Every tile with blocks of three sizes and every way to share, the least expected time first.
+
+    Where channels are inner, taps run outside of them, so that taking a row of them at a time changes no sum.
+    """
+    _, height, width, outputs = shape
+    depth, each = int(product(filters[1:])), int(outputs) // groups
+    costs: dict[Configuration, float] = {}
+    for scale, (row_groups, panel_groups) in itertools.product((1, 0.5, 2), _shares(target.threads)):
+        rows = _block_rows(height, width, row_groups, scale)
+        for tile in tiles(target):
+            columns = tile.vectors * target.lanes
+            own_panels = -(-groups * -(-each // columns) // panel_groups)
+            own_blocks, pixels = 1, _BLOCK_PIXELS
+            if isinstance(height, int) and isinstance(width, int):
+                blocks = -(-height // rows)
+                own_blocks, pixels = -(-blocks // row_groups), rows * width
+            cost = own_blocks * own_panels * tile_cost(target, tile, pixels, columns, depth)
+            deep = depth * columns * 4 > _PANEL_BYTES
+            for chunked in (False, True) if window.taps[0] > 1 and inner else (False,):
+                doubt = (UNUSUAL if scale != 1 else 1) * (UNUSUAL if chunked != deep else 1)
+                costs.setdefault(Configuration(tile, rows, row_groups, panel_groups, chunked), doubt * cost)
+    return sorted(costs, key=lambda choice: costs[choice])
+
+
+def _block_rows(height: Size, width: Size, row_groups: int, scale: float) -> int:
+    """Rows of output of a block, in whole blocks for each share."""
+    if not isinstance(height, int) or not isinstance(width, int):
+        return max(1, int(_SYMBOLIC_ROWS * scale))
+    blocks = max(row_groups, round(height * width / (_BLOCK_PIXELS * scale)))
+    return max(1, -(-height // (-(-blocks // row_groups) * row_groups)))
 
 
 def _shares(threads: int) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ whatever gives the more even shares. Sums always run over k from first to last, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -29,12 +29,14 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.bfloat16 import BFLOAT16
+from graphopt.backends.choice import UNUSUAL, Choice, epilogue_parameters, size_parameter
 from graphopt.backends.instructions import as_pair
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.register_tile import PairTile, RegisterTile, Tile, tile_cost, tiles
 from graphopt.backends.sizes import Size, least, product
 from graphopt.backends.target import Target
+from graphopt.backends.tuner.record import Workload
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "packed-gemm"
@@ -66,17 +68,50 @@ class Configuration:
 @cache
 def configure(target: Target, rows: Size, n: int, k: int) -> Configuration:
     """The default for rows x K times K x N: the tile and shares with the least time of the longest share."""
-    return min(candidates(target, rows, n, k), key=lambda choice: _cost(target, choice, rows, n, k))
+    shares = _shares(target, rows, n, k)
+    return min(candidates(target, rows, n, k, shares), key=lambda choice: _cost(target, choice, rows, n, k))
 
 
-def candidates(target: Target, rows: Size, n: int, k: int) -> Iterator[Configuration]:
-    """Everything worth timing for this product."""
+def candidates(
+    target: Target, rows: Size, n: int, k: int, shares: Sequence[tuple[int, int]], scale: float = 1
+) -> Iterator[Configuration]:
+    """Every tile with each of the shares; blocks and parts of panels are `scale` times what the caches suggest."""
     for tile in tiles(target):
-        depth = _part(k, max(1, _PANEL_BYTES // (4 * tile.vectors * target.lanes)), tile.steps)
-        for row_shares, panel_shares in _shares(target, rows, n, k):
+        depth = _part(k, max(1, int(scale * _PANEL_BYTES) // (4 * tile.vectors * target.lanes)), tile.steps)
+        for row_shares, panel_shares in shares:
             share = -(-rows // row_shares) if isinstance(rows, int) else _MOST_BLOCK_ROWS
-            most = min(_MOST_BLOCK_ROWS, max(_ROWS_KEPT_FROM, _BLOCK_BYTES // (4 * k)))
+            most = int(scale * min(_MOST_BLOCK_ROWS, max(_ROWS_KEPT_FROM, _BLOCK_BYTES // (4 * k))))
             yield Configuration(tile, _part(share, most, tile.rows), depth, row_shares, panel_shares)
+
+
+def worth_timing(target: Target, rows: Size, n: int, k: int) -> list[Configuration]:
+    """Candidates with blocks and parts of panels of three sizes, the least expected time first."""
+    serial = [(1, 1)] if isinstance(rows, int) else []
+    shares = list(dict.fromkeys([*_shares(target, rows, n, k), *_every_share(target, rows), *serial]))
+    costs: dict[Configuration, float] = {}
+    for scale, doubt in ((1, 1.0), (0.5, UNUSUAL), (2, UNUSUAL)):
+        for choice in candidates(target, rows, n, k, shares, scale):
+            costs.setdefault(choice, doubt * _cost(target, choice, rows, n, k))
+    return sorted(costs, key=lambda choice: costs[choice])
+
+
+def offer(
+    target: Target, a: View, n: int, dtype: str, end: Any, write: Callable[[Configuration], Code]
+) -> Choice[Configuration]:
+    """What may be chosen for a [..., K] times a weight [N, K] of this dtype, followed by the tree `end`.
+
+    bfloat16 numbers are multiplied in pairs, half as many steps of k.
+    """
+    rows, pairs = product(a.shape[:-1]), a.dtype == BFLOAT16
+    k = int(a.shape[-1]) // 2 if pairs else int(a.shape[-1])
+    parameters = {"rows": size_parameter(rows), "n": n, "k": k, "dtype": dtype, "contiguous": a.contiguous}
+    parameters |= {"pairs": True} if pairs else {}
+    return Choice(
+        Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
+        configure(target, rows, n, k),
+        lambda: worth_timing(target, rows, n, k),
+        write,
+    )
 
 
 def _part(whole: int, most: int, unit: int) -> int:
@@ -94,6 +129,13 @@ def _shares(target: Target, rows: Size, n: int, k: int) -> list[tuple[int, int]]
         return [(1, 1)]
     if _is_streamed(n, k) or rows < _ROWS_KEPT_FROM:
         return [(1, threads)]
+    return _every_share(target, rows)
+
+
+def _every_share(target: Target, rows: Size) -> list[tuple[int, int]]:
+    threads = target.threads
+    if not isinstance(rows, int):
+        return [(threads, threads), (1, threads)]
     return [(threads // panels, panels) for panels in range(1, threads + 1) if threads % panels == 0]
 
 

@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Code, Configuration, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.windows import Step, Window, Windows, channel_shares, tile_pixels, vector_width
+from graphopt.backends.rules.windows import Step, Window, Windows, configure, vector_width
 from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
@@ -31,15 +31,16 @@ def pool(x: View, result: Product, end: Any, window: Window, combine: str, name:
 
     `x` [N, spatial axes, C] or [spatial axes, C] with channel stride 1, of floats; `result` has the same axes.
     """
+    choice = configure(result.shape, window, target)
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        windows = Windows(kernel, x, window, result, end, outputs[0])
+        windows = Windows(kernel, x, window, result, end, outputs[0], choice=choice)
         windows.write(_START[combine], lambda step: _STEPS[combine](kernel, step))
 
     configuration = {
-        "pixels": tile_pixels(result.shape[-2], target),
+        "pixels": choice.pixels,
         "lanes": vector_width(result.shape[-1], target),
-        "channel_shares": channel_shares(result.shape, len(result.shape) - len(window.taps) - 1, target),
+        "channel_shares": choice.channel_shares,
     }
     flops = product(window.taps) * product(result.shape)
     return _kernel(name, x, result, end, target, body, configuration, flops)

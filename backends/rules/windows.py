@@ -16,6 +16,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.choice import UNUSUAL
 from graphopt.backends.kernel import Kernel, Output, int64
 from graphopt.backends.rules.active_blocks import Gates
 from graphopt.backends.sizes import Shape, Size, product
@@ -23,6 +24,8 @@ from graphopt.backends.target import Target
 from graphopt.backends.values import Index, Product, View
 
 _MOST_RUNS = 6  # kinds of tiles in one row that get code of their own
+_MANY_PIXELS = 56  # stands for a number of them known at run time
+_TILE = 6  # what beginning and ending a tile costs, in multiply-adds of a vector
 _ROWS_SHARED_FROM = 8  # rows a thread from which unequal shares of rows cost less than sharing out channels
 
 
@@ -65,6 +68,37 @@ class _Run:
     taps: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """What may be chosen: pixels of a tile, and shares of the channels between threads; results do not depend on it."""
+
+    pixels: int
+    channel_shares: int
+
+
+def configure(shape: Shape, window: Window, target: Target) -> Configuration:
+    """The default for a result of this shape."""
+    lead = len(shape) - len(window.taps) - 1
+    return Configuration(tile_pixels(shape[-2], target), channel_shares(shape, lead, target))
+
+
+def worth_timing(shape: Shape, window: Window, target: Target) -> list[Configuration]:
+    """Tiles of all sizes that fit the registers, channels shared out or not, the least expected time first."""
+    usual = configure(shape, window, target)
+    outputs, width = shape[-2], vector_width(shape[-1], target)
+    most = target.registers - 6 if not isinstance(outputs, int) else min(outputs, target.registers - 6)
+    vectors = -(-shape[-1] // width) if isinstance(shape[-1], int) else 1
+    costs: dict[Configuration, float] = {}
+    for pixels in range(1, most + 1):
+        loads = window.covers(pixels - 1, window.taps[-1] - 1) + 1 + window.taps[-1]
+        tiles = -(-outputs // pixels) if isinstance(outputs, int) else _MANY_PIXELS / pixels
+        time = tiles * (max(pixels * window.taps[-1], loads) + _TILE)
+        for shares in sorted({1, min(target.threads, vectors), min(2 * target.threads, vectors)}):
+            doubt = 1 if shares == usual.channel_shares else UNUSUAL
+            costs[Configuration(pixels, shares)] = time * doubt
+    return sorted(costs, key=lambda choice: costs[choice])
+
+
 def tile_pixels(outputs: Size, target: Target) -> int:
     """Pixels of one tile: as many as registers allow, and such that few are computed twice at the end of a row."""
     most = 16 if target.lanes == 16 else 8
@@ -100,8 +134,10 @@ class Windows:
         end: Any,
         output: Output,
         gates: Gates | None = None,
+        choice: Configuration | None = None,
     ) -> None:
         self.gates = gates
+        self.choice = choice or configure(result.shape, window, kernel.target)
         self.kernel, self.window, self.result, self.end, self.output = kernel, window, result, end, output
         self.x, self.data = x, kernel.flat(x.storage)
         self.lead = len(result.shape) - len(window.taps) - 1  # axes before the spatial ones
@@ -109,13 +145,13 @@ class Windows:
         self.channels = kernel.size(result.shape[-1])
         self.width = vector_width(result.shape[-1], kernel.target)
         self.outputs = result.shape[-2]
-        self.pixels = tile_pixels(self.outputs, kernel.target)
+        self.pixels = self.choice.pixels
 
     def write(self, start: float, combine: Callable[[Step], None]) -> None:
         kernel = self.kernel
         self.start, self.combine = start, combine
         vectors = tirx.truncdiv(self.channels + (self.width - 1), int64(self.width))
-        shares = channel_shares(self.result.shape, self.lead, kernel.target)
+        shares = self.choice.channel_shares
         each = tirx.truncdiv(vectors + (shares - 1), int64(shares))
         rows = kernel.size(product(self.result.shape[:-2]))
         with kernel.parallel(shares * rows) as task:

@@ -10,6 +10,7 @@ run on vectors of channels: 144 and 130 operations on vectors a tile, for 36 C O
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.choice import UNUSUAL
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile
+from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile, tile_cost, tiles
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.sizes import Shape, product
 from graphopt.backends.target import Target
@@ -34,7 +36,8 @@ _NEAR, _FAR = 0.75, 1.5  # products are taken at 0, +-_NEAR, +-_FAR and infinity
 _CACHED_BYTES = 4 << 20  # of all weights, beyond which each use reads them from the last cache or memory
 _READ = 8  # multiply-adds that take as long as reading one such weight
 _BLOCK_BYTES = 512 << 10  # transformed inputs and sums of a block: half of a common L2 cache
-_WEIGHT_BYTES = 12 << 20  # transformed filters beyond this are read more slowly than direct products run
+_WEIGHT_BYTES = 12 << 20  # transformed filters beyond this, four times the others, are read too slowly
+TOLERANCE = 3e-5  # of the largest output: how far results may be from those of direct products
 _LEAST_CHANNELS = 32  # of inputs and outputs: with fewer the transforms cost more than they save
 
 
@@ -48,18 +51,22 @@ class Configuration:
     panel_groups: int
 
 
-def suits(outputs: Shape, filters: Shape, groups: int, window: Window, target: Target) -> bool:
-    """Whether it is expected to be faster than the direct product: fixed sizes, enough channels, full tiles."""
+def is_possible(outputs: Shape, filters: Shape, groups: int, window: Window, target: Target) -> bool:
+    """Whether the rule takes this convolution: fixed sizes, whole vectors of channels, filters that stay small."""
     _, height, width, count = outputs
     if not isinstance(height, int) or not isinstance(width, int) or groups != 1:
         return False
     plain = window.taps == (3, 3) and window.strides == window.dilations == (1, 1)
     channels = int(filters[1])
-    if not plain or min(channels, int(count)) < _LEAST_CHANNELS or channels % target.lanes:
+    return plain and channels % target.lanes == 0 and POINTS * channels * int(count) * 4 <= _WEIGHT_BYTES
+
+
+def suits(outputs: Shape, filters: Shape, groups: int, window: Window, target: Target) -> bool:
+    """Whether it is expected to be faster than the direct product: enough channels, full tiles."""
+    _, height, width, count = outputs
+    if not is_possible(outputs, filters, groups, window, target) or min(int(filters[1]), int(count)) < _LEAST_CHANNELS:
         return False
-    computed = -(-height // OUT) * -(-width // OUT) * POINTS
-    weight_bytes = POINTS * channels * int(count) * 4
-    return computed * 2 <= height * width * 9 and weight_bytes <= _WEIGHT_BYTES
+    return _tiles_of_image(outputs) * POINTS * 2 <= int(height) * int(width) * 9
 
 
 def transform_filters(filters: np.ndarray, columns: int) -> np.ndarray:
@@ -84,30 +91,65 @@ def configure(outputs: Shape, channels: int, target: Target) -> Configuration:
 
     Where few pixels read many weights, reading them is most of the work, and shares of panels read each once.
     """
-    _, height, width, count = outputs
-    tiles = -(-int(height) // OUT) * -(-int(width) // OUT)
     best: tuple[float, Configuration] | None = None
-    for panel_groups in range(1, target.threads + 1):
-        if target.threads % panel_groups:
-            continue
-        tile_groups = target.threads // panel_groups
-        own = -(-tiles // tile_groups)
-        fitting = max(8, _BLOCK_BYTES // (POINTS * 4 * (channels + 64)))
-        blocks = -(-own // fitting)
-        block = -(-own // blocks)
-        tile = choose_tile(target, block, int(count), channels)
-        columns = tile.vectors * target.lanes
-        panels = -(-int(count) // columns)
-        own_panels = -(-panels // panel_groups)
+    for tile_groups, panel_groups in _shares(target):
+        block = _block_tiles(outputs, channels, tile_groups, 1)
+        tile = choose_tile(target, block, int(outputs[3]), channels)
+        choice = Configuration(tile, block, tile_groups, panel_groups)
+        blocks, own_panels, columns = _own(outputs, choice, target)
         products = blocks * -(-block // tile.rows) * tile.rows * own_panels * columns * channels * POINTS
-        transforms = blocks * block * (channels * 250 + own_panels * columns * 200)
         weights = own_panels * columns * channels * POINTS
         read = blocks * weights if 4 * weights * panel_groups > _CACHED_BYTES else 0
-        work = products + 2 * transforms + _READ * read
+        work = products + 2 * _transforms(outputs, channels, choice, target) + _READ * read
         if best is None or work < best[0]:
-            best = work, Configuration(tile, block, tile_groups, panel_groups)
+            best = work, choice
     assert best
     return best[1]
+
+
+def worth_timing(outputs: Shape, channels: int, target: Target) -> list[Configuration]:
+    """Every tile with blocks of three sizes and every way to share, the least expected time first."""
+    costs: dict[Configuration, float] = {}
+    for scale, (tile_groups, panel_groups) in itertools.product((1, 0.5, 2), _shares(target)):
+        block = _block_tiles(outputs, channels, tile_groups, scale)
+        for tile in tiles(target):
+            choice = Configuration(tile, block, tile_groups, panel_groups)
+            blocks, own_panels, columns = _own(outputs, choice, target)
+            products = POINTS * blocks * tile_cost(target, tile, block, own_panels * columns, channels)
+            cost = products + _transforms(outputs, channels, choice, target) / target.lanes
+            costs.setdefault(choice, cost * (UNUSUAL if scale != 1 else 1))
+    return sorted(costs, key=lambda choice: costs[choice])
+
+
+def _shares(target: Target) -> list[tuple[int, int]]:
+    """(groups of tiles, groups of panels) of the threads."""
+    threads = target.threads
+    return [(threads // panels, panels) for panels in range(1, threads + 1) if threads % panels == 0]
+
+
+def _tiles_of_image(outputs: Shape) -> int:
+    _, height, width, _ = outputs
+    return -(-int(height) // OUT) * -(-int(width) // OUT)
+
+
+def _block_tiles(outputs: Shape, channels: int, tile_groups: int, scale: float) -> int:
+    """Tiles of a block: equal parts of a share, with values that fill `scale` times the cache's part for them."""
+    own = -(-_tiles_of_image(outputs) // tile_groups)
+    fitting = max(8, int(scale * _BLOCK_BYTES) // (POINTS * 4 * (channels + 64)))
+    return -(-own // -(-own // fitting))
+
+
+def _own(outputs: Shape, choice: Configuration, target: Target) -> tuple[int, int, int]:
+    """Of one thread: blocks and panels, and the columns of a panel."""
+    columns = choice.tile.vectors * target.lanes
+    own, panels = -(-_tiles_of_image(outputs) // choice.tile_groups), -(-int(outputs[3]) // columns)
+    return -(-own // choice.block_tiles), -(-panels // choice.panel_groups), columns
+
+
+def _transforms(outputs: Shape, channels: int, choice: Configuration, target: Target) -> float:
+    """Multiply-adds' worth of transforming inputs and sums."""
+    blocks, own_panels, columns = _own(outputs, choice, target)
+    return blocks * choice.block_tiles * (channels * 250 + own_panels * columns * 200)
 
 
 @dataclass(frozen=True)

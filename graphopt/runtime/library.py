@@ -46,6 +46,14 @@ def ffi() -> Any:
 
 def open_library(name: str, data: bytes, sha256: str) -> Any:
     """The VM module inside a library of that hash; opened once a process, because opening it again would copy it."""
+    module = open_kernels(name, data, sha256)
+    if not module.implements_function("vm_load_executable"):
+        raise ArtifactError(f"library {name} holds no compiled model; compile the artifact again")
+    return module
+
+
+def open_kernels(name: str, data: bytes, sha256: str) -> Any:
+    """The same of a library that may hold functions alone."""
     with _lock:
         if sha256 not in _libraries:
             _libraries[sha256] = _open(name, data)
@@ -67,8 +75,6 @@ def _open(name: str, data: bytes) -> Any:
         raise ArtifactError(f"library {name} cannot be opened on this machine: {reason}") from e
     finally:
         os.close(descriptor)
-    if not module.implements_function("vm_load_executable"):
-        raise ArtifactError(f"library {name} holds no compiled model; compile the artifact again")
     return module
 
 
@@ -89,7 +95,7 @@ def _sealed(name: str, data: bytes) -> int:
 
 def _load() -> ModuleType:
     try:
-        with _hidden("torch"):
+        with hidden("torch"):
             import tvm_ffi
     except ModuleNotFoundError as e:
         raise MissingExtraError(f"running an artifact needs {e.name}; pip install apache-tvm-ffi") from e
@@ -166,7 +172,7 @@ class _Hide:
 
 
 @contextmanager
-def _hidden(name: str) -> Iterator[None]:
+def hidden(name: str) -> Iterator[None]:
     """`tvm_ffi` imports torch when it can, which costs seconds; a torch that is imported already stays visible."""
     finder = _Hide(name)
     sys.meta_path.insert(0, finder)

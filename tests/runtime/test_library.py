@@ -79,13 +79,13 @@ def test_only_the_standard_library_numpy_and_tvm_ffi_are_imported() -> None:
 def test_torch_can_be_imported_afterwards_and_by_others_meanwhile() -> None:
     code = (
         "import sys, threading\n"
-        "from graphopt.runtime.library import _hidden\n"
+        "from graphopt.runtime.library import hidden\n"
         "before = list(sys.meta_path)\n"
         "seen = []\n"
         "def other():\n"
         "    import json.tool\n"
         "    seen.append('json.tool' in sys.modules)\n"
-        "with _hidden('json.tool'):\n"
+        "with hidden('json.tool'):\n"
         "    try:\n"
         "        import json.tool\n"
         "    except ModuleNotFoundError as e:\n"

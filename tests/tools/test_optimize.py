@@ -78,12 +78,6 @@ def test_no_passes_is_spelled_as_a_level(cli: Cli) -> None:
     cli("optimize", TINY, "-o", "o.pt2", "--passes", "").refused("--passes is empty", "-O0")
 
 
-@pytest.mark.parametrize("option", ["--tune"])
-@pytest.mark.parametrize("verb", [("optimize",), ("run-pass", "dead-code"), ("compile",)])
-def test_options_of_later_versions(cli: Cli, verb: tuple[str, ...], option: str) -> None:
-    cli(*verb, TINY, option, "-o", "o.pt2").refused("comes with a later version")
-
-
 RECIPE = """graphopt: "1.0"
 passes: [dead-code, {name: constant-folding, max-bytes: 64}]
 verify: structure

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from graphopt.errors import CompileError
+from graphopt.runtime.caches import USUAL, cache_sizes
 from graphopt.runtime.manifest import KernelInfo
 from graphopt.runtime.session import InferenceSession
 from graphopt.tools import profile_artifact
 from graphopt.tools.benchmarking.usage import Interference
 from graphopt.tools.profiling import chart, shares
-from graphopt.tools.profiling.roofs import USUAL, Level, Roofs, cache_sizes, measure_roofs, working_sets
+from graphopt.tools.profiling.roofs import Level, Roofs, measure_roofs, working_sets
 from graphopt.tools.profiling.shares import Profile, Work, make_profile, memory_of, nearest_roof
 from tests.tools.conftest import TINY, Cli
 

@@ -39,6 +39,10 @@ def other_dense() -> tuple[nn.Module, tuple[Tensor]]:
     return Dense(2).eval(), (torch.randn(3, 8),)
 
 
+def two_products() -> tuple[nn.Module, tuple[Tensor]]:
+    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).eval(), (torch.randn(3, 8),)
+
+
 def wide() -> tuple[nn.Module, tuple[Tensor]]:
     return nn.Linear(1024, 1024).eval(), (torch.randn(3, 1024),)
 

@@ -13,6 +13,7 @@ import numpy as np
 from graphopt.errors import UsageError
 from graphopt.tools.benchmarking.report import build_report
 from graphopt.tools.benchmarking.turns import PATIENCE, Entrant, Failure, take_turns
+from graphopt.tools.tuning.options import UNTUNED, Tuning
 
 if TYPE_CHECKING:
     from graphopt.program import Program
@@ -24,13 +25,14 @@ Array = np.ndarray[Any, Any]
 class Settings:
     """`cores` are the CPUs of every side, one thread each; `patience`: seconds a side may take to open its model.
 
-    `dtype` is what all sides multiply in, "f32" or "bf16".
+    `dtype` is what all sides multiply in, "f32" or "bf16"; `tuning` is what our own side is compiled with.
     """
 
     cores: Sequence[int]
     rounds: int
     patience: float = PATIENCE
     dtype: str = "f32"
+    tuning: Tuning = UNTUNED
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -47,15 +49,15 @@ def choose_cores(threads: int | None) -> list[int]:
     return available[:threads]
 
 
-def compile_to(program: Program, folder: Path, dtype: str = "f32") -> str:
-    """The path of the artifact of `program` at O2, then with its products in `dtype`."""
+def compile_to(program: Program, folder: Path, settings: Settings) -> str:
+    """The path of the artifact of `program` at O2 with its products in the dtype, for a thread for each core."""
     import graphopt
 
     path = str(folder / "model.gopt")
-    optimized = graphopt.optimize(program, "O2").program
-    if dtype != "f32":
-        optimized = graphopt.optimize(optimized, f"mixed-precision{{dtype={dtype}}}").program
-    graphopt.compile(optimized).save(path)
+    options = settings.tuning.options()
+    passes = "O2" if settings.dtype == "f32" else f"O2,mixed-precision{{dtype={settings.dtype}}}"
+    optimized = graphopt.optimize(program, passes, database=options["database"]).program
+    graphopt.compile(optimized, threads=len(settings.cores), **options).save(path)
     return path
 
 

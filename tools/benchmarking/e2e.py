@@ -37,6 +37,7 @@ def run_models(names: Sequence[str], peers: list[str], settings: Settings, publi
         "turn_seconds": TURN,
         "transformers": version("transformers"),
         "peers": peers,
+        **settings.tuning.describe(),
         "models": [],
         "summary": summarize([]),
     }
@@ -71,7 +72,7 @@ def measure_built(
     feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, program.examples, strict=True)}
     begin = time.perf_counter()
     with progress(f"{model.title}: compiling"):
-        artifact = compile_to(program, folder, settings.dtype)
+        artifact = compile_to(program, folder, settings)
     compile_seconds = time.perf_counter() - begin
     with progress(f"{model.title}: exporting for the others"):
         entrants, failures = peer_entrants(program, peers, folder, settings.dtype)

@@ -143,11 +143,12 @@ def first_stage(nested: Program) -> Program:
 
 
 def session_of(program: Program, threads: int) -> InferenceSession:
+    from graphopt.backends.tuner.store import Store
     from graphopt.compile import compile
     from graphopt.optimize import optimize
 
     cleaned = optimize(program, "O2", verify="structure").program
-    return compile(cleaned, threads=threads).session(threads)
+    return compile(cleaned, database=Store.empty(), threads=threads).session(threads)
 
 
 def latencies(sessions: Sequence[InferenceSession], feeds: Sequence[Sequence[Feed]], settings: Settings) -> list[float]:

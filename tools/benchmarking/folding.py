@@ -98,6 +98,7 @@ def point(
 
 def latencies(programs: Sequence[Program], inputs: Sequence[Any], settings: Settings) -> list[float]:
     """Median seconds of one run of each, compiled at O2, all of them taking turns."""
+    from graphopt.backends.tuner.store import Store
     from graphopt.compile import compile
     from graphopt.optimize import optimize
     from graphopt.race import take_turns
@@ -105,7 +106,8 @@ def latencies(programs: Sequence[Program], inputs: Sequence[Any], settings: Sett
     threads = len(settings.cores)
     runs = []
     for program in programs:
-        session = compile(optimize(program, "O2", verify="structure").program, threads=threads).session(threads)
+        cleaned = optimize(program, "O2", verify="structure").program
+        session = compile(cleaned, database=Store.empty(), threads=threads).session(threads)
         feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, inputs, strict=True)}
         runs.append(lambda session=session, feed=feed: session.run(None, feed))
     return [statistics.median(times) for times in take_turns(runs, settings.rounds, TURN)]

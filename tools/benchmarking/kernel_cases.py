@@ -55,7 +55,7 @@ def seeded(build: Callable[[], Built]) -> Callable[[], Built]:
 
 def cold_bytes() -> int:
     """Twice the last cache: read in turn, nothing is still there when it is read again."""
-    from graphopt.tools.profiling.roofs import cache_sizes
+    from graphopt.runtime.caches import cache_sizes
 
     return min(2 * max(cache_sizes().values()), MOST_COLD)
 

@@ -48,6 +48,7 @@ def run_kernels(cases: Sequence[Case], settings: Settings, publish: Publish) -> 
             "cores": list(settings.cores),
             "rounds": settings.rounds,
             "turn_seconds": TURN,
+            **settings.tuning.describe(),
             "roofs": asdict(roofs),
             "kernels": [],
             "summary": summarize([]),
@@ -75,7 +76,7 @@ def measure_case(case: Case, settings: Settings, roofs: Roofs, operations: int, 
             module, examples = case.build()
             program = graphopt.capture(module, examples, name="kernel")
             artifact, saved = str(folder / "kernel.gopt"), str(folder / "kernel.pt2")
-            graphopt.compile(program).save(artifact)
+            graphopt.compile(program, threads=len(settings.cores), **settings.tuning.options()).save(artifact)
             program.save(saved)
         nodes = case.wanted(program)
         task = folder / "kernel.json"

@@ -33,7 +33,9 @@ def open_graphopt(path: str, feed: Feed, threads: int) -> Opened:
     from graphopt.tools.subject import choose_entry
 
     session = InferenceSession(path, threads=threads)
+    tuned = sum(bool(kernel.configuration.get("tuned")) for kernel in session.variant.kernels.values())
     about = {"tools": dict(session.manifest.tools), "target": session.variant.target, "threads": threads}
+    about["tuned kernels"] = tuned
     entry = choose_entry(session, None)
     return Opened(lambda: session.run(None, feed, entry=entry), about)
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from graphopt.runtime.caches import cache_sizes
 from graphopt.runtime.library import ffi, open_library
 from graphopt.runtime.tensors import aligned_copy
 from graphopt.runtime.threads import Runner
 
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-USUAL = {1: 32 << 10, 2: 1 << 20, 3: 32 << 20}  # bytes, where the system does not say
 MOST_MEMORY = 512 << 20  # bytes of the longest array
 _TRIES = 8
 _MEASUREMENTS = 6
@@ -132,20 +129,6 @@ def working_sets(caches: dict[int, int], threads: int) -> list[tuple[str, int | 
     sizes = {level: caches[level] * (threads if level < 3 else 1) for level in sorted(caches)}
     found: list[tuple[str, int | None, int]] = [(f"L{level}", size, size // 2) for level, size in sizes.items()]
     return [*found, ("memory", None, min(4 * max(sizes.values()), MOST_MEMORY))]
-
-
-def cache_sizes(folder: Path = CACHES) -> dict[int, int]:
-    """Bytes of the data cache of each level, as the system describes the first CPU."""
-    found: dict[int, int] = {}
-    for index in sorted(folder.glob("index*")):
-        try:
-            kind, level, text = ((index / name).read_text().strip() for name in ("type", "level", "size"))
-        except OSError:
-            continue
-        size = re.fullmatch(r"(\d+)([KM])", text)
-        if kind != "Instruction" and size and level in ("1", "2", "3"):
-            found[int(level)] = int(size[1]) << {"K": 10, "M": 20}[size[2]]
-    return found or dict(USUAL)
 
 
 def _zeros(count: int) -> Any:

@@ -51,12 +51,20 @@ def run(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> None:
     """Raises UsageError for options that do not go together."""
     if not any(getattr(arguments, name) not in (None, False) for name in ACTIONS):
-        raise UsageError("nothing to do; give one of --list, --export, --import, --merge, --prune")
+        raise UsageError("nothing to do; give MODEL, or one of --list, --export, --import, --merge, --prune")
     for option, value in (("--older-than", arguments.older_than), ("--device", arguments.device)):
         if value is not None and not arguments.prune:
             raise UsageError(f"{option} has no effect without --prune; add that or leave it out")
     if arguments.older_than is not None and not 0 <= arguments.older_than <= MOST_DAYS:
         raise UsageError(f"--older-than is {arguments.older_than:g}; give a number of days from 0 to {MOST_DAYS}")
+
+
+def check_unused(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for what is done with a store where a model is tuned."""
+    names = dict(zip(ACTIONS, ("list", "export", "import", "merge", "prune"), strict=True))
+    for name, option in (*names.items(), ("older_than", "older-than"), ("device", "device")):
+        if getattr(arguments, name) not in (None, False):
+            raise UsageError(f"--{option} has no effect with MODEL; leave one of the two out")
 
 
 def open_store(folder: str, *, new: bool = False) -> Store:
