@@ -65,7 +65,7 @@ def run_race(race: Race) -> list[Times]:
         runs.append([_prepare(function, case, place, memory, refresh) for place, case in enumerate(entrant.cases)])
 
     def take() -> tuple[list[float], list[list[float]]]:
-        flush(1)
+        flush(1, race.threads)
         wanted = [run.results() for run in runs[0]]
         apart = [_difference([run.results() for run in each], wanted) for each in runs]
         turns = [partial(run.turn, race.seconds) for each in runs for run in each]

@@ -57,13 +57,14 @@ int main(void) {
   if (&__TVMBackendParallelLaunch) __TVMBackendParallelLaunch = launch;
   if (&__TVMBackendAllocWorkspace) __TVMBackendAllocWorkspace = allocate;
   if (&__TVMBackendFreeWorkspace) __TVMBackendFreeWorkspace = release;
-  TVMFFIAny flush = {0}, result = {0};
-  flush.type_index = kTVMFFIInt;
-  for (flush.v_int64 = 0; flush.v_int64 < 2; flush.v_int64++) {
+  TVMFFIAny asked[2] = {{0}, {0}}, result = {0};  // whether to flush, and of how many threads
+  asked[0].type_index = asked[1].type_index = kTVMFFIInt;
+  asked[1].v_int64 = 1;
+  for (asked[0].v_int64 = 0; asked[0].v_int64 < 2; asked[0].v_int64++) {
     uint64_t control;
-    if (__tvm_ffi_graphopt_set_denormals(NULL, &flush, 1, &result)) exit(3);
+    if (__tvm_ffi_graphopt_set_denormals(NULL, asked, 2, &result)) exit(3);
     __asm__("mrs %0, fpcr" : "=r"(control));
-    if ((control >> 24 & 1) != flush.v_int64) exit(4);
+    if ((control >> 24 & 1) != asked[0].v_int64) exit(4);
   }
   for (unsigned number = 0; number < sizeof(READ) / sizeof(*READ); number++)
     if (fread(READ[number]->data, 4, COUNT(READ[number]), stdin) != COUNT(READ[number])) exit(5);

@@ -40,7 +40,7 @@ def race(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Times]]:
 
     def run(*kernels: Kernel, cases: tuple[Any, ...], refresh: Kernel = lambda data, nothing: None) -> list[Times]:
         functions = {str(number): on_arrays(kernel) for number, kernel in enumerate(kernels)}
-        support = {REFRESH: on_arrays(refresh), SET_DENORMALS: lambda flush: None}
+        support = {REFRESH: on_arrays(refresh), SET_DENORMALS: lambda flush, threads: None}
         monkeypatch.setattr(racing, "_open", lambda data: Library(support if data == b"support" else functions))
         entrants = [Entrant(b"kernels", name, cases) for name in functions]
         return run_race(Race(entrants, b"support", 1, turns=2, seconds=0.0, cold_bytes=1 << 16))
