@@ -49,6 +49,7 @@ _MOST_BLOCK_ROWS = 256
 _MANY_ROWS = 840  # what choosing a tile takes such a row count for: a multiple of most tiles' rows
 _TYPICAL_ROWS = 128  # which a tile has to divide well where the row count is known at run time
 _SERIAL_BELOW = 1 << 18  # multiply-adds that are not worth the launch of threads
+_SERIAL_POSSIBLE_BELOW = 8 * _SERIAL_BELOW  # those that may be: of more, only a machine that others use says so
 _FEW_ROWS = (1, 4)  # up to which a row count known at run time is one tile of so many rows
 _AHEAD = 4 << 10  # bytes ahead of a weight that is read once: faster than 16 KB, and than a whole panel
 _LINE = 64  # bytes of a cache line
@@ -86,7 +87,7 @@ def candidates(
 
 def worth_timing(target: Target, rows: Size, n: int, k: int) -> list[Configuration]:
     """Candidates with blocks and parts of panels of three sizes, the least expected time first."""
-    serial = [(1, 1)] if isinstance(rows, int) else []
+    serial = [(1, 1)] if isinstance(rows, int) and rows * n * k < _SERIAL_POSSIBLE_BELOW else []
     shares = list(dict.fromkeys([*_shares(target, rows, n, k), *_every_share(target, rows), *serial]))
     costs: dict[Configuration, float] = {}
     for scale, doubt in ((1, 1.0), (0.5, UNUSUAL), (2, UNUSUAL)):

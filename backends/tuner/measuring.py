@@ -67,7 +67,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one entrant: `seconds` [case][turn] are medians of one call.
+    """Of one entrant: `seconds` [case][turn] are those of one call, the lower quartile of the turn's.
 
     `difference` is how far its results are from those of the first entrant, relative to the largest of them: 0 where
     they are equal, infinite where one is NaN and the other not.
