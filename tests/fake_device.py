@@ -52,5 +52,6 @@ def install(monkeypatch: pytest.MonkeyPatch, candidates: int = 6) -> type[FakeMe
     monkeypatch.setattr("graphopt.backends.choice.MOST_CANDIDATES", candidates)
     monkeypatch.setattr(building, "Builder", FakeBuilder)
     monkeypatch.setattr(local, "LocalMeasurer", FakeMeasurer)
+    monkeypatch.setattr("graphopt.tuning.kernel_seconds", lambda compilation, module: dict.fromkeys(module.kernels, 1e-3))
     FakeMeasurer.races, FakeMeasurer.interrupted_after = 0, None
     return FakeMeasurer

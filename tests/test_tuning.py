@@ -102,7 +102,7 @@ def test_a_configuration_of_another_version_is_ignored_and_noted(tmp_path: Path)
 def test_ctrl_c_keeps_what_was_found(tmp_path: Path, device: type[FakeMeasurer]) -> None:
     program = models.program("mlp")
     count = len(tune(program, seconds=SECONDS, database=Store.empty()).rows)
-    device.interrupted_after = device.races * 3 // 2
+    device.interrupted_after = 2 * device.races  # at the last race of the last workload
     with pytest.raises(KeyboardInterrupt):
         tune(program, seconds=SECONDS, database=tmp_path)
     kept = len(Store(tmp_path).records())
