@@ -112,9 +112,9 @@ class Compilation:
         """Everything that the manifest describes."""
         return {**self.entries, **self.functions}
 
-    def lower(self, store: Any) -> Any:
-        """The backend's module, its kernels as the store knows them to be best."""
-        hardware = hardware_of(self.target)
+    def lower(self, store: Any, hardware: Any = None) -> Any:
+        """The backend's module, its kernels as the store knows them to be best on this hardware, by default here."""
+        hardware = hardware or hardware_of(self.target)
 
         def tuned(workload: Any) -> Mapping[str, Any] | None:
             record = store.lookup(workload, hardware)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import statistics
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from graphopt.arrays import array_of
 from graphopt.compile import Compilation, prepare
-from graphopt.database import Database, hardware_of, open_store
+from graphopt.database import Database, open_store
 from graphopt.errors import UsageError
 from graphopt.program import Program
 from graphopt.progress import tell
-from graphopt.runtime.features import missing
 
 if TYPE_CHECKING:
     from graphopt.backends.tuner.bench import Point
-    from graphopt.backends.tuner.measuring import Measurer
+    from graphopt.backends.tuner.device import Device
     from graphopt.backends.tuner.session import Outcome, Task
+    from graphopt.backends.tuner.store import Store
 
-_ROUNDS = 10  # runs of the model that tell where its time goes
 _LARGER = 4  # a size that is open is measured up to so many times its example
 
 
@@ -34,66 +32,51 @@ def tune(
     threads: int | None = None,
     seed: int = 0,
 ) -> Outcome:
-    """Search for `seconds` seconds; `compile` with the same `database` uses what is found. `seed` decides the order in
-    which candidates are tried, and the inputs of kernels. Raises as `compile` does."""
+    """Search for `seconds` seconds; `compile` with the same `database` uses what is found.
+
+    `seed` decides the order in which candidates are tried, and the inputs of kernels. Raises as `compile` does.
+    """
     return tune_compilation(prepare(programs, target, threads), open_store(database), seconds, seed)
 
 
 def tune_compilation(
-    compilation: Compilation, store: Any, seconds: float, seed: int = 0, measurer: Measurer | None = None
+    compilation: Compilation, store: Store, seconds: float, seed: int = 0, device: Device | None = None
 ) -> Outcome:
-    """The same of what is prepared; `measurer` is where kernels run, by default a child process on this machine."""
-    _check(compilation, seconds, seed)
-    import time
-
-    from graphopt.backends.tuner.bench import Bench
-    from graphopt.backends.tuner.building import Builder
-    from graphopt.backends.tuner.local import LocalMeasurer
-    from graphopt.backends.tuner.machine import provenance
-    from graphopt.backends.tuner.session import Session
-
-    end = time.monotonic() + seconds
-    tell("measuring where the time goes", 0, 1)
-    module = compilation.lower(store)
-    tasks = find_tasks(module, kernel_seconds(compilation, module), compilation.functions)
-    cold = sum(array.nbytes for array in module.weights.values())
-    builder, measurer = Builder(compilation.target), measurer or LocalMeasurer()
-    try:
-        bench = Bench(compilation.target, builder, measurer, cold, seed)
-        hardware = hardware_of(compilation.target)
-        return Session(tasks, bench, store, hardware, provenance, end - time.monotonic()).run()
-    finally:
-        builder.close()
-        measurer.close()
-
-
-def _check(compilation: Compilation, seconds: float, seed: int) -> None:
+    """The same of what is prepared; `device` is the machine to tune for, by default this one."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
         raise UsageError(f"tuning for {seconds!r} seconds is not possible; give a number above 0")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UsageError(f"seed={seed!r} is none; give an integer from 0 to 2**63 - 1")
-    target = compilation.target
-    if lacking := missing(target.features):
-        raise UsageError(f"nothing can be measured for {target.name} here: this machine lacks {', '.join(lacking)}")
-    available = len(os.sched_getaffinity(0))
-    if target.threads > available:
-        raise UsageError(f"threads is {target.threads} and this process may use {available} CPUs; tune with fewer")
+    from graphopt.backends.tuner import building
+    from graphopt.backends.tuner.bench import Bench
+    from graphopt.backends.tuner.device import ThisMachine
+    from graphopt.backends.tuner.session import Session
+
+    end = time.monotonic() + seconds
+    device = device or ThisMachine(compilation.target)
+    builder = building.Builder(compilation.target)
+    try:
+        tell("measuring where the time goes", 0, 1)
+        module = compilation.lower(store, device.hardware)
+        feeds = {name: _feed(program) for name, program in compilation.entries.items()}
+        taken = device.kernel_seconds(compilation.assemble(module), feeds)
+        tasks = find_tasks(module, taken, compilation.functions)
+        cold = sum(array.nbytes for array in module.weights.values())
+        bench = Bench(compilation.target, builder, device.measurer, cold, seed)
+        left = end - time.monotonic()
+        return Session(tasks, bench, store, device.hardware, device.provenance, left).run()
+    finally:
+        builder.close()
+        device.measurer.close()
 
 
-def kernel_seconds(compilation: Compilation, module: Any) -> dict[str, float]:
-    """What each kernel takes of one run of all entries on their examples."""
-    session = compilation.assemble(module).session(compilation.target.threads)
-    taken: dict[str, float] = defaultdict(float)
-    for name, program in compilation.entries.items():
-        feed = {spec.name: array_of(value) for spec, value in zip(program.inputs, program.examples, strict=True)}
-        rounds = session.profile_rounds(feed, name, _ROUNDS)
-        for kernel in {kernel for each in rounds for kernel in each}:
-            taken[kernel] += statistics.median(sum(each.get(kernel, ())) for each in rounds)
-    return taken
+def _feed(program: Program) -> dict[str, Any]:
+    """Its examples."""
+    return {spec.name: array_of(value) for spec, value in zip(program.inputs, program.examples, strict=True)}
 
 
 def find_tasks(module: Any, seconds: Mapping[str, float], programs: Mapping[str, Program]) -> list[Task]:
-    """The workloads of a module, each measured where it takes the most time."""
+    """The workloads of a module, each measured where it takes the most time; `seconds` are those of its kernels."""
     from graphopt.backends.tuner.bench import Workpiece, fitting
     from graphopt.backends.tuner.session import Task
 

@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def build(module: Any, examples: Any, artifact: Path) -> tuple[Program, Any]:
     """Capture, optimize at O2, compile for this CPU and save; returns the captured program and the report."""
     import graphopt
+    from graphopt.backends.tuner.store import Store
     from graphopt.tools.compile import print_artifact, summarize
     from graphopt.tools.demo_model import dynamic_shapes
 
@@ -66,7 +67,7 @@ def build(module: Any, examples: Any, artifact: Path) -> tuple[Program, Any]:
     captured = time.perf_counter()
     result = graphopt.optimize(program, "O2")
     optimized = time.perf_counter()
-    compiled = graphopt.compile(result.program, "cpu")
+    compiled = graphopt.compile(result.program, "cpu", database=Store.empty())  # README's figures are untuned
     compiled.save(str(artifact))
     done = time.perf_counter()
     times = f"capture {captured - begin:.1f} s, optimize {optimized - captured:.1f} s, compile {done - optimized:.1f} s"
