@@ -10,7 +10,7 @@ import pytest
 import tvm
 
 from graphopt.backends.target import Target
-from graphopt.backends.tuner import building, local
+from graphopt.backends.tuner import building, device, local
 from graphopt.backends.tuner.measuring import Race, Times
 
 SECONDS = 1e4  # plenty: times are made up, and small spaces end sooner
@@ -47,11 +47,15 @@ class FakeMeasurer:
         pass
 
 
+def _equally(_: device.ThisMachine, artifact: Any, feeds: device.Feeds) -> Mapping[str, float]:
+    return dict.fromkeys(artifact.manifest.variants[0].kernels, 1e-3)
+
+
 def install(monkeypatch: pytest.MonkeyPatch, candidates: int = 6) -> type[FakeMeasurer]:
     """In place of the real ones, with small spaces."""
     monkeypatch.setattr("graphopt.backends.choice.MOST_CANDIDATES", candidates)
     monkeypatch.setattr(building, "Builder", FakeBuilder)
     monkeypatch.setattr(local, "LocalMeasurer", FakeMeasurer)
-    monkeypatch.setattr("graphopt.tuning.kernel_seconds", lambda compilation, module: dict.fromkeys(module.kernels, 1e-3))
+    monkeypatch.setattr(device.ThisMachine, "kernel_seconds", _equally)
     FakeMeasurer.races, FakeMeasurer.interrupted_after = 0, None
     return FakeMeasurer
