@@ -4,8 +4,9 @@ Before: q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv)
 After:  q, k, v = split(linear(x, cat(wq, wk, wv), cat(bq, bk, 0)), [nq, nk, nv], -1)
 
 Linears are merged in order of execution. Rows of a product do not depend on each other: results differ by rounding
-at most. Declines a linear whose weight is no constant, or differs from the first one's in type or row length, and a
-group that would hold more than `max_bytes` twice because other nodes go on reading the old weights.
+at most. Declines a linear that leaves a branch, or whose weight is no constant or differs from the first one's in type
+or row length, and a group that would hold more than `max_bytes` twice because other nodes go on reading the old
+weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from graphopt.aliasing import output_reached
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.matcher import argument
@@ -78,7 +80,9 @@ class MergeLinears(Pass):
         wanted: tuple[torch.dtype, int] | None = None
         for node in group:
             weight, bias = editor.constant_value(argument(node, "weight")), argument(node, "bias")
-            if weight is None or (bias is not None and editor.constant_value(bias) is None):
+            if editor.path and output_reached(node) is not None:
+                editor.decline(self.name, node, "it leaves its branch, whose other side has another layout")
+            elif weight is None or (bias is not None and editor.constant_value(bias) is None):
                 editor.decline(self.name, node, f"the {'weight' if weight is None else 'bias'} is no constant")
             elif weight.dim() != 2 or not weight.dtype.is_floating_point:
                 editor.decline(

@@ -94,11 +94,14 @@ def _take(branch: GraphModule, values: list[torch.Tensor], mode: Any) -> None:
     last = branch.graph.find_nodes(op="placeholder")
     own = _constants(branch)
     anchor = last[-1].next if last else next(iter(branch.graph.nodes))
+    places = []
     for value in values:
         with branch.graph.inserting_before(anchor):
             place = branch.graph.placeholder("constant")
         place.target = place.name  # made unique
         place.meta["val"] = mode.from_tensor(value, static_shapes=True)
+        places.append(place)
+    for value, place in zip(values, places, strict=True):  # the anchor may be a constant, which goes
         for node in [node for node, constant in own.items() if constant is value]:
             node.replace_all_uses_with(place)
             branch.graph.erase_node(node)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -44,7 +46,7 @@ class Branches(nn.Module):
         return found
 
 
-def test_fires_in_a_branch_that_is_given_its_weights() -> None:
+def test_fires_in_a_branch_that_is_given_its_weights(tmp_path: Path) -> None:
     program = captured(Branches(), torch.ones(2, 8))
     result = check_pass(program, MergeLinears(), rewrites=1)
     (branch,) = [module for path, module in result.program.graphs() if path.startswith("true")]
@@ -52,6 +54,26 @@ def test_fires_in_a_branch_that_is_given_its_weights() -> None:
     x = -torch.ones(2, 8)
     assert torch.equal(result.program(x)[0], program(x)[0])
     graphopt.compile(result.program)  # which checks both sides
+    result.program.save(str(tmp_path / "m.pt2"))
+    assert torch.equal(graphopt.capture(tmp_path / "m.pt2")(torch.ones(2, 8))[0], result.program(torch.ones(2, 8))[0])
+
+
+class Returned(nn.Module):
+    """Two linears of one input that are what one side of a condition gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = torch.cond(
+            x.sum() > 0, lambda x: (self.left(x), self.right(x)), lambda x: (x.sin(), x.cos()), (x,)
+        )
+        return found
+
+
+def test_what_leaves_a_branch_keeps_its_layout() -> None:
+    check_pass(captured(Returned(), torch.ones(2, 8)), MergeLinears(), 0, "it leaves its branch")
 
 
 def test_the_first_type_and_row_length_decide() -> None:
