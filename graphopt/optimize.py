@@ -11,7 +11,7 @@ from graphopt.data.dataset import open_data
 from graphopt.data.metric import open_metric
 from graphopt.database import Database, open_store
 from graphopt.errors import UsageError
-from graphopt.levels import is_level, level_passes
+from graphopt.levels import spelled_passes
 from graphopt.pipeline import Pipeline
 from graphopt.program import Program
 from graphopt.progress import tell
@@ -19,7 +19,6 @@ from graphopt.race import measure_on, race_on
 from graphopt.recipes.recipe import is_recipe, read_recipe
 from graphopt.registry import check_target
 from graphopt.report import Report
-from graphopt.spec_string import parse_spec
 
 Verify = Literal["off", "structure", "numeric"]
 VERIFY = ("off", "structure", "numeric")
@@ -108,11 +107,9 @@ def choose_passes(passes: str | Sequence[Pass]) -> tuple[Pass, ...]:
             if not isinstance(item, Pass):
                 raise UsageError(f"passes holds {item!r}, which is no Pass; give instances, such as DeadCode()")
         return tuple(passes)
-    if is_level(passes):
-        return level_passes(passes)
     if is_recipe(passes):
         raise UsageError(f"{passes} is a recipe, not passes; write --recipe {passes}")
-    return parse_spec(passes)
+    return spelled_passes(passes)
 
 
 def _check_arguments(program: Program, passes: tuple[Pass, ...], verify: str, data: Any, metric: Any) -> None:

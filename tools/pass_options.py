@@ -19,7 +19,7 @@ METRICS = ("accuracy", "cosine", "snr")
 
 def add_pass_choice(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--passes", metavar="SPEC", help=f'passes with options, such as "{EXAMPLE}"')
+    group.add_argument("--passes", metavar="SPEC", help=f'passes with options, such as "{EXAMPLE}" or "O2,dead-code"')
     help = (
         "a YAML file with passes and settings, or a shipped one such as cpu-fast; other options override its settings"
     )
