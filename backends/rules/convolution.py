@@ -34,6 +34,7 @@ from graphopt.backends.values import Product, View, fused_name
 RULE = "direct-convolution"
 _BLOCK_PIXELS = 200  # output pixels that all panels pass over before the next ones
 _SYMBOLIC_ROWS = 4  # rows of a block where their length is known at run time
+_LINE_WORDS = 16  # float32 weights, or pairs, of a cache line
 _PANEL_BYTES = 512 << 10  # half of a common L2 cache: a deeper panel is taken a row of taps at a time
 
 
@@ -376,6 +377,7 @@ class ConvolutionWriter:
                 extent,
                 lambda row, k: self.left(read.buffer, starts[row] + offset, k, stride),
                 lambda k, c, lane: self.right(self.weight_place(block.panel, depth + k, c), lane),
+                self.ahead(block, number, depth),
             )
 
         down, across = window.dilations[0] * read.row, window.dilations[1] * read.column
@@ -389,6 +391,35 @@ class ConvolutionWriter:
             tap_row = first + row
             depth = (channel * window.taps[0] + tap_row) * columns
             run(columns, across, channel * read.channel + tap_row * down, depth)
+
+    def ahead(self, block: Block, number: Any, depth: Any) -> Callable[[Any], None] | None:
+        """Writes, at each step from `depth` on, the prefetch of its share of the lines that the tiles read next.
+
+        These are the next panel's, or the next row of taps of this one; both lie behind what is read now.
+        """
+        tiles = self.tiles_together()
+        if tiles is None:
+            return None
+        part = self.depth // self.window.taps[0] if self.choice.chunked else self.depth
+        steps = max(1, part // self.choice.tile.steps)
+        share = -(-part * self.columns // (_LINE_WORDS * tiles * steps))
+        within = tirx.truncmod(depth, int64(part))
+        following = self.weight_place(block.panel, depth - within + part, 0)
+
+        def fetch(outer: Any) -> None:
+            step = number * steps + tirx.truncdiv(within, int64(self.choice.tile.steps)) + outer
+            for line in range(share):
+                address = tirx.address_of(self.weights[following + (step * share + line) * _LINE_WORDS])
+                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+
+        return fetch
+
+    def tiles_together(self) -> int | None:
+        """How many tiles pass over the same weights one after the other; None where it is known at run time."""
+        height, width = self.shape[1], self.shape[2]
+        if not self.inner or not isinstance(height, int) or not isinstance(width, int):
+            return None
+        return -(-min(self.choice.block_rows, height) * width // self.choice.tile.rows)
 
     def tile(self) -> RegisterTile:
         return (PairTile if self.pairs else RegisterTile)(self.kernel, self.choice.tile)

@@ -98,6 +98,9 @@ class _Gated(ConvolutionWriter):
     def weight_place(self, panel: Any, depth: Any, c: int) -> Any:
         return (self.vectors[c] * self.depth + depth) * self.lanes
 
+    def tiles_together(self) -> int | None:
+        return None
+
     def run_channels(self, run: Callable[[Any, int], None]) -> None:
         if self.gates.inputs is None:
             run(0, self.channels)
