@@ -19,8 +19,8 @@ Where the target multiplies no numbers of this dtype, only weights and tables ar
 they are read, half the traffic, with products in float32; a note says so. No CPU target multiplies float16.
 
 bfloat16 has float32's range. float16 has more precision but ends at 65504: what the examples show above 1/16 of that
-stays float32, and so do weights beyond it. Declines convolutions in groups, which memory bounds, or of an odd number of
-channels, and products with an operand of one axis.
+stays float32, and so do weights beyond it. Declines convolutions of an odd number of channels a group, such as depthwise
+ones, which memory bounds, other than images of up to four planes; and products with an operand of one axis.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ _VIEWS = frozenset(
     }
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FEW_CHANNELS = 4  # images of so many planes are multiplied by neighbouring columns
 _HEADROOM = 16  # how far below the largest float16 a value has to stay on the examples
 
 
@@ -108,10 +109,9 @@ class MixedPrecision(Pass):
         if not isinstance(value := node.meta.get("val"), torch.Tensor) or value.dtype is not torch.float32:
             return False
         reason = None
-        if node.target in _CONVOLUTIONS and argument(node, "groups") != 1:
-            reason = f"its {argument(node, 'groups')} groups of channels are bound by memory"
-        elif node.target in _CONVOLUTIONS and (channels := argument(node, "weight").meta["val"].shape[1]) % 2:
-            reason = f"its {channels} channels make no pairs"
+        if node.target in _CONVOLUTIONS and not _makes_pairs(node):
+            groups, channels = argument(node, "groups"), argument(node, "weight").meta["val"].shape[1]
+            reason = f"its channels make no pairs: {channels} in each of {groups} groups"
         elif any(operand.meta["val"].dim() < 2 for operand in _operands(node)):
             reason = "an operand has one axis"
         if reason is not None:
@@ -238,6 +238,15 @@ def origins(editor: GraphEditor, products: list[Node]) -> dict[Node, list[Node]]
             found.setdefault(node, {}).update(dict.fromkeys(way))
     order = {node: number for number, node in enumerate(editor.graph.nodes)}
     return {origin: sorted(ways, key=order.__getitem__) for origin, ways in found.items()}
+
+
+def _makes_pairs(convolution: Node) -> bool:
+    """Whether a kernel finds neighbours to multiply: channels of a group, or columns of an image of few planes."""
+    _, channels, *taps = argument(convolution, "weight").meta["val"].shape
+    if channels * argument(convolution, "groups") > _FEW_CHANNELS:
+        return bool(channels % 2 == 0)
+    dilation = argument(convolution, "dilation")
+    return bool(taps[-1] > 1) and (dilation if isinstance(dilation, int) else dilation[-1]) == 1
 
 
 def _operands(product: Node) -> list[Node]:

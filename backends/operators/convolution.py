@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 Lower = Callable[["Lowering", Node], Any]
-_FEW_CHANNELS = 4  # up to which planes are read as they are: a camera's image needs no copy
 
 
 def _padding(node: Node, argument: Any, taps: Sequence[int], dilations: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -151,12 +150,15 @@ def _scheduled(lowering: Lowering, node: Node, call: _Call, spatial: int) -> Any
 
 
 def _multiplies_pairs(lowering: Lowering, call: _Call, weight: torch.Tensor) -> bool:
-    """Whether channels lie beside each other in pairs of bfloat16 and the target multiplies them."""
+    """Whether the target multiplies pairs of bfloat16, and they make some: channels, or columns of a few planes."""
     stored = as_stored(lowering, call.x)
     channels = stored.shape[-weight.dim() + 1]
-    even = isinstance(channels, int) and channels % 2 == 0 and channels > _FEW_CHANNELS
+    if not isinstance(channels, int):
+        return False
+    planes = channels <= direct.FEW_CHANNELS
+    neighbours = weight.shape[-1] > 1 == call.dilations[-1] if planes else weight.shape[1] % 2 == 0
     narrow = stored.dtype == BFLOAT16 and weight.dtype == torch.bfloat16
-    return lowering.target.pairs and narrow and even and call.groups == 1
+    return lowering.target.pairs and narrow and neighbours
 
 
 def _becomes_integer(node: Node) -> bool:
@@ -226,13 +228,15 @@ class Scheduled:
 
     def build_pairs(self, result: Product, end: Any) -> Code:
         """Bfloat16 directly, in half as many steps: minimal filtering would save no more products than pairs do."""
-        target, (outputs, channels, *taps) = self.lowering.target, self.filters.shape
-        choice = direct.configure(self.outputs, (outputs, channels // 2, *taps), 1, self.window, target)
+        target, (outputs, channels, height, width) = self.lowering.target, self.filters.shape
+        inner = direct.channels_inner(self.x)
+        steps = (channels // 2, height, width) if inner else (channels, height, -(-width // 2))
+        choice = direct.configure(self.outputs, (outputs, *steps), self.groups, self.window, target)
         columns = choice.tile.vectors * target.lanes
-        packed = self.lowering.weight(
-            self.filters, f"convpairs{columns}", lambda array: direct.pack_filter_pairs(array, columns)
-        )
-        plain = direct.Direct(self.x, packed, self.outputs, self.window, 1, self.padded, choice)
+        pack = direct.pack_filter_pairs if inner else direct.pack_planar_pairs
+        packed = self.lowering.weight(self.filters, f"{pack.__name__}{columns}", lambda array: pack(array, self.groups, columns))
+        padded = self.padded or not inner and width % 2 == 1
+        plain = direct.Direct(self.x, packed, self.outputs, self.window, self.groups, padded, choice)
         return direct.convolution(plain, result, end, self.name, target)
 
     def parameters(self, minimal: bool) -> dict[str, Parameter]:
@@ -270,13 +274,15 @@ class Scheduled:
 def channels_last(lowering: Lowering, argument: Any, spatial: int, narrow: bool = False) -> View:
     """[N, C, ...] in memory as [N, ..., C]: channels beside each other, or in planes where they are few.
 
-    `narrow`: as bfloat16, not widened.
+    `narrow`: as bfloat16, not widened, planes without gaps.
     """
     value = as_stored(lowering, argument) if narrow else widened(lowering, argument)
     if len(value.shape) == spatial + 1:
         value = reshape(lowering, value, (1, *value.shape))
     order = (0, *range(2, spatial + 2), 1)
-    few = int(value.shape[1]) <= _FEW_CHANNELS
+    few = int(value.shape[1]) <= direct.FEW_CHANNELS
+    if few and narrow:
+        value = lowering.contiguous(value)  # pairs are neighbours in memory
     if not isinstance(value, View):
         value = lowering.view(value) if few else lowering.store(value, order)
     view = permuted(value, order)

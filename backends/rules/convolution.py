@@ -32,6 +32,7 @@ from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "direct-convolution"
+FEW_CHANNELS = 4  # up to which planes are read as they are: a camera's image needs no copy
 _BLOCK_PIXELS = 200  # output pixels that all panels pass over before the next ones
 _SYMBOLIC_ROWS = 4  # rows of a block where their length is known at run time
 _LINE_WORDS = 16  # float32 weights, or pairs, of a cache line
@@ -55,7 +56,9 @@ def _reach(window: Window, axis: int) -> int:
 
 
 def channels_inner(x: View) -> bool:
-    """Whether taps run outside channels: x [N, H, W, C] has its channels beside each other."""
+    """Whether taps run outside channels: x [N, H, W, C] has its channels beside each other, more than a few for pairs."""
+    if x.dtype == BFLOAT16 and int(x.shape[3]) <= FEW_CHANNELS:
+        return False
     return bool(x.strides[3] == 1) or x.shape[3] == 1
 
 
@@ -73,10 +76,18 @@ def pack_filters(filters: np.ndarray, groups: int, columns: int, inner: bool) ->
     return packed.reshape(groups * panels, columns, -1).transpose(0, 2, 1)
 
 
-def pack_filter_pairs(filters: np.ndarray, columns: int) -> np.ndarray:
-    """[O, C, KH, KW] of bfloat16 -> [panels, KH KW C / 2, columns, 2], zero where outputs end; C is even."""
+def pack_filter_pairs(filters: np.ndarray, groups: int, columns: int) -> np.ndarray:
+    """[O, C, KH, KW] of bfloat16 -> [panels, KH KW C / 2, columns, 2] as `pack_filters` orders them; C is even."""
     pairs = np.ascontiguousarray(filters.transpose(0, 2, 3, 1)).view(np.uint32).transpose(0, 3, 1, 2)
-    packed = np.ascontiguousarray(pack_filters(pairs, 1, columns, True))
+    packed = np.ascontiguousarray(pack_filters(pairs, groups, columns, True))
+    return packed.view(filters.dtype).reshape(*packed.shape, 2)
+
+
+def pack_planar_pairs(filters: np.ndarray, groups: int, columns: int) -> np.ndarray:
+    """[O, C, KH, KW] of bfloat16 -> [panels, C KH ceil(KW / 2), columns, 2], with a zero behind an odd KW."""
+    even = np.pad(filters, ((0, 0), (0, 0), (0, 0), (0, filters.shape[3] % 2)))
+    pairs = np.ascontiguousarray(even).view(np.uint32)
+    packed = np.ascontiguousarray(pack_filters(pairs, groups, columns, False))
     return packed.view(filters.dtype).reshape(*packed.shape, 2)
 
 
@@ -147,9 +158,10 @@ def _shares(threads: int) -> list[tuple[int, int]]:
 class Direct:
     """A convolution: x [N, H, W, C] with any strides, weight as `pack_filters` packs it, outputs [N, OH, OW, O].
 
-    Where x is bfloat16, channels beside each other, the weight is as `pack_filter_pairs` packs it, without groups.
+    Where x is bfloat16 the weight is as `pack_filter_pairs` packs it, or, where channels are a few planes, as
+    `pack_planar_pairs` does: pairs are then neighbours along W, whose stride in memory and dilation are 1.
 
-    `padded`: taps may lie outside of x, where they read zero.
+    `padded`: taps may lie outside of x, where they read zero; so does what an odd number of taps along W lacks.
     """
 
     x: View
@@ -166,7 +178,8 @@ def convolution(direct: Direct, result: Product, end: Any, name: str, target: Ta
 
     Then the element-wise tree `end` over `result`, which has the pixels of `outputs` as rows and its channels.
     """
-    choice, depth = direct.choice, int(product(direct.weight.shape[1:2] + direct.weight.shape[3:]))
+    choice, window = direct.choice, direct.window
+    depth = int(direct.x.shape[3]) // direct.groups * window.taps[0] * window.taps[1]
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         ConvolutionWriter(kernel, direct, result, end, outputs[0]).write()
@@ -229,6 +242,7 @@ class ConvolutionWriter:
         self.outputs = int(self.shape[3])
         self.outputs_each = self.outputs // self.groups
         self.channels = int(self.x.shape[3]) // self.groups
+        self.together = 2 if self.pairs else 1  # neighbours along the inner axis that one step multiplies
 
     # Tasks ------------------------------------------------------------------------------------------------------------
     def write(self) -> None:
@@ -267,7 +281,7 @@ class ConvolutionWriter:
         columns = self.shape[2]
         return (
             (choice.block_rows - 1) * window.strides[0] + _reach(window, 0),
-            (columns - 1) * window.strides[1] + _reach(window, 1),
+            (columns - 1) * window.strides[1] + _reach(window, 1) + (0 if self.inner else -window.taps[1] % self.together),
         )
 
     def copied(self) -> Size:
@@ -367,10 +381,9 @@ class ConvolutionWriter:
         self, registers: RegisterTile, source: tuple[Source, Any], block: Block, number: Any, first: Any, count: int
     ) -> None:
         """Add the products over `count` rows of taps from the row `first` on."""
-        kernel, window, each = self.kernel, self.window, self.channels // (2 if self.pairs else 1)
+        kernel, window = self.kernel, self.window
         read, origin = source
         starts = self.starts(read, origin, block, number)
-        columns = window.taps[1]
 
         def run(extent: int, stride: Any, offset: Any, depth: Any) -> None:
             registers.multiply(
@@ -382,15 +395,17 @@ class ConvolutionWriter:
 
         down, across = window.dilations[0] * read.row, window.dilations[1] * read.column
         if self.inner:
+            each, columns = self.channels // self.together, window.taps[1]
             with kernel.serial(count) as row, kernel.serial(columns) as column:
                 tap_row = first + row
                 place, depth = tap_row * down + column * across, (tap_row * columns + column) * each
                 self.run_channels(lambda at, count: run(count, read.channel, place + at * read.channel, depth + at))
             return
-        with kernel.serial(each) as channel, kernel.serial(count) as row:
+        steps = -(-window.taps[1] // self.together)
+        with kernel.serial(self.channels) as channel, kernel.serial(count) as row:
             tap_row = first + row
-            depth = (channel * window.taps[0] + tap_row) * columns
-            run(columns, across, channel * read.channel + tap_row * down, depth)
+            depth = (channel * window.taps[0] + tap_row) * steps
+            run(steps, across, channel * read.channel + tap_row * down, depth)
 
     def ahead(self, block: Block, number: Any, depth: Any) -> Callable[[Any], None] | None:
         """Writes, at each step from `depth` on, the prefetch of its share of the lines that the tiles read next.
@@ -439,7 +454,7 @@ class ConvolutionWriter:
 
     def run_channels(self, run: Callable[[Any, int], None]) -> None:
         """`run` (first, count) the channels under one tap, or the pairs of them."""
-        run(0, self.channels // (2 if self.pairs else 1))
+        run(0, self.channels // self.together)
 
     def starts(self, read: Source, origin: Any, block: Block, number: Any) -> list[Any]:
         """Where the first tap of each of the tile's pixels lies; past the last pixel it is read again."""

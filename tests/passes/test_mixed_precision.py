@@ -149,11 +149,13 @@ class Images(nn.Module):
         return self.depthwise(x + self.inner(x))
 
 
-def test_convolutions_of_pairs_of_channels() -> None:
+def test_convolutions_of_pairs() -> None:
     result = run(captured(Images().eval(), torch.randn(1, 3, 9, 9)))
-    assert casts(result.program, torch.bfloat16) == ["relu.default"]
+    assert casts(result.program, torch.bfloat16) == ["x", "relu.default"]
     reasons = " ".join(item.reason for item in result.declined)
-    assert "its 3 channels make no pairs" in reasons and "its 8 groups of channels are bound by memory" in reasons
+    assert "its channels make no pairs: 1 in each of 8 groups" in reasons
+    pointwise = run(captured(nn.Conv2d(3, 8, 1).eval(), torch.randn(1, 3, 9, 9)))
+    assert "its channels make no pairs: 3 in each of 1 groups" in " ".join(item.reason for item in pointwise.declined)
 
 
 @pytest.mark.parametrize(("dtype", "target"), [("bf16", "cpu:x86-64-v3"), ("fp16", PAIRS), ("fp16", "cpu:aarch64")])

@@ -142,6 +142,38 @@ def test_convolutions(dynamic: bool) -> None:
     compiled(Images(), (narrow(2, 384, 11, 13),), {"x": {0: "batch"}} if dynamic else None)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("taps", "options"), [(7, {"stride": 2, "padding": 3}), (3, {}), (4, {"stride": 4}), (2, {})])
+def test_few_planes_pair_their_columns(channels: int, taps: int, options: dict[str, int]) -> None:
+    """Taps beside each other; an odd number of them reads a zero weight over a number that may be infinite."""
+    weight = narrow(20, channels, taps, taps)
+    x = narrow(2, channels, 12, 19)
+    compiled({"image": lambda x: F.conv2d(x.float(), weight.float(), **options)}, (x,), {"a": {0: "batch"}})
+    compiled(
+        {"inner": lambda x: F.conv2d(x.permute(0, 3, 1, 2).float(), weight.float(), **options)},
+        (x.permute(0, 2, 3, 1).contiguous(),),
+    )
+
+
+@pytest.mark.parametrize(("groups", "each", "outputs"), [(3, 2, 5), (2, 24, 40), (4, 16, 16)])
+def test_groups_pair_their_own_channels(groups: int, each: int, outputs: int) -> None:
+    weight, x = narrow(groups * outputs, each, 3, 3), narrow(1, groups * each, 9, 10)
+    cases = {
+        "padded": lambda x: F.conv2d(x.float(), weight.float(), padding=1, groups=groups),
+        "strided": lambda x: F.conv2d(x.float(), weight.float(), stride=2, groups=groups),
+    }
+    compiled(cases, (x,))
+
+
+def test_what_lies_beside_an_image_is_not_read() -> None:
+    """The zero weight of an odd number of taps never meets an infinity of the next row."""
+    weight, x = narrow(8, 3, 3, 3), narrow(1, 3, 9, 9)
+    artifact = compiled({"cut": lambda x: F.conv2d(x[..., 1:-1].float(), weight.float())}, (x,))
+    x[..., 0] = x[..., -1] = float("inf")
+    (found,) = artifact.session().run(None, {artifact.session().get_inputs()[0].name: array_of(x)})
+    assert np.isfinite(found).all()
+
+
 def test_convolution_of_a_sequence() -> None:
     weight = narrow(12, 8, 5)
     compiled({"conv1d": lambda x: F.conv1d(x.float(), weight.float(), padding=2)}, (narrow(2, 8, 30),))
@@ -154,7 +186,7 @@ def test_packing_keeps_pairs_together() -> None:
     flat = packed.transpose(0, 2, 1, 3).reshape(8, 4).astype(np.float32)
     assert np.array_equal(flat[:5, :3], weight.astype(np.float32)) and not flat[5:].any() and not flat[:, 3].any()
     filters = np.arange(48, dtype=np.float32).reshape(3, 4, 2, 2).astype(ml_dtypes.bfloat16)
-    panels = pack_filter_pairs(filters, 4)
+    panels = pack_filter_pairs(filters, 1, 4)
     assert panels.shape == (1, 8, 4, 2)
     taps = panels.transpose(0, 2, 1, 3).reshape(4, 2, 2, 4)
     assert np.array_equal(taps[:3], filters.transpose(0, 2, 3, 1))
