@@ -231,11 +231,24 @@ class Scheduled:
         target, (outputs, channels, height, width) = self.lowering.target, self.filters.shape
         inner = direct.channels_inner(self.x)
         steps = (channels // 2, height, width) if inner else (channels, height, -(-width // 2))
-        choice = direct.configure(self.outputs, (outputs, *steps), self.groups, self.window, target)
+        shape = (self.outputs, (outputs, *steps), self.groups, self.window, target)
+        return self.lowering.choose(
+            Choice(
+                Workload.of("convolution", {**self.parameters(False), "products": "pairs", **epilogue_parameters(end)}),
+                direct.configure(*shape),
+                lambda: direct.worth_timing(*shape, inner),
+                lambda choice: self.write_pairs(choice, inner, result, end),
+            )
+        )
+
+    def write_pairs(self, choice: direct.Configuration, inner: bool, result: Product, end: Any) -> Code:
+        """The kernel, its filters packed as it wants them."""
+        target = self.lowering.target
         columns = choice.tile.vectors * target.lanes
         pack = direct.pack_filter_pairs if inner else direct.pack_planar_pairs
-        packed = self.lowering.weight(self.filters, f"{pack.__name__}{columns}", lambda array: pack(array, self.groups, columns))
-        padded = self.padded or not inner and width % 2 == 1
+        name = f"{pack.__name__}{columns}"
+        packed = self.lowering.weight(self.filters, name, lambda array: pack(array, self.groups, columns))
+        padded = self.padded or not inner and self.filters.shape[3] % 2 == 1
         plain = direct.Direct(self.x, packed, self.outputs, self.window, self.groups, padded, choice)
         return direct.convolution(plain, result, end, self.name, target)
 
