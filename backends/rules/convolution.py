@@ -96,12 +96,12 @@ def configure(shape: Shape, filters: Shape, groups: int, window: Window, target:
     _, height, width, outputs = shape
     depth = int(product(filters[1:]))
     if not isinstance(height, int) or not isinstance(width, int):
-        tile = choose_tile(target, _BLOCK_PIXELS, int(outputs) // groups)
+        tile = choose_tile(target, _BLOCK_PIXELS, int(outputs) // groups, apart=True)
         return Configuration(tile, _SYMBOLIC_ROWS, target.threads, 1, False)
     best: tuple[float, Configuration] | None = None
     for row_groups, panel_groups in _shares(target.threads):
         rows = _block_rows(height, width, row_groups, 1)
-        tile = choose_tile(target, rows * width, int(outputs) // groups)
+        tile = choose_tile(target, rows * width, int(outputs) // groups, apart=True)
         columns = tile.vectors * target.lanes
         blocks, tiles = -(-height // rows), -(-rows * width // tile.rows)
         panels = groups * -(-(int(outputs) // groups) // columns)
@@ -126,7 +126,7 @@ def worth_timing(
     costs: dict[Configuration, float] = {}
     for scale, (row_groups, panel_groups) in itertools.product((1, 0.5, 2), _shares(target.threads)):
         rows = _block_rows(height, width, row_groups, scale)
-        for tile in tiles(target):
+        for tile in tiles(target, apart=True):
             columns = tile.vectors * target.lanes
             own_panels = -(-groups * -(-each // columns) // panel_groups)
             own_blocks, pixels = 1, _BLOCK_PIXELS

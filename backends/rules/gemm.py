@@ -77,7 +77,7 @@ def candidates(
     target: Target, rows: Size, n: int, k: int, shares: Sequence[tuple[int, int]], scale: float = 1
 ) -> Iterator[Configuration]:
     """Every tile with each of the shares; blocks and parts of panels are `scale` times what the caches suggest."""
-    for tile in tiles(target):
+    for tile in tiles(target, apart=True):
         depth = _part(k, max(1, int(scale * _PANEL_BYTES) // (4 * tile.vectors * target.lanes)), tile.steps)
         for row_shares, panel_shares in shares:
             share = -(-rows // row_shares) if isinstance(rows, int) else _MOST_BLOCK_ROWS

@@ -22,6 +22,7 @@ from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, inverse, permuted, placed_views
 
 _MANY_ROWS = 840  # stands for a number of rows known at run time: a multiple of most tiles' rows
+_MOST_APART = 11  # rows with an address each
 _MOST_VECTORS = 6
 Store = Callable[[int, Any, Any], None]  # (row of the tile, column of the tile, value)
 _LATENCY = 8  # multiply-adds that two units start before the first is done
@@ -37,23 +38,27 @@ class Tile:
     steps: int = 4
 
 
-def tiles(target: Target) -> Iterator[Tile]:
+def tiles(target: Target, apart: bool = False) -> Iterator[Tile]:
     """Every tile whose sums, a step's vectors of the right side and its next broadcasts fit the registers.
+
+    `apart`: rows of the left side lie at addresses of their own. x86-64 has general registers for eleven; with 13 rows,
+    of which two addresses are read from memory in each step, a product takes 1.4 to 3 times as long.
 
     With fewer registers left each multiply-add broadcasts for itself, which costs a load each: 7 x 64 is slower than
     6 x 64 with AVX-512. With NEON the steps of a row are one vector, whose lanes are multiplied by number.
     """
     spare, each_row = (3, 1) if target.lanes == 4 else (4, 0) if target.registers == 32 else (1, 0)
+    most = _MOST_APART if apart and target.lanes != 4 else target.registers
     for vectors in range(1, _MOST_VECTORS + 1):
-        for rows in range(1, (target.registers - vectors - spare) // (vectors + each_row) + 1):
+        for rows in range(1, min(most, (target.registers - vectors - spare) // (vectors + each_row)) + 1):
             yield Tile(rows, vectors)
 
 
 @cache
-def choose_tile(target: Target, rows: Size, columns: int, depth: int = 256) -> Tile:
+def choose_tile(target: Target, rows: Size, columns: int, depth: int = 256, apart: bool = False) -> Tile:
     """The tile with the least time for a product of this size; `rows` known at run time are taken as many."""
     many = rows if isinstance(rows, int) else _MANY_ROWS
-    return min(tiles(target), key=lambda tile: tile_cost(target, tile, many, columns, depth))
+    return min(tiles(target, apart), key=lambda tile: tile_cost(target, tile, many, columns, depth))
 
 
 def tile_cost(target: Target, tile: Tile, rows: int, columns: int, depth: int) -> float:
