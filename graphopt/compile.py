@@ -86,10 +86,8 @@ def compile(
         tune_compilation(compilation, store, tune)
     module = compilation.lower(store)
     artifact = compilation.assemble(module)
-    backend, chosen = compilation.backend, compilation.target
-    here = backend.runnable(chosen)
-    trial = artifact if here is chosen else _trial(artifact, backend.build(module.module, here))
-    checks = check_session(trial.session(), compilation.described)
+    chosen, here = compilation.target, compilation.here
+    checks = check_session(compilation.trial(artifact, module).session(), compilation.described)
     report = dict(artifact.report)
     report["checked_on"] = chosen.name if here is chosen else f"{here.machine} {here.architecture}, not on the target"
     report["errors"] = {name: check.error for name, check in checks.items()}
@@ -111,6 +109,15 @@ class Compilation:
     def described(self) -> dict[str, Program]:
         """Everything that the manifest describes."""
         return {**self.entries, **self.functions}
+
+    @property
+    def here(self) -> Any:
+        """The target, or where this machine cannot run its code, what it can run."""
+        return self.backend.runnable(self.target)
+
+    def trial(self, artifact: Artifact, module: Any) -> Artifact:
+        """The artifact of this module if this machine can run it, else one with the same kernels built for it."""
+        return artifact if self.here is self.target else _trial(artifact, self.backend.build(module.module, self.here))
 
     def lower(self, store: Any, hardware: Any = None) -> Any:
         """The backend's module, its kernels as the store knows them to be best on this hardware, by default here."""

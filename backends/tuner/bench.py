@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ _FUNCTION = "kernel"
 _MOST_BYTES = 1 << 30  # of weights in one race
 _START_SECONDS = 6.0  # that a race may take besides its turns: a child that starts, on a machine that others use
 _BYTES_A_SECOND = 50 << 20  # at which arguments are made, at the least
+_WRITING = threading.Lock()  # kernels are written by one thread at a time
 _PATIENCE = 20  # how much longer than the default a candidate may take before it counts as hung
 
 Point = Mapping[str, int]  # a value for each symbol of a program
@@ -36,13 +38,14 @@ class Workpiece:
 
 @dataclass
 class Bench:
-    """Builds with `builder` and measures with `measurer`; `cold_bytes` as in `Race`."""
+    """Builds with `builder` and measures with `measurer`; `cold_bytes` as in `Race`, `beside` as `Device.kernels`."""
 
     target: Target
     builder: Builder
     measurer: Measurer
     cold_bytes: int
     seed: int = 0
+    beside: Callable[[str, Sequence[Case]], Mapping[str, Any]] = lambda function, cases: {}
     _support: bytes = field(default=b"", init=False)
 
     def build(self, piece: Workpiece, configurations: Sequence[Any]) -> list[Entrant | str]:
@@ -51,13 +54,15 @@ class Bench:
         written = []
         for configuration in configurations:
             try:
-                code, values = piece.site.lowering.trial(piece.site.made.choice, configuration)
+                with _WRITING:
+                    code, values = piece.site.lowering.trial(piece.site.made.choice, configuration)
             except Exception as e:  # of whatever kind: it costs this candidate
                 found.append(f"{type(e).__name__}: {e}".splitlines()[0])
                 continue
             written.append((code, tuple(_arguments(code, values, point) for point in piece.points)))
             found.append(None)
-        libraries = iter(self.builder.build([{_FUNCTION: code.function} for code, _ in written]))
+        kernels = [{_FUNCTION: code.function, **self.beside(_FUNCTION, cases)} for code, cases in written]
+        libraries = iter(self.builder.build(kernels))
         cases = iter(cases for _, cases in written)
         return [_entrant(next(libraries), next(cases)) if item is None else item for item in found]
 

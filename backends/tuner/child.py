@@ -33,7 +33,7 @@ Function = Callable[[Any, list[Blob]], tuple[Any, Sequence[Blob]]]
 _START = "import sys; sys.path[:0] = sys.argv[1:2]; from graphopt.backends.tuner.child import main; main(*sys.argv[2:])"
 _HEAD = struct.Struct("<QQ")  # bytes of the JSON value, number of blobs
 _LENGTH = struct.Struct("<Q")
-_STARVED = 5  # times as long as it should take a child may wait for a CPU
+_STARVED = 5.0  # times as long as it should take a child may wait for a CPU
 _POLL = 0.2  # seconds
 _GRACE = 2.0  # seconds that a child has beyond its time before it ends itself
 _LONGEST = 300  # characters of what a child said last
@@ -46,11 +46,12 @@ class ChildError(GraphoptError):
 class Child:
     """The process that runs `function` ("module:name") for each request; it starts with the first one.
 
-    `memory` is how many bytes of data it may have.
+    `memory` is how many bytes of data it may have; `starved` is how many times as long as it should take it may wait
+    for a CPU, 1 where what it waits for is no CPU of this machine.
     """
 
-    def __init__(self, function: str, memory: int) -> None:
-        self._function, self._memory = function, memory
+    def __init__(self, function: str, memory: int, starved: float = _STARVED) -> None:
+        self._function, self._memory, self._starved = function, memory, starved
         self._process: subprocess.Popen[bytes] | None = None
         self._log: Any = None
 
@@ -65,14 +66,14 @@ class Child:
     def ask(self, value: Any, blobs: Sequence[Blob], seconds: float) -> Answer:
         """The answer. Raises ChildError when there is none within `seconds`; the next request has a new child.
 
-        On a machine that others use the seconds are those that the child computes, up to five times as many.
+        On a machine that others use the seconds are those that the child computes, up to `starved` times as many.
         """
         process = self._started()
         try:
             assert process.stdin and process.stdout
             with contextlib.suppress(BrokenPipeError):  # that there is no answer says what happened
-                _write(process.stdin, {"seconds": _STARVED * seconds + _GRACE, "value": value}, blobs)
-            answer, found = _read(_Waiting(process.pid, process.stdout.fileno(), seconds).read)
+                _write(process.stdin, {"seconds": self._starved * seconds + _GRACE, "value": value}, blobs)
+            answer, found = _read(_Waiting(process.pid, process.stdout.fileno(), seconds, self._starved).read)
         except TimeoutError as e:
             self.close()
             raise ChildError(f"it took over {seconds:.0f} s") from e
@@ -133,8 +134,8 @@ class _Waiting:
     Raises TimeoutError, and EOFError where the other end is closed.
     """
 
-    def __init__(self, process: int, descriptor: int, seconds: float) -> None:
-        self._process, self._descriptor, self._seconds = process, descriptor, seconds
+    def __init__(self, process: int, descriptor: int, seconds: float, starved: float) -> None:
+        self._process, self._descriptor, self._seconds, self._starved = process, descriptor, seconds, starved
         self._begin, self._used = time.monotonic(), _computed(process)
 
     def read(self, count: int) -> bytearray:
@@ -153,7 +154,8 @@ class _Waiting:
 
     def _check(self) -> None:
         waited = time.monotonic() - self._begin
-        if waited >= _STARVED * self._seconds or min(waited, _computed(self._process) - self._used) >= self._seconds:
+        computed = min(waited, _computed(self._process) - self._used)
+        if waited >= self._starved * self._seconds or computed >= self._seconds:
             raise TimeoutError
 
 

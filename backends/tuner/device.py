@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from graphopt.backends.tuner import local, machine
-from graphopt.backends.tuner.measuring import Measurer
+from graphopt.backends.tuner.measuring import Case, Measurer
 from graphopt.backends.tuner.record import Hardware
 from graphopt.errors import UsageError
 from graphopt.runtime.features import missing
@@ -41,8 +41,16 @@ class Device(Protocol):
         """Where and when, for a record that is made now."""
         ...
 
+    def kernels(self, function: str, cases: Sequence[Case]) -> Mapping[str, Any]:
+        """Functions that its measurer needs in the library of a kernel called `function`, for these cases."""
+        ...
+
     def kernel_seconds(self, artifact: Any, feeds: Feeds) -> Mapping[str, float]:
-        """What each kernel takes of one run of every entry of a `graphopt.Artifact`."""
+        """What each kernel takes of one run of every entry of a `graphopt.Artifact` that runs on this machine."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
         ...
 
 
@@ -62,11 +70,22 @@ class ThisMachine:
     def provenance(self) -> Mapping[str, str]:
         return machine.provenance()
 
+    def kernels(self, function: str, cases: Sequence[Case]) -> Mapping[str, Any]:
+        return {}
+
     def kernel_seconds(self, artifact: Any, feeds: Feeds) -> Mapping[str, float]:
-        session = artifact.session(self._threads)
-        taken: dict[str, float] = defaultdict(float)
-        for entry, feed in feeds.items():
-            rounds = session.profile_rounds(feed, entry, _ROUNDS)
-            for kernel in {kernel for each in rounds for kernel in each}:
-                taken[kernel] += statistics.median(sum(each.get(kernel, ())) for each in rounds)
-        return taken
+        return seconds_here(artifact, feeds, self._threads)
+
+    def close(self) -> None:
+        self.measurer.close()
+
+
+def seconds_here(artifact: Any, feeds: Feeds, threads: int) -> Mapping[str, float]:
+    """`Device.kernel_seconds` of this machine."""
+    session = artifact.session(threads)
+    taken: dict[str, float] = defaultdict(float)
+    for entry, feed in feeds.items():
+        rounds = session.profile_rounds(feed, entry, _ROUNDS)
+        for kernel in {kernel for each in rounds for kernel in each}:
+            taken[kernel] += statistics.median(sum(each.get(kernel, ())) for each in rounds)
+    return taken

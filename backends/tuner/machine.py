@@ -39,16 +39,19 @@ def tvm_version() -> str:
     return metadata.version("apache-tvm")
 
 
-def provenance() -> dict[str, str]:
-    """Device, date, versions, and clocks where they can be read, of a record that is measured here and now."""
+def provenance(root: Path = Path("/")) -> dict[str, str]:
+    """Device, date, versions, and clocks where they can be read, of a record that is measured now.
+
+    `root` holds the device's proc and sys, by default those of this machine.
+    """
     about = {
-        "device": cpu_name(),
+        "device": cpu_name(root),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "graphopt": metadata.version("graphopt"),
         "tvm": tvm_version(),
         "python": platform.python_version(),
     }
-    return about | clocks(Path("/"))
+    return about | clocks(root)
 
 
 def clocks(root: Path) -> dict[str, str]:

@@ -78,16 +78,23 @@ class Times:
 
 
 class MeasureError(GraphoptError):
-    """A race has no result: an entrant crashed, hung or ran out of memory, or the device is gone."""
+    """A race has no result: an entrant crashed, hung or ran out of memory."""
+
+
+class DeviceLostError(GraphoptError):
+    """A device is gone: switched off, out of reach, or its server has ended."""
 
 
 class Measurer(Protocol):
     """Runs races on a device."""
 
     def race(self, race: Race, limit: float) -> list[Times]:
-        """The times of each entrant. Raises MeasureError where that takes over `limit` seconds or fails."""
+        """The times of each entrant. Raises MeasureError where that takes over `limit` seconds or fails.
+
+        Raises DeviceLostError where no other race can be run there, whether or not one of the entrants is to blame.
+        """
         ...
 
     def close(self) -> None:
-        """Let go of the device."""
+        """Let go of the device, also while another thread waits for a race on it."""
         ...

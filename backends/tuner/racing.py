@@ -21,7 +21,7 @@ from graphopt.runtime.tensors import aligned_copy, to_device, widen
 from graphopt.runtime.threads import Runner
 from graphopt.turns import in_turns
 
-_LEAST_CALLS = 3  # of a turn
+LEAST_CALLS = 3  # of a turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class _Run:
         """
         times: list[float] = []
         spent, end = 0.0, time.perf_counter() + 3 * seconds
-        while (spent < seconds and time.perf_counter() < end) or len(times) < _LEAST_CALLS:
+        while (spent < seconds and time.perf_counter() < end) or len(times) < LEAST_CALLS:
             self.refresh()
             arguments = next(self.cold)
             begin = time.perf_counter()
@@ -69,7 +69,7 @@ def run_race(race: Race) -> list[Times]:
     def take() -> tuple[list[float], list[list[float]]]:
         flush(1, race.threads)
         wanted = [run.results() for run in runs[0]]
-        apart = [_difference([run.results() for run in each], wanted) for each in runs]
+        apart = [difference([run.results() for run in each], wanted) for each in runs]
         turns = [partial(run.turn, race.seconds) for each in runs for run in each]
         return apart, in_turns(turns, race.turns)
 
@@ -128,7 +128,7 @@ def _calls(arguments: Sequence[Any], cold: dict[int, list[Any]]) -> Iterator[lis
         yield found
 
 
-def _difference(results: Sequence[Sequence[np.ndarray]], wanted: Sequence[Sequence[np.ndarray]]) -> float:
+def difference(results: Sequence[Sequence[np.ndarray]], wanted: Sequence[Sequence[np.ndarray]]) -> float:
     """As `Times` has it, over all cases and outputs."""
     pairs = zip(itertools.chain(*results), itertools.chain(*wanted), strict=True)
     return max((_apart(a, b) for a, b in pairs), default=0.0)

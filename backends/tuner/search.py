@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.backends.choice import settings_of
 from graphopt.backends.tuner.bench import Bench, Workpiece, geometric_mean
-from graphopt.backends.tuner.measuring import Entrant, MeasureError, Times
+from graphopt.backends.tuner.measuring import DeviceLostError, Entrant, MeasureError, Times
 
 BATCH = 8  # candidates that are built and measured together
+MOST_LOSSES = 2  # devices that may be lost while a candidate is on them
 _SPARED = 16  # candidates left as the cost model orders them; the others are shuffled among themselves
 _MARGIN = 0.985  # of the default's time: less of a gain is not worth another kernel
 
@@ -59,6 +61,19 @@ class Found:
 
 
 @dataclass
+class Carried:
+    """What a search leaves to the next one of the same workload, when its device is lost: places in the space.
+
+    `contenders` were the best there, the best first; they are tried again, as what they took does not count on another
+    device. `losses` are how often a device was lost with this candidate on it.
+    """
+
+    tried: frozenset[int] = frozenset()
+    contenders: tuple[int, ...] = ()
+    losses: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass
 class Search:
     """One workload: `left()` are the seconds it still has, `told(best)` hears the best ratio to the default so far."""
 
@@ -68,47 +83,66 @@ class Search:
     told: Callable[[float], None]
     before: frozenset[int] = frozenset()  # places that were tried in earlier runs
     incumbent: Mapping[str, Any] | None = None  # settings that an earlier run found best
-    _failures: list[str] = field(default_factory=list, init=False)
+    carried: Carried = field(default_factory=Carried)
+    failures: list[str] = field(default_factory=list, init=False)
     _expected: float = field(default=0.01, init=False)
 
     def run(self) -> Found:
-        """Raises MeasureError where not even the default can be measured."""
+        """Raises MeasureError where not even the default can be measured, DeviceLostError."""
         choice = self.piece.site.made.choice
         space = choice.space()
         self._settings = [settings_of(candidate) for candidate in space]
+        tried = self.before | self.carried.tried.difference(self.carried.contenders) | self._given_up()
         (default,) = self._build([0], space)
         if default is None:
-            raise MeasureError(self._failures[-1])
+            raise MeasureError(self.failures[-1])
         entrants: dict[int, Entrant] = {0: default}
         ratios: dict[int, float] = {}
-        (alone,) = self.bench.race([default], 2, FIRST.seconds, self._expected)
-        if isinstance(alone, Times):
-            self._expected = geometric_mean([statistics.median(turns) for turns in alone.seconds])
-        pending = self._order(len(space))
-        tried = set(self.before)
+        alone = self._times(entrants, [], Rung(2, FIRST.seconds, 1))
+        if 0 in alone:
+            self._expected = geometric_mean([statistics.median(turns) for turns in alone[0].seconds])
+        pending = self._order(len(space), tried)
         pace = 0.0
         while pending and self.left() > pace + self._last_rungs():
             begin = self.left()
-            batch = pending[:BATCH]
+            batch = self._batch(pending)
             built = self._build(batch, space)
             entrants |= {place: entrant for place, entrant in zip(batch, built, strict=True) if entrant is not None}
             ratios |= self._race(entrants, [place for place in batch if place in entrants], FIRST)
             tried |= {0, *batch}
+            again = (place for place in self.carried.contenders if place not in ratios)
+            self.carried.tried, self.carried.contenders = tried, (*_best(ratios, FIRST.kept), *again)
             pace = max(pace, begin - self.left())
             kept = {0, *_best(ratios, FIRST.kept)}
             entrants = {place: entrant for place, entrant in entrants.items() if place in kept}  # weights take room
             self.told(min(ratios.values(), default=1.0))
-            pending = self._reordered(pending[BATCH:], ratios)
+            pending = self._reordered([place for place in pending if place not in batch], ratios)
         best, seconds, default_seconds = self._finish(entrants, ratios)
-        return Found(space[best], seconds, default_seconds, frozenset(tried), len(space), tuple(self._failures))
+        return Found(space[best], seconds, default_seconds, tried, len(space), tuple(self.failures))
 
     # Order ------------------------------------------------------------------------------------------------------------
-    def _order(self, count: int) -> list[int]:
+    def _given_up(self) -> frozenset[int]:
+        """Candidates that devices are lost with, one after the other."""
+        found = frozenset(place for place, count in self.carried.losses.items() if count >= MOST_LOSSES)
+        if 0 in found:
+            raise MeasureError(f"{MOST_LOSSES} devices were lost with the default on them")
+        for place in sorted(found):
+            self._drop(place, f"not measured: {MOST_LOSSES} devices were lost with it on them")
+        return found
+
+    def _batch(self, pending: Sequence[int]) -> Sequence[int]:
+        """The next ones; what a device was lost with is measured alone."""
+        losses = self.carried.losses
+        return pending[:1] if losses[pending[0]] else [place for place in pending if not losses[place]][:BATCH]
+
+    def _order(self, count: int, tried: Set[int]) -> list[int]:
         """Places to try: what was found best before, then by the cost model, the far end shuffled."""
-        rest = [place for place in range(1, count) if place not in self.before]
+        rest = [place for place in range(1, count) if place not in tried]
         later = rest[_SPARED:]
         random.Random(self.bench.seed).shuffle(later)
-        known = [place for place in range(1, count) if self._settings[place] == dict(self.incumbent or {})]
+        best = [place for place in range(1, count) if self._settings[place] == dict(self.incumbent or {})]
+        lost = self.carried.losses
+        known = [each for each in dict.fromkeys((*best, *self.carried.contenders)) if lost[each] < MOST_LOSSES]
         return [*known, *(place for place in (*rest[:_SPARED], *later) if place not in known)]
 
     def _reordered(self, pending: Sequence[int], ratios: Mapping[int, float]) -> list[int]:
@@ -140,7 +174,12 @@ class Search:
         return {place: _ratio(times[0], times[place]) for place in places if place in times}
 
     def _times(self, entrants: dict[int, Entrant], places: Sequence[int], rung: Rung) -> dict[int, Times]:
-        results = self.bench.race([entrants[place] for place in (0, *places)], rung.turns, rung.seconds, self._expected)
+        racing = [entrants[place] for place in (0, *places)]
+        try:
+            results = self.bench.race(racing, rung.turns, rung.seconds, self._expected)
+        except DeviceLostError:
+            self.carried.losses.update(places or [0])
+            raise
         found: dict[int, Times] = {}
         tolerance = self.piece.site.made.choice.tolerance
         for place, result in zip((0, *places), results, strict=True):
@@ -156,7 +195,7 @@ class Search:
 
     def _drop(self, place: int, reason: str) -> None:
         said = " ".join(f"{name}={value}" for name, value in self._settings[place].items())
-        self._failures.append(f"{self.piece.site.made.choice.workload}: {said}: {reason}")
+        self.failures.append(f"{self.piece.site.made.choice.workload}: {said}: {reason}")
 
     def _last_rungs(self) -> float:
         """Seconds that the rungs after the first take."""

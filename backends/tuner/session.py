@@ -2,38 +2,33 @@
 
 A workload is one record: Ctrl-C loses the one that is being measured. A record says which candidates were tried, so
 that the next run goes on where this one ended, and one that has nothing left to try changes nothing.
+
+Several devices take workloads from one queue. What is compared was measured on one of them; when it is lost, the next
+that is free goes on with the workload.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass
 
 from graphopt.backends.choice import settings_of
-from graphopt.backends.tuner.bench import Bench, Workpiece
-from graphopt.backends.tuner.measuring import MeasureError
+from graphopt.backends.tuner.bench import Bench
+from graphopt.backends.tuner.measuring import DeviceLostError, MeasureError
 from graphopt.backends.tuner.record import Hardware, Record, Setting, Workload
-from graphopt.backends.tuner.search import Found, Search
+from graphopt.backends.tuner.search import Carried, Found, Search
 from graphopt.backends.tuner.store import Store
+from graphopt.backends.tuner.task_queue import Task, TaskQueue
 from graphopt.progress import tell
 
 LEAST = 4.0  # seconds below which a workload is not worth beginning with
 
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A workload of the model: the kernel to measure, all kernels it stands for, and their share of the time."""
-
-    piece: Workpiece
-    kernels: tuple[str, ...]
-    share: float
-
-    @property
-    def workload(self) -> Workload:
-        return self.piece.site.made.choice.workload
 
 
 @dataclass(frozen=True)
@@ -62,44 +57,87 @@ class Outcome:
     failures: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Station:
+    """A device at work: where candidates are measured, and what the records say of it."""
+
+    bench: Bench
+    provenance: Callable[[], Mapping[str, str]]
+
+
 @dataclass
 class Session:
-    """One run of `seconds` seconds."""
+    """One run of `seconds` seconds on devices of one kind."""
 
     tasks: Sequence[Task]
-    bench: Bench
+    stations: Sequence[Station]
     store: Store
     hardware: Hardware
-    provenance: Callable[[], Mapping[str, str]]
     seconds: float
     clock: Clock = time.monotonic
 
     def run(self) -> Outcome:
-        """Raises WriteError where the store cannot be written."""
+        """Raises WriteError where the store cannot be written, DeviceLostError where the last device is gone."""
         self._end = self.clock() + self.seconds
         self._failures: list[str] = []
         self._new: set[str] = set()
         self._known = {task.workload.key: self._knowledge(task) for task in self.tasks}
+        self._carried: dict[str, Carried] = defaultdict(Carried)
+        self._shared = threading.Lock()  # the store, and what is known from it
         tasks = sorted(self.tasks, key=lambda task: -task.share)
-        pending = [task for task in tasks if not self._known[task.workload.key].exhausted]
-        while pending and self._left() >= LEAST:
-            left = []
-            for place, task in enumerate(pending):
-                if self._left() < LEAST:
-                    break
-                if self._tune(task, pending[place:]):
-                    left.append(task)
-            pending = left
+        self._queue = TaskQueue(task for task in tasks if not self._known[task.workload.key].exhausted)
+        self._at_work = len(self.stations)
+        try:
+            if len(self.stations) == 1:
+                self._work(self.stations[0])
+            else:
+                self._work_together()
+        except DeviceLostError as e:
+            raise DeviceLostError(f"no device is left, {e}; start its server and tune again to go on from here") from e
         return Outcome(tuple(map(self._row, tasks)), tuple(self._failures))
+
+    # Devices ----------------------------------------------------------------------------------------------------------
+    def _work_together(self) -> None:
+        """Each device in a thread of its own. Raises DeviceLostError where none is left."""
+        with ThreadPoolExecutor(len(self.stations)) as threads:
+            try:
+                working = [threads.submit(copy_context().run, self._work, station) for station in self.stations]
+                for done in as_completed(working):
+                    if isinstance(lost := done.exception(), DeviceLostError) and self._at_work:
+                        self._failures.append(str(lost))
+                    else:
+                        done.result()
+            except BaseException:
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        """What threads wait for ends, and they with it."""
+        self._queue.stop()
+        for station in self.stations:
+            station.bench.measurer.close()
+            station.bench.builder.close()
+
+    def _work(self, station: Station) -> None:
+        """Take tasks until none is left or the time is over. Raises DeviceLostError."""
+        while self._left() >= LEAST and (task := self._queue.take()) is not None:
+            try:
+                again = self._left() < LEAST or self._tune(station, task)
+            except BaseException:
+                with self._shared:
+                    self._at_work -= 1
+                self._queue.put_back(task)
+                raise
+            self._queue.done(task, again)
 
     def _left(self) -> float:
         return self._end - self.clock()
 
-    def _tune(self, task: Task, pending: Sequence[Task]) -> bool:
-        """Give the first of the pending tasks its share of what is left; whether something is left to try."""
+    def _tune(self, station: Station, task: Task) -> bool:
+        """Give the task its share of what is left; whether something is left to try."""
         known = self._known[task.workload.key]
-        total = sum(each.share for each in pending) or 1.0
-        until = self.clock() + max(LEAST, self._left() * task.share / total)
+        portion = min(1.0, self._at_work * self._queue.portion(task))
+        until = self.clock() + max(LEAST, self._left() * portion)
         stage = str(task.workload)
 
         def told(ratio: float) -> None:
@@ -108,38 +146,41 @@ class Session:
 
         told(known.ratio)
         search = Search(
-            self.bench,
+            station.bench,
             task.piece,
             lambda: min(until, self._end) - self.clock(),
             told,
             known.tried,
             known.settings,
+            self._carried[task.workload.key],
         )
         try:
             found = search.run()
         except MeasureError as e:
             self._failures.append(f"{stage}: {e}")
             return False
-        self._failures += found.failures
+        finally:
+            self._failures += search.failures
         if found.tried <= known.tried:  # the time was too short for a kernel as slow as this one
             return False
-        self._commit(task, found)
+        self._commit(station, task, found)
         return not found.exhausted
 
-    def _commit(self, task: Task, found: Found) -> None:
-        about = {"seed": str(self.bench.seed), "tried": _mask(found.tried), "space": str(found.space)}
-        self.store.append(
-            Record(
-                task.workload,
-                self.hardware,
-                settings_of(found.configuration),
-                found.seconds,
-                found.default_seconds,
-                {**self.provenance(), **about},
-            )
+    def _commit(self, station: Station, task: Task, found: Found) -> None:
+        about = {"seed": str(station.bench.seed), "tried": _mask(found.tried), "space": str(found.space)}
+        record = Record(
+            task.workload,
+            self.hardware,
+            settings_of(found.configuration),
+            found.seconds,
+            found.default_seconds,
+            {**station.provenance(), **about},
         )
-        self._new.add(task.workload.key)
-        self._known[task.workload.key] = self._knowledge(task)
+        with self._shared:
+            self.store.append(record)
+            self._new.add(task.workload.key)
+            self._known[task.workload.key] = self._knowledge(task)
+        self._carried.pop(task.workload.key)
 
     # What is known ----------------------------------------------------------------------------------------------------
     def _knowledge(self, task: Task) -> _Knowledge:

@@ -1,4 +1,4 @@
-"""`graphopt tune MODEL --budget SECONDS`: measure configurations of a model's kernels on this machine."""
+"""`graphopt tune MODEL --budget SECONDS`: measure configurations of a model's kernels, here or on other devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUDGET = 60.0  # seconds
 BUSY = 0.1  # share of the CPUs that others may take
 DROPPED = 5  # candidates that are named
 OPTIONS = (
-    *("target", "budget", "threads", "seed"),
+    *("target", "budget", "threads", "seed", "rpc", "key"),
     *("dynamic", "examples", "passes", "recipe", "level", "data", "metric"),
 )
 
@@ -35,12 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, help="threads to cut work for (default: one for each CPU)")
     help = "of the order in which candidates are tried, and of the inputs they are measured with (default 0)"
     group.add_argument("--seed", type=int, help=help)
+    help = "measure on the devices of a tracker, `python -m tvm.exec.rpc_tracker`, in place of this machine"
+    group.add_argument("--rpc", metavar="HOST:PORT", help=help)
+    group.add_argument("--key", help="with --rpc: the key of the devices' servers, `python -m tvm.exec.rpc_server`")
     add_capture_options(parser)
     add_pass_choice(parser)
 
 
+def devices(arguments: argparse.Namespace) -> tuple[str, str] | None:
+    """The tracker and the key of its devices; None for this machine. Raises UsageError for one without the other."""
+    if (arguments.rpc is None) != (arguments.key is None):
+        given, missing = ("--key", "--rpc HOST:PORT") if arguments.rpc is None else ("--rpc", "--key KEY")
+        raise UsageError(f"{given} has no effect without {missing}; give both or neither")
+    return None if arguments.rpc is None else (arguments.rpc, arguments.key)
+
+
 def run(arguments: argparse.Namespace) -> int:
+    rpc = devices(arguments)
     from graphopt import optimize
+    from graphopt.backends.tuner.measuring import DeviceLostError
     from graphopt.backends.tuner.store import Store
     from graphopt.tuning import tune
 
@@ -62,12 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
                 database=store,
                 threads=arguments.threads,
                 seed=settings.get("seed", 0),
+                rpc=rpc,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DeviceLostError):
         print(f"graphopt: what was found so far is in {store.path}", file=sys.stderr)
         raise
     taken = interference(before, usage(cores), cores)
-    notes = list(doubts(outcome, taken.elsewhere + taken.stolen))
+    notes = list(doubts(outcome, taken.elsewhere + taken.stolen if rpc is None else 0.0))
     rows = [to_json(row) for row in outcome.rows]
     write_json(arguments, {"store": str(store.path), "workloads": rows, "dropped": outcome.failures, "notes": notes})
     if wants_text(arguments):

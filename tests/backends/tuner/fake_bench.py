@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from graphopt.backends.choice import Choice, Made, Site, settings_of
 from graphopt.backends.tuner.bench import Bench, Workpiece
-from graphopt.backends.tuner.measuring import Entrant, MeasureError, Times
+from graphopt.backends.tuner.measuring import DeviceLostError, Entrant, MeasureError, Times
 from graphopt.backends.tuner.record import Workload
 
 BUILD, RACE = 0.1, 0.05  # seconds a candidate takes on the clock
@@ -38,6 +38,20 @@ class FakeBench:
     built: list[Point] = field(default_factory=list)
     raced: list[list[Point]] = field(default_factory=list)
     before_build: Callable[[], None] = lambda: None
+    loses: Callable[[list[Point]], bool] = lambda points: False  # whether the device is gone in such a race
+
+    closed: bool = False
+
+    @property
+    def measurer(self) -> FakeBench:
+        return self
+
+    @property
+    def builder(self) -> FakeBench:
+        return self
+
+    def close(self) -> None:
+        self.closed = True
 
     def clock(self) -> float:
         return self.now
@@ -52,6 +66,8 @@ class FakeBench:
         points = [Point(*cast(Any, entrant.function)) for entrant in entrants]
         self.raced.append(points)
         self.now += RACE * len(points)
+        if self.loses(points):
+            raise DeviceLostError("the device is gone")
         if points[0] in self.faults:
             raise MeasureError(self.faults[points[0]])
         return [self.faults.get(point) or self.times(point, turns) for point in points]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from graphopt.backends.tuner.measuring import MeasureError
-from graphopt.backends.tuner.search import BATCH, LAST, Found, Search
+from graphopt.backends.tuner.measuring import DeviceLostError, MeasureError
+from graphopt.backends.tuner.search import BATCH, FIRST, LAST, Carried, Found, Search
 from tests.backends.tuner.fake_bench import DEFAULT, FakeBench, Point, as_bench, piece, settings
 
 MANY = [Point(x) for x in range(1, 40)]
@@ -118,3 +118,47 @@ def test_settings_that_were_fast_are_tried_earlier() -> None:
     bench = FakeBench(lambda point, turn, case: 0.5 if point.y else 1.0)
     search(bench, [*slow, fast[0], *others, *fast[1:]])
     assert set(bench.built[BATCH + 1 :][:5]) == set(fast[1:])
+
+
+def lost_in(race: int, carried: Carried) -> FakeBench:
+    """A search on a device that is gone in its race of this number."""
+    bench = FakeBench(fastest_at(3))
+    bench.loses = lambda points: len(bench.raced) == race
+    with pytest.raises(DeviceLostError):
+        search(bench, carried=carried)
+    return bench
+
+
+@pytest.mark.parametrize("race", [1, 2, 3, 5, 6, 7, 8, 9])
+def test_a_lost_device_costs_what_was_on_it(race: int) -> None:
+    """In any race, from that of the default alone to the last one."""
+    carried = Carried()
+    lost, other = lost_in(race, carried), FakeBench(fastest_at(3))
+    on_it = set(lost.raced[-1][1:])
+    done = {point for points in lost.raced[:-1] for point in points[1:]}
+    contenders = {point for point in MANY if MANY.index(point) + 1 in carried.contenders}
+    found = search(other, carried=carried)
+    assert found.configuration == Point(3) and found.exhausted and not found.failures
+    assert len(contenders) <= FIRST.kept and on_it <= contenders | set(MANY) - done
+    assert {point for points in other.raced for point in points[1:]} == set(MANY) - done | contenders
+
+
+def test_what_took_two_devices_is_given_up() -> None:
+    carried, benches = Carried(), [FakeBench(fastest_at(3)) for _ in range(3)]
+    for bench in benches:
+        bench.loses = lambda points: Point(5) in points
+    for bench in benches[:2]:
+        with pytest.raises(DeviceLostError):
+            search(bench, carried=carried)
+    assert benches[1].raced[-1] == [DEFAULT, Point(5)]
+    found = search(benches[2], carried=carried)
+    assert found.configuration == Point(3) and found.exhausted
+    assert found.failures and all("2 devices were lost with it on them" in failure for failure in found.failures)
+
+
+def test_a_default_that_took_two_devices() -> None:
+    carried = Carried()
+    for _ in range(2):
+        lost_in(1, carried)
+    with pytest.raises(MeasureError, match="2 devices were lost with the default on them"):
+        search(FakeBench(fastest_at(3)), carried=carried)
