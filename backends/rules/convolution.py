@@ -281,7 +281,9 @@ class ConvolutionWriter:
         columns = self.shape[2]
         return (
             (choice.block_rows - 1) * window.strides[0] + _reach(window, 0),
-            (columns - 1) * window.strides[1] + _reach(window, 1) + (0 if self.inner else -window.taps[1] % self.together),
+            (columns - 1) * window.strides[1]
+            + _reach(window, 1)
+            + (0 if self.inner else -window.taps[1] % self.together),
         )
 
     def copied(self) -> Size:
