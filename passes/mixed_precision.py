@@ -19,8 +19,8 @@ Where the target multiplies no numbers of this dtype, only weights and tables ar
 they are read, half the traffic, with products in float32; a note says so. No CPU target multiplies float16.
 
 bfloat16 has float32's range. float16 has more precision but ends at 65504: what the examples show above 1/16 of that
-stays float32, and so do weights beyond it. Declines convolutions of an odd number of channels a group, such as depthwise
-ones, which memory bounds, other than images of up to four planes; and products with an operand of one axis.
+stays float32, and so do weights beyond it. Declines convolutions of an odd number of channels a group, such as
+depthwise ones, which memory bounds, other than images of up to four planes; and products with an operand of one axis.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class Scheduled:
         pack = direct.pack_filter_pairs if inner else direct.pack_planar_pairs
         name = f"{pack.__name__}{columns}"
         packed = self.lowering.weight(self.filters, name, lambda array: pack(array, self.groups, columns))
-        padded = self.padded or not inner and self.filters.shape[3] % 2 == 1
+        padded = self.padded or (not inner and self.filters.shape[3] % 2 == 1)
         plain = direct.Direct(self.x, packed, self.outputs, self.window, self.groups, padded, choice)
         return direct.convolution(plain, result, end, self.name, target)
 

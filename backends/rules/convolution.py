@@ -56,7 +56,7 @@ def _reach(window: Window, axis: int) -> int:
 
 
 def channels_inner(x: View) -> bool:
-    """Whether taps run outside channels: x [N, H, W, C] has its channels beside each other, more than a few for pairs."""
+    """Whether taps run outside channels: x [N, H, W, C] has channels beside each other, more than a few for pairs."""
     if x.dtype == BFLOAT16 and int(x.shape[3]) <= FEW_CHANNELS:
         return False
     return bool(x.strides[3] == 1) or x.shape[3] == 1
