@@ -48,7 +48,8 @@ class Encoder(nn.Module):
         heads = self.into(x).unflatten(-1, (3, -1, self.head)).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2])
         x = self.first(x + self.out(mixed.transpose(1, 2).flatten(2)))
-        return self.second(x + self.down(nn.functional.gelu(self.up(x))))
+        result: Tensor = self.second(x + self.down(nn.functional.gelu(self.up(x))))
+        return result
 
 
 class Stages(nn.Module):
