@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends import amx
 from graphopt.backends.choice import Choices, Tuned
 from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
@@ -171,7 +172,10 @@ def finalize() -> tvm.transform.Pass:
 def generate(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
     """Code for the target, not linked yet. Raises CompileError where code generation fails."""
     native = native_target(target)
-    module = tvm.IRModule({**module.functions, relax.GlobalVar(SET_DENORMALS): set_denormals(target)})
+    own = {
+        relax.GlobalVar(name): function for name, function in own_functions(target, module.functions.values()).items()
+    }
+    module = tvm.IRModule({**module.functions, **own})
     try:
         with native, tvm.transform.PassContext(opt_level=3):
             return relax.build(module, native, relax_pipeline=finalize(), tir_pipeline=register())
@@ -218,6 +222,14 @@ def target_fields(target: Target) -> dict[str, Any]:
         "mattr": ["-prefer-256-bit"] * wide + [f"+{extension}" for extension in target.extensions],
         "num-cores": target.threads,
     }
+
+
+def own_functions(target: Target, kernels: Iterable[Any]) -> dict[str, tirx.PrimFunc]:
+    """What a library of these kernels has besides them; brings the instructions that TVM has no words for."""
+    own = {SET_DENORMALS: set_denormals(target)}
+    if any(map(amx.uses_tiles, kernels)):
+        own[amx.CHECK_MACHINE] = amx.check_machine(target)
+    return own
 
 
 def set_denormals(target: Target) -> tirx.PrimFunc:

@@ -15,12 +15,15 @@ from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends import amx
 from graphopt.backends.cpu import build
 from graphopt.backends.instructions import multiply_pairs
 from graphopt.backends.target import Target, resolve_target
 
 MULTIPLY_ADD, READ = "graphopt_multiply_add", "graphopt_read"
 MULTIPLY_PAIRS = "graphopt_multiply_bfloat16"  # where the target has an instruction for it
+MULTIPLY_TILES = "graphopt_multiply_tiles"  # where it has tiles
+TILE_OPERATIONS = len(amx.PRODUCTS) * 2 * amx.ROWS * amx.DEPTH * amx.COLUMNS  # of one round of one share
 _READS = 8  # vectors of partial sums: independent, so that additions wait for memory only
 
 
@@ -29,6 +32,7 @@ def build_roofs(threads: int) -> bytes:
 
     graphopt_multiply_add(rounds, result): each share does `rounds` times `operations(target)` operations.
     graphopt_multiply_bfloat16: the same with pairs of bfloat16, so twice the operations.
+    graphopt_multiply_tiles: `TILE_OPERATIONS` on tiles of bfloat16.
     graphopt_read(rounds, data, result): reads `rounds` times data, float32 [n], n a multiple of 8 lanes times threads.
     Raises CompileError where building fails.
     """
@@ -36,6 +40,8 @@ def build_roofs(threads: int) -> bytes:
     functions = {relax.GlobalVar(MULTIPLY_ADD): _multiply_add(target), relax.GlobalVar(READ): _read(target)}
     if target.pairs:
         functions[relax.GlobalVar(MULTIPLY_PAIRS)] = _multiply_pairs(target)
+    if target.amx:
+        functions[relax.GlobalVar(MULTIPLY_TILES)] = _multiply_tiles(target)
     return build(tvm.IRModule(functions), target)
 
 
@@ -84,6 +90,29 @@ def _multiply_pairs(target: Target) -> tirx.PrimFunc:
                         T.buffer_store(totals, value, [number, whole])
                 _store_sum(totals, _accumulators(target), result, share, target)
         return builder.get()
+
+
+def _multiply_tiles(target: Target) -> tirx.PrimFunc:
+    """Of zeros; each share stores a row of a tile, whose multiplications no compiler leaves out."""
+    with IRBuilder() as builder:
+        with _function(MULTIPLY_TILES):
+            rounds = T.arg("rounds", tirx.Var("rounds", "int64"))
+            result = T.arg("result", T.buffer((target.threads, target.lanes), "float32", layout=None))
+            amx.require()
+            tiles = sorted({tile for product in amx.PRODUCTS for tile in product})
+            with T.parallel(_int64(0), _int64(target.threads)) as share:
+                sizes = T.alloc_buffer((amx.CONFIGURATION_BYTES,), "uint8", scope="local", layout=None)
+                sums = T.alloc_buffer((amx.ROWS, amx.COLUMNS), "float32", scope="local", layout=None)
+                amx.write_configuration(sizes, dict.fromkeys(tiles, amx.ROWS))
+                amx.configure(tirx.address_of(sizes[0]))
+                with T.serial(_int64(0), rounds):
+                    for product in amx.PRODUCTS:
+                        amx.multiply(*product)
+                amx.store(amx.PRODUCTS[0][0], tirx.address_of(sums[0, 0]), _int64(amx.ROW_BYTES))
+                amx.release()
+                with T.vectorized(_int64(0), _int64(target.lanes)) as lane:
+                    T.buffer_store(result, sums[0, lane], [share, lane])
+        return builder.get().with_attr(amx.USES_TILES, True)
 
 
 def _read(target: Target) -> tirx.PrimFunc:

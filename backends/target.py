@@ -6,6 +6,7 @@ import os
 import platform
 from dataclasses import dataclass, replace
 
+from graphopt.backends.amx_probe import amx_works
 from graphopt.errors import UnknownNameError, UsageError
 from graphopt.runtime.features import host_features, missing
 
@@ -13,6 +14,7 @@ from graphopt.runtime.features import host_features, missing
 _V3 = ("x86_64", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _BF16 = (*_V4, "avx512_bf16")  # Intel from Cooper Lake on, AMD from Zen 4 on
+_AMX = (*_BF16, "avx512_vnni", "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8")  # Xeons from Sapphire Rapids on
 # Armv8-A with NEON, which every 64-bit Arm has, and what LLVM may use of Armv8.2-A on the core of a Jetson Orin.
 _ARMV8 = ("aarch64", "fp", "asimd")
 _ARMV8_2 = (*_ARMV8, "atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "asimddp")
@@ -20,10 +22,21 @@ LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu:x86-64-v3": ("x86-64-v3", _V3),
     "cpu:x86-64-v4": ("x86-64-v4", _V4),
     "cpu:x86-64-v4-bf16": ("x86-64-v4", _BF16),
+    "cpu:sapphirerapids": (
+        "x86-64-v4",
+        _AMX,
+    ),  # not LLVM's own name for it, which brings instructions without a flag here
     "cpu:aarch64": ("generic", _ARMV8),
     "cpu:cortex-a78ae": ("cortex-a78ae", _ARMV8_2),
 }
-EXTENSIONS = {"avx512_bf16": "avx512bf16"}  # beyond what an architecture has: the kernel's flag -> LLVM's name
+EXTENSIONS = {  # beyond what an architecture has: the kernel's flag -> LLVM's name
+    "avx512_bf16": "avx512bf16",
+    "avx512_vnni": "avx512vnni",
+    "avx512vbmi": "avx512vbmi",
+    "amx_tile": "amx-tile",
+    "amx_bf16": "amx-bf16",
+    "amx_int8": "amx-int8",
+}
 MOST_THREADS = 1024  # more CPUs than one machine has; shares of kernels beyond that are only overhead
 
 
@@ -56,6 +69,11 @@ class Target:
         return "avx512_bf16" in self.features
 
     @property
+    def amx(self) -> bool:
+        """Whether there are tiles, and an instruction that multiplies them as matrices of bfloat16."""
+        return "amx_bf16" in self.features
+
+    @property
     def registers(self) -> int:
         """How many vector registers there are."""
         return 16 if self.lanes == 8 else 32
@@ -82,7 +100,7 @@ def runnable(target: Target) -> Target:
 
     Tiles, packed weights and the order of additions are those of `target`; only the instructions are not.
     """
-    if not missing(target.features):
+    if not missing(target.features) and (not target.amx or amx_works()):
         return target
     architecture, features = LEVELS[_host_level()]
     return replace(target, architecture=architecture, machine=features[0], extensions=_extensions(features))
@@ -104,7 +122,8 @@ def _host_level() -> str:
     if not levels:
         raise UsageError(f"this machine is {machine}; targets are x86_64 and aarch64 machines")
     for name in reversed(levels):
-        if set(LEVELS[name][1]) <= features:
+        needed = set(LEVELS[name][1])
+        if needed <= features and ("amx_tile" not in needed or amx_works()):
             return name
     lacking = sorted(set(LEVELS[levels[0]][1]) - features)
     raise UsageError(f"this CPU lacks {', '.join(lacking)}; the oldest supported level is {levels[0]}")

@@ -16,7 +16,9 @@ bits. What no product reads, such as the residual stream before each norm of GPT
 are stored in 16 bits too. Inputs and outputs keep their types.
 
 Where the target multiplies no numbers of this dtype, only weights and tables are stored in it: half the memory and, as
-they are read, half the traffic, with products in float32; a note says so. No CPU target multiplies float16.
+they are read, half the traffic, with products in float32; a note says so. No CPU target multiplies float16: AVX512-FP16
+and FMLA of Armv8.2 round every sum to float16, and FMLAL, which sums in float32, multiplies no more numbers than FMLA
+does in float32.
 
 bfloat16 has float32's range. float16 has more precision but ends at 65504: what the examples show above 1/16 of that
 stays float32, and so do weights beyond it. Declines convolutions of an odd number of channels a group, such as

@@ -13,7 +13,7 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, like, widened
 from graphopt.backends.operators.widening import NARROW, numbers_of, pairs_of
-from graphopt.backends.rules import batched_gemm
+from graphopt.backends.rules import amx_gemm, batched_gemm
 from graphopt.backends.rules.gemm import Configuration, gemm, offer, pack_pairs, pack_weight
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, shape_of
@@ -99,6 +99,8 @@ def packed_product(
     """
     target = lowering.target
     n, k = weight.shape
+    if amx_gemm.fits(target, a):
+        return lowering.anchored(node, _on_tiles(lowering, a, weight), begin, order)
     layout, pack = ("pairs", pack_pairs) if a.dtype == BFLOAT16 else ("gemm", pack_weight)
 
     def build(result: Product, end: Any) -> Code:
@@ -110,6 +112,20 @@ def packed_product(
         return lowering.choose(offer(target, a, n, DTYPES[weight.dtype], end, write))
 
     return lowering.anchored(node, build, begin, order)
+
+
+def _on_tiles(lowering: Lowering, a: View, weight: torch.Tensor) -> Callable[[Product, Any], Code]:
+    """Writes the kernel of `packed_product` for AMX."""
+    target, (n, k) = lowering.target, weight.shape
+
+    def build(result: Product, end: Any) -> Code:
+        def write(choice: amx_gemm.Configuration) -> Code:
+            b = lowering.weight(weight, "amx", amx_gemm.pack_tiles)
+            return amx_gemm.gemm(a, b, result, end, f"gemm_{n}x{k}", target, choice)
+
+        return lowering.choose(amx_gemm.offer(target, a, n, end, write))
+
+    return build
 
 
 def _plus(lowering: Lowering, product: Any, bias: Any, alpha: float = 1, beta: float = 1) -> Lazy:

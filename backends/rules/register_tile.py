@@ -187,13 +187,17 @@ class RegisterTile:
             index = self.kernel.index(end.shape, row=position(r), column=column)
             output.store(position(r) * self.kernel.size(end.shape[-1]) + column, self.kernel.load(end, index))
 
+        self.each_row(rows, lambda r: self._write_row(r, first, width, store))
+
+    def each_row(self, rows: Any, write: Callable[[Any], None]) -> None:
+        """Write the rows of the tile that exist, each by its number: registers have no other."""
         for r in range(self.tile.rows):
             if isinstance(rows, int):
                 if r < rows:
-                    self._write_row(r, first, width, store)
+                    write(r)
                 continue
             with T.If(r < rows), T.Then():
-                self._write_row(r, first, width, store)
+                write(r)
 
     def _write_row(self, r: int, first: Any, width: Size, store: Store) -> None:
         """All vectors, or those of the last columns."""

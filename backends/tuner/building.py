@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.cpu import SET_DENORMALS, set_denormals, target_fields
+from graphopt.backends.cpu import SET_DENORMALS, own_functions, set_denormals, target_fields
 from graphopt.backends.target import Target
 from graphopt.backends.tuner.child import Child, ChildError
 from graphopt.backends.tuner.local import half_of_memory
@@ -30,7 +30,7 @@ class Builder:
         count = min(_MOST_CHILDREN, len(os.sched_getaffinity(0)))
         self._request = {"target": target_fields(target), "machine": target.machine}
         self._seconds = seconds
-        self._carrier = {SET_DENORMALS: set_denormals(target)}  # brings the instructions that TVM has no words for
+        self._target = target
         self._children = [Child("graphopt.backends.tuner.compiling:serve", half_of_memory()) for _ in range(count)]
         self._free: SimpleQueue[Child] = SimpleQueue()
         for child in self._children:
@@ -39,7 +39,8 @@ class Builder:
 
     def build(self, kernels: Sequence[Mapping[str, tirx.PrimFunc]]) -> list[bytes | str]:
         """A library of each, or why there is none."""
-        return list(self._threads.map(self._build, [_module_text({**self._carrier, **each}) for each in kernels]))
+        texts = [_module_text({**own_functions(self._target, each.values()), **each}) for each in kernels]
+        return list(self._threads.map(self._build, texts))
 
     def _build(self, text: bytes) -> bytes | str:
         child = self._free.get()

@@ -60,6 +60,14 @@ def open_kernels(name: str, data: bytes, sha256: str) -> Any:
         return _libraries[sha256]
 
 
+def find_function(library: Any, name: str) -> Any:
+    """A function of the library's native part, or None."""
+    try:
+        return library.get_function(name, query_imports=True)
+    except AttributeError:
+        return None
+
+
 def _open(name: str, data: bytes) -> Any:
     global _opened
     load = ffi().get_global_func("ffi.Module.load_from_file.so")

@@ -15,13 +15,14 @@ import numpy as np
 from graphopt.errors import ArtifactError, UsageError
 from graphopt.runtime.archive import Archive, open_archive
 from graphopt.runtime.features import missing
-from graphopt.runtime.library import open_library
+from graphopt.runtime.library import find_function, open_library
 from graphopt.runtime.manifest import CHECK, MANIFEST, REPORT, WEIGHTS, Entry, Manifest, Variant, parse
 from graphopt.runtime.sizes import fits
 from graphopt.runtime.tensors import to_device, widen
 from graphopt.runtime.weights import ALIGNMENT, Stored, header_sha256, read_tensors, state_name
 
 Verify = Literal["full", "code"]
+CHECK_MACHINE = "graphopt_check_machine"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def load(path: str | os.PathLike[str], verify: Verify) -> Model:
     code = bytes(archive.member(variant.library))  # a copy: the file could change between this check and the opening
     _check_hash(archive, manifest, variant.library, code)
     library = open_library(variant.library, code, manifest.files[variant.library]["sha256"])
+    _check_machine(library)
     tensors = {name: to_device(item.array(), item.dtype) for name, item in _used(manifest, variant, stored)}
     addresses = _addresses(archive.member(WEIGHTS))
     return Model(archive, manifest, variant, library, tensors, _constant_shapes(library), addresses)
@@ -100,6 +102,17 @@ def choose_variant(variants: Iterable[Variant]) -> Variant:
         f"the artifact was compiled for another CPU: {'; '.join(problems)}, which this machine lacks; "
         "compile with target=... for this machine, or run it on one that has them"
     )
+
+
+def _check_machine(library: Any) -> None:
+    """What the library needs of the machine besides features, if it knows more than its manifest."""
+    check = find_function(library, CHECK_MACHINE)
+    if check is None:
+        return
+    try:
+        check()
+    except Exception as e:
+        raise ArtifactError(str(e).strip().splitlines()[0]) from e
 
 
 def _check_size(archive: Archive, manifest: Manifest, name: str) -> None:

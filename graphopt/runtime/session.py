@@ -16,7 +16,7 @@ import numpy as np
 from graphopt.errors import ArtifactError, RunError, UnknownNameError, UsageError
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.runtime.feed import FeedCheck
-from graphopt.runtime.library import ffi
+from graphopt.runtime.library import ffi, find_function
 from graphopt.runtime.loading import Model, Verify, load
 from graphopt.runtime.manifest import Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.profiling import Round, medians, time_calls
@@ -334,14 +334,6 @@ def _span(tensor: Any, info: TensorInfo) -> tuple[int, int]:
 def _overlaps(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
     start, end = span
     return any(start < other_end and other_start < end for other_start, other_end in others)
-
-
-def find_function(library: Any, name: str) -> Any:
-    """A function of the library's native part, or None."""
-    try:
-        return library.get_function(name, query_imports=True)
-    except AttributeError:
-        return None
 
 
 def _is_small(item: TensorInfo) -> bool:

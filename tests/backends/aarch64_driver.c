@@ -49,6 +49,8 @@ static void call(Kernel* kernel, int count, DLTensor** tensors) {
   if (kernel(NULL, arguments, count, &result)) exit(2);
 }
 
+#define WIDTH(t) ((t)->dtype.bits / 8)
+
 #include "calls.h"
 
 Kernel __tvm_ffi_graphopt_set_denormals;
@@ -67,7 +69,7 @@ int main(void) {
     if ((control >> 24 & 1) != asked[0].v_int64) exit(4);
   }
   for (unsigned number = 0; number < sizeof(READ) / sizeof(*READ); number++)
-    if (fread(READ[number]->data, 4, COUNT(READ[number]), stdin) != COUNT(READ[number])) exit(5);
+    if (fread(READ[number]->data, WIDTH(READ[number]), COUNT(READ[number]), stdin) != COUNT(READ[number])) exit(5);
   CALLS;
   return fwrite((&WRITE)->data, 4, COUNT(&WRITE), stdout) != COUNT(&WRITE);
 }

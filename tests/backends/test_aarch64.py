@@ -6,6 +6,7 @@ The kernels are linked to a driver without TVM's runtime, which has no build for
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,11 @@ import torch
 import tvm_ffi
 from torch import Tensor, nn
 
+import graphopt
 from graphopt.backends import cpu
 from graphopt.backends.target import resolve_target
 from graphopt.capture import capture
+from tests.backends.rules.assembly import functions, kernel_functions
 
 EMULATOR = "qemu-aarch64"
 DRIVER = Path(__file__).with_name("aarch64_driver.c")
@@ -48,25 +51,49 @@ class Small(nn.Module):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"needs {EMULATOR} (Debian: qemu-user)")
 @pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs the package ziglang")
+@pytest.mark.parametrize("passes", ["O0", "mixed-precision{dtype=fp16}"])
 @pytest.mark.parametrize("level", ["cpu:aarch64", "cpu:cortex-a78ae"])
-def test_a_small_model_in_an_emulator(level: str, tmp_path: Path) -> None:
+def test_a_small_model_in_an_emulator(level: str, passes: str, tmp_path: Path) -> None:
+    """In float32, and with weights in float16 that are widened as they are read."""
     torch.manual_seed(0)
-    module, x = Small().eval(), torch.randn(2, 3, 17, 13)
+    x = torch.randn(2, 3, 17, 13)
+    program = graphopt.optimize(capture(Small().eval(), (x,)), passes, target=level).program
     target = resolve_target(level, threads=2)
-    lowered = cpu.lower({"main": capture(module, (x,))}, target)
+    lowered = cpu.lower({"main": program}, target)
     assert len({kernel.rule for kernel in lowered.kernels.values()}) >= 5
     cpu.generate(lowered.module, target).mod.imports[0].write_to_file(str(tmp_path / "kernels.o"), "o")
     arrays = [x.numpy(), *(lowered.weights[name] for name in lowered.arguments["main"])]
-    assert all(array.dtype == np.float32 for array in arrays)
+    assert any(array.dtype == np.float16 for array in arrays) == (passes != "O0")
     (tmp_path / "calls.h").write_text("\n".join(written_calls(lowered.module["main"])))
-    program = built_driver(tmp_path)
+    driver = built_driver(tmp_path)
     data = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
-    done = subprocess.run([EMULATOR, program], input=data, capture_output=True, timeout=300)
+    done = subprocess.run([EMULATOR, driver], input=data, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     result = np.frombuffer(done.stdout, np.float32).reshape(2, 7)
-    with torch.no_grad():
-        exact = module.double()(x.double()).numpy()
-    assert np.abs(result - exact).max() < 1e-6
+    exact = program.graph_module(x)[0]
+    assert np.abs(result - exact.detach().numpy()).max() < 1e-6
+
+
+def test_weights_in_float16_are_widened_and_summed_in_float32() -> None:
+    """FCVTL before FMLA of four float32; nothing is multiplied in float16, whose sums would have 11 bits."""
+    weight = torch.randn(96, 64).half()
+    program = capture(Halves(weight).eval(), (torch.randn(64, 64),))
+    target = resolve_target("cpu:cortex-a78ae", threads=1)
+    lowered = cpu.lower({"main": program}, target)
+    code = functions(cpu.generate(lowered.module, target).mod.imports[0].inspect_source("s"))
+    (kernel,) = (name for name, info in lowered.kernels.items() if info.rule == "packed-gemm")
+    lines = [line for body in kernel_functions(code, kernel).values() for line in body]
+    assert any("\tfcvtl" in line for line in lines) and any("\tfmla\t" in line and ".4s" in line for line in lines)
+    assert not [line for line in lines if re.search(r"\tf(?:mla|mul|add)\S*\t.*\.[48]h", line)]
+
+
+class Halves(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float())
 
 
 def built_driver(folder: Path) -> Path:
@@ -81,22 +108,22 @@ def built_driver(folder: Path) -> Path:
 def written_calls(main: Any) -> Iterator[str]:
     """calls.h: a buffer for each variable of the function, and its kernel calls in order."""
     yield "#define COUNT(t) ({ size_t n = 1; for (int i = 0; i < (t)->ndim; i++) n *= (t)->shape[i]; n; })"
-    yield "#define TENSOR(name, rank, ...) \\"
+    yield "#define TENSOR(name, bits, rank, ...) \\"
     yield "  static int64_t name##_shape[] = {__VA_ARGS__}; \\"
-    yield "  static DLTensor name = {name##_data, {kDLCPU, 0}, rank, {kDLFloat, 32, 1}, name##_shape, NULL, 0};"
+    yield "  static DLTensor name = {name##_data, {kDLCPU, 0}, rank, {kDLFloat, bits, 1}, name##_shape, NULL, 0};"
     names: dict[Any, str] = {}
     calls = []
     for parameter in main.params:
         names[parameter] = f"t{len(names)}"
-        yield from tensor(names[parameter], parameter.ty.shape.values)
+        yield from tensor(names[parameter], parameter.ty)
     for binding in (binding for block in main.body.blocks for binding in block.bindings):
         value, name = binding.value, f"t{len(names)}"
         names[binding.var] = name
         if value.op.name == "relax.reshape":
-            yield from tensor(name, binding.var.ty.shape.values, names[value.args[0]])
+            yield from tensor(name, binding.var.ty, names[value.args[0]])
             continue
         assert value.op.name == "relax.call_tir", value
-        yield from tensor(name, binding.var.ty.shape.values)
+        yield from tensor(name, binding.var.ty)
         kernel, arguments = value.args[0].name_hint, [*(names[each] for each in value.args[1].fields), name]
         yield f"Kernel __tvm_ffi_{kernel};"
         calls.append(f"call(__tvm_ffi_{kernel}, {len(arguments)}, (DLTensor*[]){{&{', &'.join(arguments)}}});")
@@ -105,10 +132,11 @@ def written_calls(main: Any) -> Iterator[str]:
     yield f"#define CALLS {' '.join(calls)}"
 
 
-def tensor(name: str, shape: Any, same: str = "") -> Iterator[str]:
-    sizes = [int(size) for size in shape]
+def tensor(name: str, kind: Any, same: str = "") -> Iterator[str]:
+    sizes = [int(size) for size in kind.shape.values]
+    width = np.dtype(str(kind.dtype)).itemsize
     if same:
         yield f"#define {name}_data {same}_data"
     else:
-        yield f"static _Alignas(64) float {name}_data[{prod(sizes)}];"
-    yield f"TENSOR({name}, {len(sizes)}, {', '.join(map(str, sizes))})"
+        yield f"static _Alignas(64) char {name}_data[{prod(sizes) * width}];"
+    yield f"TENSOR({name}, {8 * width}, {len(sizes)}, {', '.join(map(str, sizes))})"

@@ -24,6 +24,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, machine: str, flags: set[str]) -> 
     monkeypatch.setattr(platform, "machine", lambda: machine)
     for module in (targets, features):
         monkeypatch.setattr(module, "host_features", lambda: frozenset(flags))
+    monkeypatch.setattr(targets, "amx_works", lambda: True)
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -31,6 +32,14 @@ def test_the_best_level_of_a_machine_is_its_own(monkeypatch: pytest.MonkeyPatch,
     _, needed = LEVELS[name]
     _pretend(monkeypatch, needed[0], {*needed, "something-newer"})
     assert resolve_target("cpu").name == name
+
+
+def test_tiles_that_a_process_does_not_get_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, "x86_64", set(LEVELS["cpu:sapphirerapids"][1]))
+    monkeypatch.setattr(targets, "amx_works", lambda: False)
+    assert resolve_target("cpu").name == "cpu:x86-64-v4-bf16"
+    here = runnable(resolve_target("cpu:sapphirerapids"))
+    assert here.amx and here.extensions == ("avx512bf16",)
 
 
 def test_a_machine_below_the_oldest_level_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +57,7 @@ def test_vector_registers() -> None:
         "cpu:x86-64-v3": (8, 16),
         "cpu:x86-64-v4": (16, 32),
         "cpu:x86-64-v4-bf16": (16, 32),
+        "cpu:sapphirerapids": (16, 32),
         "cpu:aarch64": (4, 32),
         "cpu:cortex-a78ae": (4, 32),
     }

@@ -15,7 +15,7 @@ import pytest
 
 from graphopt.errors import FeedError, MissingExtraError, UsageError
 from graphopt.runtime import InferenceSession, library
-from graphopt.runtime.session import find_function
+from graphopt.runtime.library import find_function
 
 BLOCK = """
 import sys

@@ -36,7 +36,8 @@ class Level:
 class Roofs:
     """Measured with `threads` threads; `levels` from the nearest to memory; a launch is a kernel that does nothing.
 
-    `pairs_per_second`: operations on bfloat16, None where there is no instruction for it.
+    `pairs_per_second`: operations on bfloat16 in vectors, `tiles_per_second` in tiles, each None where there is no
+    instruction for it.
     """
 
     threads: int
@@ -44,6 +45,7 @@ class Roofs:
     levels: tuple[Level, ...]
     launch_seconds: float
     pairs_per_second: float | None = None
+    tiles_per_second: float | None = None
 
 
 class RoofMeter:
@@ -67,6 +69,9 @@ class RoofMeter:
         )
         pairs = roofs.MULTIPLY_PAIRS if target.pairs else None
         self._multiply_pairs = pairs and library.get_function(pairs, query_imports=True)
+        tiles = roofs.MULTIPLY_TILES if target.amx else None
+        self._multiply_tiles = tiles and library.get_function(tiles, query_imports=True)
+        self._tile_operations = threads * roofs.TILE_OPERATIONS
         self._result = ffi().from_dlpack(_zeros(threads * target.lanes).reshape(threads, target.lanes))
         self._operations = threads * roofs.operations(target)
         self._runner = Runner(threads)
@@ -91,6 +96,9 @@ class RoofMeter:
         pairs = self._multiply_pairs
         doubled = 2 * _ROUNDS * self._operations
         wide = doubled / self._seconds(lambda: pairs(_ROUNDS, self._result)) if pairs else None
+        tiles = self._multiply_tiles
+        tiled = _ROUNDS * self._tile_operations
+        tile_rate = tiled / self._seconds(lambda: tiles(_ROUNDS, self._result)) if tiles else None
         launch = self._seconds(lambda: self._multiply_add(0, self._result))
         threads = self._runner.threads
         levels = []
@@ -100,7 +108,7 @@ class RoofMeter:
             rounds = max(1, _LEAST_READ // (4 * floats))
             seconds = self._seconds(lambda data=data, rounds=rounds: self._read(rounds, data, self._result))  # type: ignore[misc]
             levels.append(Level(name, capacity, rounds * 4 * floats / seconds))
-        return Roofs(threads, peak, tuple(levels), launch, wide)
+        return Roofs(threads, peak, tuple(levels), launch, wide, tile_rate)
 
     def _seconds(self, call: Callable[[], object]) -> float:
         return self._runner.run(lambda: _fastest(call))
@@ -118,7 +126,8 @@ def best_of(one: Roofs, other: Roofs) -> Roofs:
     )
     peak = max(one.flops_per_second, other.flops_per_second)
     pairs = max(one.pairs_per_second or 0, other.pairs_per_second or 0) or None
-    return Roofs(one.threads, peak, levels, min(one.launch_seconds, other.launch_seconds), pairs)
+    tiles = max(one.tiles_per_second or 0, other.tiles_per_second or 0) or None
+    return Roofs(one.threads, peak, levels, min(one.launch_seconds, other.launch_seconds), pairs, tiles)
 
 
 def working_sets(caches: dict[int, int], threads: int) -> list[tuple[str, int | None, int]]:

@@ -141,8 +141,8 @@ def _row(
     roofs: Roofs | None,
     weights: float,
 ) -> Row:
-    if roofs is not None and roofs.pairs_per_second is not None and "products" in kernel.configuration:
-        roofs = replace(roofs, flops_per_second=roofs.pairs_per_second)  # of bfloat16
+    if roofs is not None and (peak := _peak_of_products(kernel, roofs)) is not None:
+        roofs = replace(roofs, flops_per_second=peak)
     nearest = nearest_roof(work, each, roofs, weights) if roofs else None
     roof, share_of_roof = nearest or (None, None)
     share = calls * each / whole
@@ -165,6 +165,14 @@ def _row(
         share_of_roof,
         slow,
     )
+
+
+def _peak_of_products(kernel: KernelInfo, roofs: Roofs) -> float | None:
+    """Of a kernel that multiplies bfloat16, in tiles or in vectors; None where it does not or nothing was measured."""
+    products = str(kernel.configuration.get("products", ""))
+    if not products:
+        return None
+    return roofs.tiles_per_second if products.startswith("tiles") else roofs.pairs_per_second
 
 
 def nearest_roof(work: Work, seconds: float, roofs: Roofs, weights: float) -> tuple[str, float] | None:

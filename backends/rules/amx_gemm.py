@@ -1,0 +1,333 @@
+"""Packed-weight product of bfloat16 on AMX tiles, with the epilogue of every other product, in the same kernel.
+
+Two tiles of rows times two of columns make 32 x 32 sums in four tile registers; a step of 32 numbers of the depth loads
+two tiles of activations from where they lie and two of the weight, packed [N / 32, K / 32, 2, 16, 32] with pairs of the
+depth beside each other, for four multiplications. The sums are then stored on the stack, 4 KB, and the element-wise
+tree runs over them row by row. Each step prefetches its share of the next panel.
+
+No row is computed with that does not exist: a product of fewer than 16 rows has tiles of so many, and the last tiles of
+others begin 16 rows before the end, so that some rows are computed twice and stored once. Where 32 does not divide the
+depth, the rest of each row is copied between zeros; a wide load would read another row's numbers, and NaN times zero is
+NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends import amx
+from graphopt.backends.bfloat16 import BFLOAT16
+from graphopt.backends.choice import UNUSUAL, Choice, epilogue_parameters, size_parameter
+from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.operations import operations
+from graphopt.backends.rules.register_tile import RegisterTile, Tile
+from graphopt.backends.sizes import Size, product
+from graphopt.backends.target import Target
+from graphopt.backends.tuner.record import Workload
+from graphopt.backends.values import Product, View, fused_name
+
+RULE = "amx-gemm"
+PRODUCTS = "tiles of bfloat16"
+_PANEL = 2 * amx.COLUMNS  # columns
+_BLOCK = 2 * amx.ROWS  # rows of the sums
+_STEP = _PANEL * amx.DEPTH  # numbers of a weight in one step
+_FEWEST_ROWS = 4  # fewer are bound by reading the weight, which vectors do as fast
+_SERIAL_BELOW = 1 << 20  # multiply-adds that are not worth the launch of threads
+_ROWS_KEPT_FROM = 64  # rows known at run time from which each thread keeps its own
+_ROWS_AWAY = 1.04  # how much longer a product takes whose rows lie in the L2 cache of another core
+_PASSED_BYTES = 512 << 10  # of the rows that all panels pass over before the next ones
+_MOST_PASSED = 1024
+_LINES = 2 * _STEP // 64  # cache lines of the weight in one step
+_SUMS, _LEFT, _RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What may be chosen for one product; results do not depend on it."""
+
+    passed_rows: int  # that all panels pass over before the next ones, a multiple of 32
+    row_shares: int  # shares of the rows between threads
+    panel_shares: int  # shares of the panels between threads
+
+
+def fits(target: Target, a: View) -> bool:
+    """Whether a [..., K] is bfloat16 with enough rows, all equally far apart, and the target has tiles."""
+    rows = product(a.shape[:-1])
+    enough = not isinstance(rows, int) or rows >= _FEWEST_ROWS
+    return target.amx and a.dtype == BFLOAT16 and enough and row_stride(a) is not None
+
+
+def row_stride(a: View) -> Size | None:
+    """How many elements lie between two rows, counted over all axes but the last; None where that differs."""
+    stride: Size | None = None
+    below: Size = 1
+    for size, step in zip(a.shape[-2::-1], a.strides[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != stride * below:
+            return None
+        below = below * size
+    return 0 if stride is None else stride
+
+
+def offer(target: Target, a: View, n: int, end: Any, write: Callable[[Configuration], Code]) -> Choice[Configuration]:
+    """What may be chosen for a [..., K] times a weight [N, K], followed by the tree `end`."""
+    rows, k = product(a.shape[:-1]), int(a.shape[-1])
+    parameters = {"rows": size_parameter(rows), "n": n, "k": k, "contiguous": a.contiguous}
+    found = worth_timing(target, rows, n, k)
+    return Choice(Workload.of(RULE, {**parameters, **epilogue_parameters(end)}), found[0], lambda: found, write)
+
+
+def worth_timing(target: Target, rows: Size, n: int, k: int) -> list[Configuration]:
+    """Every share with blocks of three sizes, the least expected time first."""
+    passed = min(_MOST_PASSED, max(_ROWS_KEPT_FROM, _PASSED_BYTES // (2 * k)))
+    costs: dict[Configuration, float] = {}
+    for scale, doubt in ((1.0, 1.0), (0.5, UNUSUAL), (2.0, UNUSUAL)):
+        for row_shares, panel_shares in _shares(target.threads, rows, n, k):
+            share = -(-rows // row_shares) if isinstance(rows, int) else _MOST_PASSED
+            block = -(-min(share, int(scale * passed)) // _BLOCK) * _BLOCK
+            choice = Configuration(block, row_shares, panel_shares)
+            costs.setdefault(choice, doubt * _cost(choice, rows, n))
+    return sorted(costs, key=lambda choice: costs[choice])
+
+
+def _shares(threads: int, rows: Size, n: int, k: int) -> list[tuple[int, int]]:
+    """(shares of rows, shares of panels), those that keep rows on their thread first."""
+    if not isinstance(rows, int):
+        return [(threads, threads), (1, threads)]
+    if rows * n * k < _SERIAL_BELOW:
+        return [(1, 1)]
+    return [(threads // panels, panels) for panels in range(1, threads + 1) if threads % panels == 0]
+
+
+def _cost(choice: Configuration, rows: Size, n: int) -> float:
+    """Tiles of the longest share."""
+    panels = -(-n // _PANEL)
+    if not isinstance(rows, int):
+        return float(-(-panels // choice.panel_shares)) * (_ROWS_AWAY if choice.row_shares == 1 else 1)
+    away = 1 if choice.panel_shares == 1 else _ROWS_AWAY
+    blocks = -(-rows // _BLOCK)
+    return away * -(-blocks // choice.row_shares) * -(-panels // choice.panel_shares)
+
+
+def pack_tiles(weight: np.ndarray) -> np.ndarray:
+    """[N, K] -> [ceil(N / 32), ceil(K / 32), 2, 16, 32]: a tile's row holds a pair of the depth for 16 columns.
+
+    Zero where N or K ends.
+    """
+    n, k = weight.shape
+    padded = np.pad(weight, ((0, -n % _PANEL), (0, -k % amx.DEPTH)))
+    tiles = padded.reshape(-1, 2, amx.COLUMNS, padded.shape[1] // amx.DEPTH, amx.ROWS, 2)
+    packed = tiles.transpose(0, 3, 1, 4, 2, 5)
+    return np.ascontiguousarray(packed).reshape(*packed.shape[:4], 2 * amx.COLUMNS)
+
+
+def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Target, choice: Configuration) -> Code:
+    """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`.
+
+    bfloat16 with float32 sums; `a` [..., K] as in `fits`, its last axis contiguous, `weight` packed by `pack_tiles`.
+    """
+    rows, n, k = product(result.shape[:-1]), int(result.shape[-1]), int(a.shape[-1])
+
+    def body(kernel: Kernel, outputs: list[Output]) -> None:
+        _Gemm(kernel, a, weight, result, end, outputs[0], choice).write()
+
+    code = write_kernel(
+        RULE,
+        fused_name(name, end),
+        target,
+        [a, weight, end],
+        [(end.shape, end.dtype)],
+        body,
+        configuration={
+            "products": PRODUCTS,
+            "passed_rows": choice.passed_rows,
+            "row_shares": choice.row_shares,
+            "panel_shares": choice.panel_shares,
+        },
+        flops=2 * rows * n * k + operations([end], target),
+    )
+    return replace(code, function=code.function.with_attr(amx.USES_TILES, True))
+
+
+class _Gemm:
+    def __init__(
+        self, kernel: Kernel, a: View, weight: View, result: Product, end: Any, output: Output, choice: Configuration
+    ) -> None:
+        self.kernel, self.choice = kernel, choice
+        self.output, self.end, self.result = output, end, result
+        self.a, self.b = kernel.words(a.storage, "uint16"), kernel.words(weight.storage, "uint16")
+        self.offset, stride = kernel.size(a.offset), row_stride(a)
+        assert stride is not None, "rows of the left side are not equally far apart"
+        self.stride = int64(kernel.size(stride))
+        self.panels, self.steps = (int(size) for size in weight.shape[:2])
+        self.whole, self.rest = divmod(int(a.shape[-1]), amx.DEPTH)
+        self.row_count = product(result.shape[:-1])
+        self.rows = int64(kernel.size(self.row_count))
+
+    def write(self) -> None:
+        """Tasks are shares of rows x shares of panels; up to 16 rows are one tile high."""
+        amx.require()
+        if isinstance(self.row_count, int):
+            shares = int64(self.choice.row_shares)
+            self.write_shares(1 if self.row_count <= amx.ROWS else 2, shares)
+            return
+        with T.If(self.rows > amx.ROWS):
+            with T.Then():
+                kept = tirx.Select(self.rows >= _ROWS_KEPT_FROM, int64(self.choice.row_shares), int64(1))
+                self.write_shares(2, kept)
+            with T.Else():
+                self.write_shares(1, int64(1))
+
+    def write_shares(self, height: int, row_shares: Any) -> None:
+        kernel, panel_shares = self.kernel, self.choice.panel_shares
+        tall = height * amx.ROWS
+        blocks = tirx.floordiv(self.rows + (tall - 1), int64(tall))
+        alone = isinstance(self.row_count, int) and self.choice.row_shares * panel_shares == 1
+        with (kernel.serial if alone else kernel.parallel)(row_shares * panel_shares) as task:
+            row_share = tirx.truncdiv(task, int64(panel_shares))
+            panel_share = tirx.truncmod(task, int64(panel_shares))
+            first = T.bind(tirx.truncdiv(row_share * blocks, row_shares))
+            own = T.bind(tirx.truncdiv((row_share + 1) * blocks, row_shares) - first)
+            first_panel = T.bind(tirx.truncdiv(panel_share * self.panels, int64(panel_shares)))
+            panels = tirx.truncdiv((panel_share + 1) * self.panels, int64(panel_shares)) - first_panel
+            passed = max(1, self.choice.passed_rows // tall)
+            memory = _Memory(kernel, height, self.rest)
+            self.configure(height)
+            with (
+                kernel.serial(tirx.truncdiv(own + (passed - 1), int64(passed))) as at,
+                kernel.serial(panels) as panel,
+                kernel.serial(tirx.min(int64(passed), own - at * passed)) as number,
+            ):
+                count = tirx.min(int64(passed), own - at * passed)
+                block = first + at * passed + number
+                _Block(self, memory, height, T.bind(first_panel + panel), T.bind(block * tall), number, count).write()
+            amx.release()
+
+    def configure(self, height: int) -> None:
+        """All tiles 64 bytes wide; those of sums and activations as high as there are rows, up to 16."""
+        memory = self.kernel.registers(amx.CONFIGURATION_BYTES, dtype="uint8")
+        rows: Any = tirx.min(self.rows, int64(amx.ROWS))
+        if isinstance(self.row_count, int):
+            rows = min(self.row_count, amx.ROWS)
+        high = (*_SUMS[: 2 * height], *_LEFT[:height])
+        amx.write_configuration(memory, {**dict.fromkeys(high, rows), **dict.fromkeys(_RIGHT, amx.ROWS)})
+        amx.configure(tirx.address_of(memory[0]))
+
+
+class _Memory:
+    """What a task keeps on the stack: a block of sums, and the rest of its rows' depth between zeros."""
+
+    def __init__(self, kernel: Kernel, height: int, rest: int) -> None:
+        self.sums = _StoredSums(kernel, Tile(height * amx.ROWS, 2))
+        self.rest = kernel.registers(height, amx.ROWS, amx.DEPTH, dtype="uint16") if rest else None
+        if self.rest is not None:
+            with kernel.serial(height) as tile, kernel.serial(amx.ROWS) as row, kernel.vectorized(amx.DEPTH) as lane:
+                T.buffer_store(self.rest, tirx.const(0, "uint16"), [tile, row, lane])
+
+
+class _StoredSums(RegisterTile):
+    """Sums in memory, whose rows have numbers; those before `skipped` belong to the block before."""
+
+    skipped: Any = 0
+
+    def each_row(self, rows: Any, write: Callable[[Any], None]) -> None:
+        with self.kernel.serial(rows) as row:
+            write(T.bind(self.skipped + row))
+
+
+class _Block:
+    """The sums of one panel for the rows from `first_row` on, `height` tiles of them."""
+
+    def __init__(
+        self, gemm_: _Gemm, memory: _Memory, height: int, panel: Any, first_row: Any, number: Any, count: Any
+    ) -> None:
+        self.gemm, self.kernel, self.memory, self.height = gemm_, gemm_.kernel, memory, height
+        self.panel, self.first_row, self.number, self.count = panel, first_row, number, count
+        self.starts = [self.start(first_row + tile * amx.ROWS) for tile in range(height)]
+
+    def start(self, row: Any) -> Any:
+        """The first row of the tile that holds `row` and those after it."""
+        count = self.gemm.row_count
+        if isinstance(count, int) and count % (self.height * amx.ROWS) == 0:
+            return row
+        return T.bind(tirx.max(int64(0), tirx.min(row, self.gemm.rows - amx.ROWS)))
+
+    def write(self) -> None:
+        gemm_, kernel, sums = self.gemm, self.kernel, self.memory.sums
+        for tile in _SUMS[: 2 * self.height]:
+            amx.zero(tile)
+        weights = T.bind(self.panel * (gemm_.steps * _STEP))
+        positions = [T.bind(gemm_.offset + start * gemm_.stride) for start in self.starts]
+        with kernel.serial(gemm_.whole) as step:
+            self.prefetch(weights, step)
+            left = [tirx.address_of(gemm_.a[position + step * amx.DEPTH]) for position in positions]
+            self.multiply(left, gemm_.stride * 2, weights + step * _STEP)
+        if self.memory.rest is not None:
+            self.copy_rest(self.memory.rest, positions)
+            left = [tirx.address_of(self.memory.rest[tile, 0, 0]) for tile in range(self.height)]
+            self.multiply(left, int64(2 * amx.DEPTH), weights + gemm_.whole * _STEP)
+        for tile, start in enumerate(self.starts):
+            for c in range(2):
+                row = start - self.starts[0]  # a second tile that begins early overwrites sums with the same ones
+                address = tirx.address_of(sums.values[row, c, 0])
+                amx.store(_SUMS[2 * tile + c], address, int64(4 * _PANEL))
+        sums.skipped = T.bind(self.first_row - self.starts[0])
+        sums.write(
+            gemm_.result,
+            gemm_.end,
+            gemm_.output,
+            rows=tirx.min(int64(self.height * amx.ROWS), gemm_.rows - self.first_row),
+            position=lambda row: self.starts[0] + row,
+            first=T.bind(self.panel * _PANEL),
+            width=int(gemm_.result.shape[-1]),
+        )
+
+    def multiply(self, left: list[Any], stride: Any, weights: Any) -> None:
+        """One step of the depth; `left` are addresses of tiles of activations."""
+        b = self.gemm.b
+        amx.load(_LEFT[0], left[0], stride)
+        for c, tile in enumerate(_RIGHT):
+            amx.load(tile, tirx.address_of(b[weights + c * amx.ROWS * amx.DEPTH]), int64(amx.ROW_BYTES))
+        amx.multiply(_SUMS[0], _LEFT[0], _RIGHT[0])
+        if self.height == 2:
+            amx.load(_LEFT[1], left[1], stride)
+        amx.multiply(_SUMS[1], _LEFT[0], _RIGHT[1])
+        if self.height == 2:
+            amx.multiply(_SUMS[2], _LEFT[1], _RIGHT[0])
+            amx.multiply(_SUMS[3], _LEFT[1], _RIGHT[1])
+
+    def copy_rest(self, rest: Any, positions: list[Any]) -> None:
+        """The last numbers of each row, in whole parts of 16, 8, 4, 2 and 1."""
+        gemm_, kernel = self.gemm, self.kernel
+        begin = gemm_.whole * amx.DEPTH
+        for tile, position in enumerate(positions):
+            with kernel.serial(tirx.min(int64(amx.ROWS), gemm_.rows)) as row:
+                done = 0
+                for part in (16, 8, 4, 2, 1):
+                    if not gemm_.rest & part:
+                        continue
+                    with kernel.vectorized(part) as lane:
+                        value = gemm_.a[position + row * gemm_.stride + (begin + done) + lane]
+                        T.buffer_store(rest, value, [tile, row, done + lane])
+                    done += part
+
+    def prefetch(self, weights: Any, step: Any) -> None:
+        """Touch this step's share of the lines of the next panel, which all blocks of rows fetch between them."""
+        gemm_ = self.gemm
+        share = tirx.truncdiv(int64(_LINES) + (self.count - 1), self.count)
+        if isinstance(gemm_.row_count, int):
+            rows = min(gemm_.choice.passed_rows, -(-gemm_.row_count // gemm_.choice.row_shares))
+            share = int64(-(-_LINES // -(-rows // (self.height * amx.ROWS))))
+        start = weights + (gemm_.steps * _LINES + (self.number * gemm_.steps + step) * share) * (64 // 2)
+        with self.kernel.serial(share) as line:
+            address = tirx.address_of(gemm_.b[start + line * (64 // 2)])
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
