@@ -15,6 +15,7 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
+from graphopt.backends.integer_instructions import integer_definitions
 from graphopt.backends.target import Target
 
 _LANES = (1, 2, 4, 8, 16, 32)  # of vectors that are rounded
@@ -55,12 +56,13 @@ def _rounded(cast: Any) -> Any:
 
 
 def definitions(target: Target) -> str:
-    """The functions for `target` in LLVM's language; nothing where no kernel calls them."""
+    """The functions for `target` in LLVM's language."""
+    integer = integer_definitions(target)
     if not target.pairs:
-        return ""
+        return integer
     native = "avx512bf16" in target.extensions
     multiply = _NATIVE_MULTIPLY if native else _EXACT_MULTIPLY
-    return multiply + "".join(_round(lanes, native) for lanes in _LANES)
+    return integer + multiply + "".join(_round(lanes, native) for lanes in _LANES)
 
 
 _NATIVE_MULTIPLY = """

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import sympy
 import tvm
 import tvm_ffi
@@ -95,9 +96,11 @@ class Kernel:
         return self._flat[id(storage)]
 
     def words(self, storage: Storage, dtype: str) -> Any:
-        """The one-dimensional bits of an input of bfloat16: "uint16" each, or "uint32" for pairs."""
+        """The one-dimensional bits of an input of narrow numbers: "uint16" or, for several in a word, "uint32"."""
         count = self.size(product(storage.shape))
-        elements = count if dtype == "uint16" else tirx.truncdiv(count, int64(2))
+        each = 2 if storage.dtype == "bfloat16" else np.dtype(storage.dtype).itemsize
+        together = np.dtype(dtype).itemsize // each
+        elements = count if together == 1 else tirx.truncdiv(count, int64(together))
         return T.decl_buffer([elements], dtype, data=self._arguments[id(storage)].data, layout=None)
 
     def registers(self, *shape: int, dtype: str = "float32") -> Any:

@@ -261,18 +261,20 @@ class Lowering:
         order: tuple[int, ...] = (),
         joins: bool = False,
         ends: Callable[[Node], bool] = lambda node: True,
+        sums: str = "",
     ) -> View:
         """Lower `node` with its epilogue: `build` gets the bare result and the end of the element-wise tree over it.
 
         `begin` adds to the bare result what belongs to the node itself, such as a bias. `order`: axis n of the node is
         axis order[n] of what the kernel writes, where they differ. `joins` as in `Place`, `ends` as in `epilogue`. The
-        bare result of float16 and bfloat16 is float32, which is rounded once `begin` has been added.
+        bare result of float16 and bfloat16 is float32, which is rounded once `begin` has been added; `sums` names
+        another dtype of it.
         """
         shape = shape_of(node.meta["val"])
         start = Place(tuple(shape[axis] for axis in inverse(order)) if order else shape, order, joins)
         together, place = epilogue(node, start, self.order, _KINDS, ends)
         dtype = DTYPES[node.meta["val"].dtype]
-        result = Product(start.shape, computed_in(dtype))
+        result = Product(start.shape, sums or computed_in(dtype))
         end: Any
         self.env[node] = end = cast(begin(permutation(result, order) if order else result), dtype)
         for follower in together:

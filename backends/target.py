@@ -13,14 +13,16 @@ from graphopt.runtime.features import host_features, missing
 # x86-64 psABI micro-architecture levels (System V ABI, section 3.1.1) as the runtime spells the flags, oldest first.
 _V3 = ("x86_64", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-_BF16 = (*_V4, "avx512_bf16")  # Intel from Cooper Lake on, AMD from Zen 4 on
-_AMX = (*_BF16, "avx512_vnni", "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8")  # Xeons from Sapphire Rapids on
+_VNNI = (*_V4, "avx512_vnni")  # Intel from Cascade Lake on, AMD from Zen 4 on
+_BF16 = (*_VNNI, "avx512_bf16")  # Intel from Cooper Lake on, AMD from Zen 4 on
+_AMX = (*_BF16, "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8")  # Xeons from Sapphire Rapids on
 # Armv8-A with NEON, which every 64-bit Arm has, and what LLVM may use of Armv8.2-A on the core of a Jetson Orin.
 _ARMV8 = ("aarch64", "fp", "asimd")
 _ARMV8_2 = (*_ARMV8, "atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "asimddp")
 LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu:x86-64-v3": ("x86-64-v3", _V3),
     "cpu:x86-64-v4": ("x86-64-v4", _V4),
+    "cpu:x86-64-v4-vnni": ("x86-64-v4", _VNNI),
     "cpu:x86-64-v4-bf16": ("x86-64-v4", _BF16),
     "cpu:sapphirerapids": (
         "x86-64-v4",
@@ -72,6 +74,11 @@ class Target:
     def amx(self) -> bool:
         """Whether there are tiles, and an instruction that multiplies them as matrices of bfloat16."""
         return "amx_bf16" in self.features
+
+    @property
+    def quads(self) -> bool:
+        """Whether one instruction multiplies unsigned by signed bytes and adds four products to an int32."""
+        return "avx512_vnni" in self.features
 
     @property
     def registers(self) -> int:

@@ -18,5 +18,6 @@ PASSES = {
     "merge-linears": "graphopt.passes.merge_linears:MergeLinears",
     "mixed-precision": "graphopt.passes.mixed_precision:MixedPrecision",
     "no-op-removal": "graphopt.passes.no_op_removal:NoOpRemoval",
+    "qdq-fusion": "graphopt.passes.qdq_fusion:QDQFusion",
     "scale-folding": "graphopt.passes.scale_folding:ScaleFolding",
 }

@@ -23,6 +23,9 @@ from graphopt.backends.operators import (
     gating,
     grid_sampling,
     indexing,
+    integer_convolution,
+    integer_elements,
+    integer_products,
     linear,
     normalization,
     padding,
@@ -38,7 +41,12 @@ from graphopt.backends.operators import (
 )
 from graphopt.backends.operators.widening import is_left_to_products
 
-ELEMENT_WISE: dict[Any, Callable[..., Any]] = {**pointwise.TABLE, **activations.TABLE, **quantization.TABLE}
+ELEMENT_WISE: dict[Any, Callable[..., Any]] = {
+    **pointwise.TABLE,
+    **activations.TABLE,
+    **quantization.TABLE,
+    **integer_elements.TABLE,
+}
 
 OPERATORS: dict[Any, Callable[..., Any]] = {
     **ELEMENT_WISE,
@@ -49,6 +57,9 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **scattering.TABLE,
     **sorting.TABLE,
     **linear.TABLE,
+    **integer_products.TABLE,
+    **integer_convolution.TABLE,
+    **integer_elements.PRODUCTS,
     **attention.TABLE,
     **normalization.TABLE,
     **recurrent.TABLE,

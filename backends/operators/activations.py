@@ -128,6 +128,22 @@ def _nan_to_num(lowering: Lowering, node: Node) -> Lazy:
     return element_wise(lowering, node, [x], expression)
 
 
+def _silu(x: Any) -> Any:
+    return x * sigmoid(x)
+
+
+FUNCTIONS: dict[str, Expression] = {
+    "gelu": _GELU["none"],
+    "gelu-tanh": _GELU["tanh"],
+    "silu": _silu,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+    "hardswish": _hard_swish,
+    "hardsigmoid": _hard_sigmoid,
+}
+"""As the operators of integer products name them."""
+
+
 def _unary(expression: Expression) -> Callable[[Lowering, Node], Lazy]:
     return simple(expression, 1)
 
@@ -144,7 +160,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.hardtanh.default: _with_options(bounded),
     aten.hardsigmoid.default: _unary(_hard_sigmoid),
     aten.hardswish.default: _unary(_hard_swish),
-    aten.silu.default: _unary(lambda x: x * sigmoid(x)),
+    aten.silu.default: _unary(_silu),
     aten.mish.default: _unary(lambda x: x * tanh(softplus(x, 1, 20))),
     aten.log_sigmoid.default: _unary(_log_sigmoid),
     aten.gelu.default: _gelu,

@@ -30,6 +30,7 @@ aten = torch.ops.aten
 Lower = Callable[["Lowering", Node], Any]
 Covered = Callable[["Kernel", Index], Any]
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
+_BYTES = (torch.uint8, torch.int8)  # codes, whose largest is found as that of floats is
 
 
 def _window(size: Any, stride: Any, padding: Any, dilation: Any, spatial: int) -> Window:
@@ -40,7 +41,7 @@ def _window(size: Any, stride: Any, padding: Any, dilation: Any, spatial: int) -
 def _max_pool(spatial: int) -> Lower:
     def lower(lowering: Lowering, node: Node) -> View:
         x, size, stride, padding, dilation, _ = arguments(node).values()
-        if not node.meta["val"].is_floating_point():
+        if not node.meta["val"].is_floating_point() and node.meta["val"].dtype not in _BYTES:
             window = _window(size, stride, padding, dilation, spatial)
             return _pool_of_integers(lowering, lowering.view(x), shape_of(node.meta["val"]), window, "max")
         view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, dilation, spatial)
@@ -220,7 +221,7 @@ def _over(total: Any, count: int | Covered, sizes: tuple[Size, ...]) -> Lazy:
 def _image(lowering: Lowering, node: Node, argument: Any, spatial: int) -> View:
     """[N, spatial axes, C] or [spatial axes, C] with channel stride 1."""
     value = lowering.tensor(argument)
-    if value.dtype not in _FLOATS:
+    if value.dtype not in _FLOATS and node.meta["val"].dtype not in _BYTES:
         raise CompileError(f"{node.name} pools {value.dtype}; floats have a lowering")
     return channels_last(lowering, value, spatial)
 

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def _quantize(lowering: Lowering, node: Node) -> Lazy:
-    """NaN becomes qmin: it is not above it."""
+    """NaN becomes qmin: it is not above it. LLVM's `tirx.round` rounds halves to even, a whole vector at once."""
     x, scale, zero, axis, block, qmin, qmax, _, reciprocal = arguments(node).values()
     compute = DTYPES[computed_in(x.meta["val"].dtype)]
 
     def expression(value: Any, step: Any, *zeros: Any) -> Any:
-        whole = tirx.nearbyint(value * (like(step, 1) / step) if reciprocal else value / step)
+        whole = tirx.round(value * (like(step, 1) / step) if reciprocal else value / step)
         whole = whole + zeros[0] if zeros else whole
         least, most = like(whole, qmin), like(whole, qmax)
         whole = tirx.Select(whole > least, whole, least)

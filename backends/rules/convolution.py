@@ -227,6 +227,8 @@ class Block:
 
 
 class ConvolutionWriter:
+    sums = "float32"
+
     def __init__(self, kernel: Kernel, direct: Direct, result: Product, end: Any, output: Output) -> None:
         self.kernel, self.x, self.window, self.groups = kernel, direct.x, direct.window, direct.groups
         self.result, self.end, self.output, self.choice = result, end, output, direct.choice
@@ -254,9 +256,8 @@ class ConvolutionWriter:
             first_block = tirx.truncdiv(task, int64(choice.panel_groups)) * blocks_each
             share = tirx.truncmod(task, int64(choice.panel_groups))
             self.begin_task()
-            kind = "uint16" if self.pairs else "float32"
-            copy = kernel.scratch(kernel.size(self.copied()), dtype=kind) if self.padded else None
-            partial = kernel.scratch(kernel.size(self.partial())) if choice.chunked else None
+            copy = kernel.scratch(kernel.size(self.copied()), dtype=str(self.bits.dtype)) if self.padded else None
+            partial = kernel.scratch(kernel.size(self.partial()), dtype=self.sums) if choice.chunked else None
             with kernel.serial(tirx.min(blocks_each, blocks - first_block)) as number:
                 block = first_block + number
                 image = tirx.truncdiv(block, per_image)

@@ -48,12 +48,14 @@ def depthwise(
     target: Target,
     gates: Gates | None = None,
     choice: Configuration | None = None,
+    origin: int = 0,
 ) -> Code:
     """out[n, i..., c] = sum over taps t of x[n, i s - p + t d, c] weight[t, c], then the tree `end` over `result`.
 
     float32, `weight` also float16 or bfloat16; `x` [N, spatial axes, C] with channel stride 1, `weight` [taps..., C]
     contiguous, `result` [N, outputs..., C]. What lies outside `x` is zero. With `gates`, channels that take no part are
-    left out and zero. `choice` is by default what `windows.configure` says.
+    left out and zero. `choice` is by default what `windows.configure` says. `x` may also be codes of 8 bits that stand
+    for x - `origin`, and `weight` int8: sums of fewer than 514 products are exact.
     """
     choice = choice or configure(result.shape, window, target)
 
@@ -68,7 +70,7 @@ def depthwise(
                     total = step.accumulators[pixel, lane] + step.load(pixel, tap, lane) * factor
                     T.buffer_store(step.accumulators, total, [pixel, lane])
 
-        Windows(kernel, x, window, result, end, outputs[0], gates, choice).write(0.0, multiply_add)
+        Windows(kernel, x, window, result, end, outputs[0], gates, choice, origin).write(0.0, multiply_add)
 
     return write_kernel(
         RULE if gates is None else f"gated-{RULE}",
@@ -88,7 +90,7 @@ def depthwise(
 
 
 def offer(
-    x: View, weight: View, result: Product, end: Any, window: Window, name: str, target: Target
+    x: View, weight: View, result: Product, end: Any, window: Window, name: str, target: Target, origin: int = 0
 ) -> Choice[Configuration]:
     """What may be chosen for the kernel that `depthwise` writes."""
     spatial = slice(len(result.shape) - len(window.taps) - 1, -1)
@@ -104,5 +106,5 @@ def offer(
         Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
         configure(result.shape, window, target),
         lambda: worth_timing(result.shape, window, target),
-        lambda choice: depthwise(x, weight, result, end, window, name, target, choice=choice),
+        lambda choice: depthwise(x, weight, result, end, window, name, target, choice=choice, origin=origin),
     )

@@ -189,7 +189,7 @@ def gemm(
     choice = configure(target, rows, n, int(weight.shape[1])) if choice is None else choice
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Gemm(kernel, a, weight, result, end, outputs[0], choice).write()
+        GemmWriter(kernel, a, weight, result, end, outputs[0], choice).write()
 
     return write_kernel(
         RULE,
@@ -213,7 +213,7 @@ def gemm(
     )
 
 
-class _Gemm:
+class GemmWriter:
     def __init__(
         self, kernel: Kernel, a: View, weight: View, result: Product, end: Any, output: Output, choice: Configuration
     ) -> None:
@@ -265,7 +265,8 @@ class _Gemm:
             panels = tirx.truncdiv((panel_share + 1) * self.panels, int64(panel_shares)) - first_panel
             block = max(1, self.choice.block_rows // tile.rows)
             parts = -(-self.k // self.choice.block_depth)
-            sums = kernel.scratch(block * tile.rows * self.columns) if parts > 1 else None
+            memory = block * tile.rows * self.columns
+            sums = kernel.scratch(memory, dtype=self.result.dtype) if parts > 1 else None
             with (
                 kernel.serial(tirx.truncdiv(own + (block - 1), int64(block))) as at,
                 kernel.serial(panels) as panel,
@@ -296,6 +297,9 @@ class _Gemm:
                 start = start + index.axis(number) * kernel.size(stride)
         return start
 
+    def registers(self, tile: Tile) -> RegisterTile:
+        return (PairTile if self.pairs else RegisterTile)(self.kernel, tile)
+
     def left(self, start: Any, k: Any) -> Any:
         if self.pairs:
             return as_pair(self.a[start + 2 * k], self.a[start + 2 * k + 1])
@@ -310,7 +314,15 @@ class _Step:
     """One tile over one part of a panel."""
 
     def __init__(
-        self, gemm_: _Gemm, tile: Tile, sums: Any, panel: Any, part: Any, tile_number: Any, number: Any, passing: Any
+        self,
+        gemm_: GemmWriter,
+        tile: Tile,
+        sums: Any,
+        panel: Any,
+        part: Any,
+        tile_number: Any,
+        number: Any,
+        passing: Any,
     ) -> None:
         self.gemm, self.kernel, self.tile, self.sums = gemm_, gemm_.kernel, tile, sums
         self.panel, self.part, self.number = T.bind(panel), part, number
@@ -326,8 +338,8 @@ class _Step:
         self.share = -(-self.lines // passes) if known else T.bind(tirx.truncdiv(passes + (self.lines - 1), passes))
 
     def write(self) -> None:
-        gemm_, kernel = self.gemm, self.kernel
-        registers = (PairTile if gemm_.pairs else RegisterTile)(kernel, self.tile)
+        gemm_ = self.gemm
+        registers = gemm_.registers(self.tile)
         if self.sums is None:
             registers.zero()
         else:

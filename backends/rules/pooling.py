@@ -24,18 +24,20 @@ from graphopt.backends.values import Product, View, fused_name
 
 RULE = "pooling"
 _START = {"sum": 0.0, "max": -math.inf}
+_LOWEST = {"uint8": 0, "int8": -128}
 
 
 def pool(x: View, result: Product, end: Any, window: Window, combine: str, name: str, target: Target) -> Code:
     """out[n, i..., c] = "sum" or "max" over the taps of window i inside `x`, then the tree `end` over `result`.
 
-    `x` [N, spatial axes, C] or [spatial axes, C] with channel stride 1, of floats; `result` has the same axes.
+    `x` [N, spatial axes, C] or [spatial axes, C] with channel stride 1, of floats, or of 8-bit integers for "max";
+    `result` has the same axes.
     """
     choice = configure(result.shape, window, target)
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         windows = Windows(kernel, x, window, result, end, outputs[0], choice=choice)
-        windows.write(_START[combine], lambda step: _STEPS[combine](kernel, step))
+        windows.write(_LOWEST.get(x.dtype, _START[combine]), lambda step: _STEPS[combine](kernel, step))
 
     configuration = {
         "pixels": choice.pixels,
@@ -115,7 +117,9 @@ _STEPS = {"sum": _sum_row, "max": _max_row}
 def _largest(total: Any, values: list[Any]) -> Any:
     """The largest of all, NaN where any is; a comparison with NaN is false, so `total` stays where it is NaN."""
     numbers = []
+    whole = str(total.ty.dtype) in _LOWEST
     for value in values:
         total = tirx.max(value, total)
-        numbers.append(value <= tirx.const(math.inf, value.ty.dtype))
-    return tirx.Select(tirx.all(*numbers), total, tirx.const(math.nan, total.ty.dtype))
+        if not whole:
+            numbers.append(value <= tirx.const(math.inf, value.ty.dtype))
+    return total if whole else tirx.Select(tirx.all(*numbers), total, tirx.const(math.nan, total.ty.dtype))

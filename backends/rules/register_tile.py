@@ -218,7 +218,7 @@ class RegisterTile:
 
     def _write_some(self, r: int, columns: Any, store: Store) -> None:
         """Columns whose number is known at run time, one by one out of memory: sums in registers have no numbers."""
-        row = self.kernel.registers(self.tile.vectors * self.lanes)
+        row = self.kernel.registers(self.tile.vectors * self.lanes, dtype=self.dtype)
         for c in range(self.tile.vectors):
             with self.kernel.vectorized(self.lanes) as lane:
                 T.buffer_store(row, self.values[r, c, lane], [c * self.lanes + lane])

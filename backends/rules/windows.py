@@ -121,8 +121,9 @@ class Windows:
     """A kernel over all windows of `x` [N, spatial axes, C] or [spatial axes, C], which has channel stride 1.
 
     `start` is what accumulators begin with, `combine` adds a step to them. `end` is the element-wise tree over the bare
-    `result`, which has the axes of `x`. float16 and bfloat16 are combined in float32. With `gates`, the bias of which
-    is added, vectors of channels that take no part are left out: the bare result is zero there.
+    `result`, which has the axes of `x`. float16 and bfloat16 are combined in float32, and so are codes of 8 bits, less
+    `origin`, where the result is float32. With `gates`, the bias of which is added, vectors of channels that take no
+    part are left out: the bare result is zero there.
     """
 
     def __init__(
@@ -135,13 +136,14 @@ class Windows:
         output: Output,
         gates: Gates | None = None,
         choice: Configuration | None = None,
+        origin: int = 0,
     ) -> None:
-        self.gates = gates
+        self.gates, self.origin = gates, origin
         self.choice = choice or configure(result.shape, window, kernel.target)
         self.kernel, self.window, self.result, self.end, self.output = kernel, window, result, end, output
         self.x, self.data = x, kernel.flat(x.storage)
         self.lead = len(result.shape) - len(window.taps) - 1  # axes before the spatial ones
-        self.compute = "float32" if x.dtype in ("float16", "bfloat16") else x.dtype
+        self.compute = "float32" if x.dtype in ("float16", "bfloat16") else result.dtype
         self.channels = kernel.size(result.shape[-1])
         self.width = vector_width(result.shape[-1], kernel.target)
         self.outputs = result.shape[-2]
@@ -260,7 +262,8 @@ class Windows:
 
         def load(pixel: int, tap: int, lane: Any) -> Any:
             value = self.data[origin + self.window.covers(pixel, tap) * stride + lane]
-            return value if self.compute == self.x.dtype else value.astype(self.compute)
+            value = value if self.compute == self.x.dtype else value.astype(self.compute)
+            return value - tirx.const(self.origin, self.compute) if self.origin else value
 
         self.combine(Step(accumulators, taps, first, self.channel, self.width, load))
 

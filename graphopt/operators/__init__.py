@@ -1,5 +1,5 @@
 """The graphopt:: operators: what ATen cannot say."""
 
-from graphopt.operators import gating, quantization, recurrent
+from graphopt.operators import gating, integer_elements, integer_products, quantization, recurrent
 
-__all__ = ["gating", "quantization", "recurrent"]
+__all__ = ["gating", "integer_elements", "integer_products", "quantization", "recurrent"]

@@ -56,6 +56,7 @@ def test_vector_registers() -> None:
     assert found == {
         "cpu:x86-64-v3": (8, 16),
         "cpu:x86-64-v4": (16, 32),
+        "cpu:x86-64-v4-vnni": (16, 32),
         "cpu:x86-64-v4-bf16": (16, 32),
         "cpu:sapphirerapids": (16, 32),
         "cpu:aarch64": (4, 32),

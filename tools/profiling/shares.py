@@ -168,9 +168,14 @@ def _row(
 
 
 def _peak_of_products(kernel: KernelInfo, roofs: Roofs) -> float | None:
-    """Of a kernel that multiplies bfloat16, in tiles or in vectors; None where it does not or nothing was measured."""
+    """Of a kernel that multiplies bfloat16, in tiles or in vectors, or codes; None: that of multiply-adds.
+
+    VPDPBUSD multiplies four times as many numbers as a multiply-add, and as many of either start in a cycle.
+    """
     products = str(kernel.configuration.get("products", ""))
-    if not products:
+    if products.startswith("4 codes"):
+        return 4 * roofs.flops_per_second
+    if "bfloat16" not in products:
         return None
     return roofs.tiles_per_second if products.startswith("tiles") else roofs.pairs_per_second
 

@@ -26,7 +26,7 @@ from tests.backends.rules.assembly import Loop, calls, functions, kernel_functio
 
 F = nn.functional
 WIDE = {16: "zmm", 8: "ymm", 4: ".4s"}
-FUSED = re.compile(r"\t(?:vfn?m(?:add|sub)\w+|fml[as]|vdpbf16ps)\t")
+FUSED = re.compile(r"\t(?:vfn?m(?:add|sub)\w+|fml[as]|vdpbf16ps|vpdpbusd|vpmaddwd|mla)\t")
 TILES = re.compile(r"\t(?:ldtilecfg|tile\w+|tdpbf16ps)\b")
 ARITHMETIC = re.compile(
     r"\t(?:v(?:fn?m(?:add|sub)\d*|add|sub|mul|div|max|min|sqrt)[ps]s|f(?:n?m)?(?:add|sub|mul|div|mla|mls|max|min|maxnm|minnm|sqrt))\t"
@@ -46,10 +46,12 @@ class Expected:
 
 
 AMX = "amx-gemm"  # where the target has tiles
-PRODUCTS = {"pairs of bfloat16": "vdpbf16ps", "tiles of bfloat16": "tdpbf16ps"}
+PRODUCTS = {"pairs of bfloat16": "vdpbf16ps", "tiles of bfloat16": "tdpbf16ps", "4 codes of uint8": "vpdpbusd"}
 EXPECTED = {
     "packed-gemm": Expected(accumulates=True),
     AMX: Expected(),  # its sums have a test of their own
+    "integer-gemm": Expected(accumulates=True),
+    "integer-convolution": Expected(accumulates=True, workspace=True),
     "batched-gemm": Expected(accumulates=True, workspace=True),
     "fused-attention": Expected(accumulates=True, workspace=True),
     "direct-convolution": Expected(accumulates=True, workspace=True),
@@ -80,6 +82,21 @@ class Case(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> Any:
         return self.function(*(x for x in (a, b, c) if x is not None))
+
+
+class Codes(nn.Module):
+    """A product of 96 columns or channels of codes, with codes again."""
+
+    def __init__(self, operator: Callable[..., Any], *weight: int, **options: Any) -> None:
+        super().__init__()
+        self.operator, self.options = operator, options
+        self.register_buffer("weight", torch.ones(weight, dtype=torch.int8))
+        self.register_buffer("step", torch.tensor(0.1))
+        self.register_buffer("zero", torch.tensor(7, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Any:
+        given = (x, self.step, self.zero, self.weight, self.step, None, self.step, self.zero, None, None, None)
+        return self.operator(*given, **self.options, dtype=torch.uint8)
 
 
 class GatedConvolution(nn.Module):
@@ -136,6 +153,11 @@ def programs() -> dict[str, Program]:
         "recurrent": (nn.LSTM(48, 96), (r(4, 6, 48),)),
         "gated": (nn.GRU(48, 96), (r(4, 6, 48),)),
         "running": (Case(lambda x: x.cumsum(0)), (r(16, 48),)),
+        "codes": (Codes(torch.ops.graphopt.qlinear, 96, 64), (torch.ones(256, 64, dtype=torch.uint8),)),
+        "codes_image": (
+            Codes(torch.ops.graphopt.qconv, 96, 96, 3, 3, stride=[2, 2], padding=[1, 1], dilation=[1, 1]),
+            (torch.ones(1, 96, 64, 64, dtype=torch.uint8),),
+        ),
         "brain_linear": (nn.Sequential(nn.Linear(64, 96), nn.GELU()).bfloat16(), (r(256, 64).bfloat16(),)),
         "brain_deep": (nn.Linear(512, 96).bfloat16(), (r(256, 512).bfloat16(),)),
         "brain_image": (nn.Conv2d(96, 96, 3, padding=1, stride=2).bfloat16(), (images.bfloat16(),)),
@@ -152,6 +174,7 @@ class Compiled:
     lanes: int
     pairs: bool
     amx: bool
+    quads: bool
     kernels: Mapping[str, KernelInfo]
     code: Mapping[str, tuple[str, ...]]
 
@@ -174,7 +197,7 @@ def compiled(request: pytest.FixtureRequest, captured: dict[str, Program]) -> Co
     target = resolve_target(request.param, threads=2)
     lowered = cpu.lower(captured, target)
     text = cpu.generate(lowered.module, target).mod.imports[0].inspect_source("s")
-    return Compiled(target.lanes, target.pairs, target.amx, lowered.kernels, functions(text))
+    return Compiled(target.lanes, target.pairs, target.amx, target.quads, lowered.kernels, functions(text))
 
 
 def test_every_rule_is_looked_at(compiled: Compiled) -> None:
@@ -244,16 +267,17 @@ def test_tiles_have_the_size_that_was_chosen(compiled: Compiled) -> None:
         assert {count_fused(loop) for loop in hottest(parts)} == {tile}, kernel
 
 
-def test_products_of_bfloat16_have_the_instruction_that_is_told(compiled: Compiled) -> None:
-    """And roundings one of theirs; other levels have none, and multiply float32."""
+def test_products_of_narrow_numbers_have_the_instruction_that_is_told(compiled: Compiled) -> None:
+    """And roundings to bfloat16 one of theirs; levels without it multiply float32 or 16-bit integers."""
     used = set()
     for name, info in compiled.kernels.items():
         lines = [line for body in kernel_functions(compiled.code, name).values() for line in body]
         found = {word for word in PRODUCTS.values() if any(f"\t{word}\t" in line for line in lines)}
         told = str(info.configuration.get("products", ""))
-        assert found == ({PRODUCTS[told]} if told else set()), name
+        assert found == ({PRODUCTS[told]} if told in PRODUCTS else set()), name
         used |= found
-    assert used == {word for word, has in (("vdpbf16ps", compiled.pairs), ("tdpbf16ps", compiled.amx)) if has}
+    levels = {"vdpbf16ps": compiled.pairs, "tdpbf16ps": compiled.amx, "vpdpbusd": compiled.quads}
+    assert used == {word for word, has in levels.items() if has}
     if compiled.pairs:
         (kernel,) = (name for name, info in compiled.kernels.items() if "brain_chain" in info.nodes)
         body = [line for part in kernel_functions(compiled.code, kernel).values() for line in part]
@@ -300,3 +324,16 @@ def hottest(parts: Mapping[str, tuple[str, ...]]) -> list[Loop]:
     found = innermost(parts)
     most = max((count_fused(loop) for loop in found), default=0)
     return [loop for loop in found if most and 2 * count_fused(loop) >= most]
+
+
+def test_codes_are_multiplied_by_one_instruction(compiled: Compiled) -> None:
+    """Four with VNNI, two without, and never by the one that saturates; NEON multiplies lanes."""
+    code = [
+        line
+        for rule in ("integer-gemm", "integer-convolution")
+        for parts in compiled.of_rule(rule).values()
+        for body in parts.values()
+        for line in body
+    ]
+    wanted = {16: "vpdpbusd" if compiled.quads else "vpmaddwd", 8: "vpmaddwd", 4: "mla"}[compiled.lanes]
+    assert any(f"\t{wanted}\t" in line for line in code) and not any("vpmaddubsw" in line for line in code)

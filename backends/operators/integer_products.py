@@ -1,0 +1,226 @@
+"""graphopt::qlinear and graphopt::qconv: exact sums of products of codes, with everything after them in one kernel.
+
+Weights and all scales and zero points are constants. Sums run over the codes as they are stored; that the zero point
+of the activations is not 0 costs one constant an output, -zero_point * (sum of its weights), added with the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from graphopt.backends.dtypes import DTYPES
+from graphopt.backends.kernel import Code, int64
+from graphopt.backends.operators.activations import FUNCTIONS
+from graphopt.backends.operators.arguments import arguments
+from graphopt.backends.operators.element_wise import convert, like
+from graphopt.backends.rules.gemm import Configuration
+from graphopt.backends.rules.integer_gemm import Words, integer_gemm, offer, pack_words, words_of
+from graphopt.backends.values import Index, Lazy, Product, Value, View
+from graphopt.errors import CompileError
+from graphopt.operators.requantization import Factors, Requantization
+
+if TYPE_CHECKING:
+    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.lowering import Lowering
+
+_CONSTANTS = (
+    *("x_scale", "x_zero_point", "weight", "weight_scale", "bias", "scale", "zero_point"),
+    *("residual_scale", "residual_zero_point"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A product of codes: its constants, and the residual as a value."""
+
+    x: Any
+    zero: int
+    weight: Tensor
+    bias: Tensor | None
+    factors: Factors
+    into: Requantization
+    residual: Value | None
+    residual_zero: int
+
+    @staticmethod
+    def of(lowering: Lowering, node: Node) -> Call:
+        given = arguments(node)
+        held = constants(lowering, node, _CONSTANTS)
+        into = Requantization(
+            held["scale"],
+            held["zero_point"],
+            *(given[name] for name in ("activation", "qmin", "qmax", "dtype", "reciprocal")),
+        )
+        bias = held["bias"]
+        factors = Factors.of(held["x_scale"], held["weight_scale"], bias, held["residual_scale"], into)
+        return Call(
+            given["x"],
+            zero_of(held["x_zero_point"]),
+            held["weight"],
+            None if bias is None or bias.is_floating_point() else bias,
+            factors,
+            into,
+            None if given["residual"] is None else lowering.tensor(given["residual"]),
+            zero_of(held["residual_zero_point"]),
+        )
+
+
+def constants(lowering: Lowering, node: Node, names: Sequence[str]) -> dict[str, Any]:
+    """The tensors that these arguments are, None where there is none. Raises CompileError for one that is computed."""
+    given = arguments(node)
+    held = {name: None if given[name] is None else lowering.value(given[name]) for name in names}
+    for name, value in held.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise CompileError(f"the {name} of {node.name} is computed, which has no lowering; make it a constant")
+    return held
+
+
+def zero_of(zero: Tensor | None) -> int:
+    return 0 if zero is None else int(zero)
+
+
+def _linear(lowering: Lowering, node: Node) -> View:
+    call, words = Call.of(lowering, node), words_of(lowering.target)
+    value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
+    a = in_whole_words(lowering, value, words.codes)
+    n, k = call.weight.shape
+    return packed_integer_product(lowering, node, a, call.weight, ending(lowering, call, zero, -1), f"qlinear_{n}x{k}")
+
+
+def packed_integer_product(
+    lowering: Lowering,
+    node: Node,
+    a: View,
+    weight: Tensor,
+    begin: Callable[[Any], Any],
+    name: str,
+    order: tuple[int, ...] = (),
+) -> View:
+    """a [..., K] in whole words times weight [N, K] of codes with the node's epilogue; `begin`, `order`: `anchored`."""
+    target, words = lowering.target, words_of(lowering.target)
+
+    def build(result: Product, end: Any) -> Code:
+        def write(choice: Configuration) -> Code:
+            columns = choice.tile.vectors * target.lanes
+            key = f"words{words.codes}x{columns}"
+            b = lowering.weight(weight, key, lambda array: pack_words(array, columns, words))
+            return integer_gemm(a, b, result, end, name, target, choice)
+
+        return lowering.choose(offer(target, a, int(weight.shape[0]), end, write))
+
+    return lowering.anchored(node, build, begin, order, sums="int32")
+
+
+def stored_codes(value: Value, zero: int, words: Words) -> tuple[Value, int]:
+    """The codes in the type that `words` multiply, and the zero point that is left to subtract from them."""
+    if value.dtype == words.activations:
+        return value, zero
+    shift = 128 if words.activations == "uint8" else -zero
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        code = kernel.load(value, index).astype("int32")
+        return convert(code + like(code, shift), words.activations)
+
+    return Lazy(value.shape, words.activations, (value,), element, flat=True, name="shift"), zero + shift
+
+
+def in_whole_words(lowering: Lowering, value: Value, codes: int) -> View:
+    """In memory with a last axis of whole words of `codes`, to which it is padded with anything."""
+    width = int(value.shape[-1])
+    if width % codes:
+        value = _widened(value, width + -width % codes)
+    if isinstance(value, View) and value.strides[-1] == 1:
+        steps = (*value.strides[:-1], value.offset)
+        if all(isinstance(step, int) and step % codes == 0 for step in steps):
+            return value
+    return lowering.contiguous(value)
+
+
+def to_words(filters: Tensor, words: Words) -> Tensor:
+    """Filters [O, C, KH, KW] with channels up to whole words that are zero."""
+    missing = -int(filters.shape[1]) % words.codes
+    return torch.nn.functional.pad(filters, (0, 0, 0, 0, 0, missing)) if missing else filters
+
+
+def _widened(value: Value, width: int) -> Lazy:
+    """The last axis with zeros behind it."""
+    last = int(value.shape[-1])
+
+    def element(kernel: Kernel, index: Index) -> Any:
+        axes = [index.axis(number) for number in range(len(value.shape))]
+        at = Index(value.shape, kernel.sizes, axes=(*axes[:-1], tirx.min(axes[-1], int64(last - 1))))
+        code = kernel.load(value, at)
+        return tirx.Select(axes[-1] < last, code, like(code, 0))
+
+    return Lazy((*value.shape[:-1], width), value.dtype, (value,), element, name="pad")
+
+
+def ending(lowering: Lowering, call: Call, zero: int, axis: int) -> Callable[[Any], Lazy]:
+    """From int32 sums of stored codes, less `zero` each, to the node's result: numbers or codes of it.
+
+    `axis` is that of the outputs.
+    """
+    sums = call.weight.flatten(1).to(torch.int64).sum(1) * -zero
+    total = sums if call.bias is None else sums + call.bias
+    offset = lowering.weight(total.to(torch.int32)) if bool((total != 0).any()) else None
+    factors, into = call.factors, call.into
+    factor = lowering.weight(factors.product) if factors.product.ndim else float(factors.product)
+    bias = None if factors.bias is None else lowering.weight(factors.bias)
+    dtype, name = DTYPES[into.dtype], "dequantize" if into.scale is None else "requantize"
+
+    def begin(result: Any) -> Lazy:
+        def element(kernel: Kernel, index: Index) -> Any:
+            output = index.axis(axis % len(result.shape))
+
+            def each(value: Any) -> Any:
+                return kernel.flat(value.storage)[output] if isinstance(value, View) else tirx.const(value, "float32")
+
+            number = kernel.load(result, index)
+            number = number if offset is None else number.astype("int32") + each(offset)
+            number = number.astype("float32") * each(factor)
+            number = number if bias is None else number + each(bias)
+            if call.residual is not None:
+                added = kernel.load(call.residual, index).astype("int32")
+                added = (added - like(added, call.residual_zero)).astype("float32")
+                number = number + added * like(number, float(factors.residual))  # type: ignore[arg-type]
+            if into.activation is not None:
+                number = _in_steps(FUNCTIONS[into.activation](T.bind(number)), into)
+            return number if into.scale is None else convert(codes_of(number, into), dtype)
+
+        read = [value for value in (offset, factor, bias, call.residual) if isinstance(value, (View, Lazy))]
+        words = [name if into.activation is None else f"{into.activation.replace('-', '_')}_{name}"]
+        words += [] if call.residual is None else ["add"]
+        return Lazy(result.shape, dtype, (result, *read), element, name="_".join(reversed(words)))
+
+    return begin
+
+
+def _in_steps(number: Any, into: Requantization) -> Any:
+    if into.scale is None:
+        return number
+    scale = into.scale.float()
+    if into.reciprocal:
+        return number * like(number, float(scale.reciprocal()))
+    return number / like(number, float(scale))
+
+
+def codes_of(number: Any, into: Requantization) -> Any:
+    """Codes as whole float32 numbers; `tirx.round` rounds halves to even."""
+    whole = tirx.round(number)
+    whole = whole + like(whole, into.zero) if into.zero else whole
+    least, most = like(whole, into.qmin), like(whole, into.qmax)
+    whole = tirx.Select(whole > least, whole, least)
+    return tirx.Select(whole < most, whole, most)
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    torch.ops.graphopt.qlinear.default: _linear,
+}

@@ -1,0 +1,111 @@
+"""Programs that say what they round, as programs that compute with the codes.
+
+Before: y = quantize(linear(dequantize(x), dequantize(w), b))        After: y = qlinear(x, w, b)
+
+Fused are linears, matrix products and convolutions of codes by constant weights with bias, residual, activation and
+clip, with or without a quantize behind them; sums, products and matrix products of two activations; chains of
+element-wise operators on one of them; and everything that only moves elements, through which dequantize is pushed until
+it meets a quantize or a product. Rewritten codes differ from the program's by at most one, where the number before
+rounding lies within float32's error of a half; moves, pairs and tables are exact.
+
+Signed codes of activations become unsigned ones, exactly: the products of x86 take them so.
+
+What is left of quantize and dequantize is listed with its reason. `fail_on_fallback` makes it an error where the
+operator beside a conversion should compute with codes and does not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from graphopt.contract import Pass, PassContext, PassResult
+from graphopt.edit import Edit, GraphEditor
+from graphopt.errors import PassError
+from graphopt.passes.qdq_fusion.codes import QUANTIZE, Constants
+from graphopt.passes.qdq_fusion.elements import fold_constant, fuse_function, fuse_pair, make_unsigned, move
+from graphopt.passes.qdq_fusion.products import PRODUCTS, Refused, Weight, fuse_product
+from graphopt.passes.qdq_fusion.survivors import Survivor, survivors
+from graphopt.program import Program
+
+
+@dataclass
+class _Fusing:
+    """One run over one graph: what is shared by its rewrites, and why operators were left alone."""
+
+    editor: GraphEditor
+    name: str
+    constants: Constants
+    weights: dict[Any, Weight]
+    reasons: dict[Node, str] = field(default_factory=dict)
+
+    def sweep(self, rewrite: Callable[[Node], Any]) -> None:
+        for node in self.editor.nodes():
+            if node.op == "call_function":
+                rewrite(node)
+
+    def prepare(self, node: Node) -> None:
+        if node.target is QUANTIZE and not fold_constant(self.editor, node, f"{self.name}/constant"):
+            make_unsigned(self.editor, node, f"{self.name}/unsigned", self.constants)
+
+    def fuse(self, node: Node) -> None:
+        """In order of execution, so that what a node reads has been rewritten."""
+        if node.target in PRODUCTS and self._product(node):
+            return
+        if move(self.editor, node, f"{self.name}/move", self.constants) or node.target is not QUANTIZE:
+            return
+        if not fuse_function(self.editor, node, self.name):
+            reason = fuse_pair(self.editor, node, f"{self.name}/pair-of-codes", self.constants)
+            if reason is not None:
+                self.reasons[node] = reason
+
+    def _product(self, node: Node) -> bool:
+        try:
+            return fuse_product(self.editor, node, f"{self.name}/product", self.constants, self.weights)
+        except Refused as refused:
+            self.reasons[node] = str(refused)
+            return False
+
+
+@dataclass(frozen=True)
+class QDQFusion(Pass):
+    """Compute with the 8-bit codes of a quantized program instead of the numbers that they stand for."""
+
+    name = "qdq-fusion"
+    preserves = "quantized"
+    fail_on_fallback: bool = False
+
+    def starts_at(self) -> frozenset[Any]:
+        return frozenset({QUANTIZE, *PRODUCTS})
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edit = Edit(program, context, self.name)
+        constants, weights = Constants(), dict[Any, Weight]()
+        left: list[Survivor] = []
+        for editor in edit.graphs():
+            fusing = _Fusing(editor, self.name, constants, weights)
+            fusing.sweep(fusing.prepare)
+            fusing.sweep(fusing.fuse)
+            for survivor in survivors(editor, fusing.reasons):
+                editor.decline(f"{self.name}/conversion", survivor.node, survivor.reason)
+                left.append(survivor)
+        fallbacks = [survivor for survivor in left if survivor.fallback]
+        edit.notes.append(_summary(left))
+        if fallbacks and self.fail_on_fallback:
+            first = fallbacks[0]
+            raise PassError(
+                f"{self.name}: {len(fallbacks)} conversions are left at operators that are computed in float32, the "
+                f"first at {first.node.name}: {first.reason}"
+            )
+        return edit.finish()
+
+
+def _summary(left: list[Survivor]) -> str:
+    reasons = Counter(survivor.reason for survivor in left)
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    count = sum(survivor.fallback for survivor in left)
+    return f"{len(left)} conversions are left, {count} at a fallback{f': {listed}' if listed else ''}"

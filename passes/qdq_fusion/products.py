@@ -1,0 +1,263 @@
+"""Linears, matrix products with a constant and convolutions of dequantized operands as products of codes.
+
+Before: quantize(gelu(linear(dequantize(x), dequantize(w), b) + dequantize(r)))        After: qlinear(x, w, b, r)
+
+Behind the product may stand a residual, an activation, a clip and a quantize, each read by the next alone; without the
+quantize the product alone is fused and gives numbers. A bias stored as int32 codes in steps of x_scale * weight_scale
+is added to the sums, any other one to the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.edit import Builder, GraphEditor
+from graphopt.matcher import argument
+from graphopt.operators import integer_products  # noqa: F401
+from graphopt.passes.qdq_fusion.codes import (
+    BYTES,
+    DEQUANTIZE,
+    Codes,
+    Constants,
+    Into,
+    codes_of,
+    constant_number,
+    into_of,
+    only_user,
+)
+from graphopt.propagate import shape_key
+
+aten, graphopt = torch.ops.aten, torch.ops.graphopt
+LINEARS: Mapping[Any, tuple[str, str, str | None]] = {
+    aten.linear.default: ("input", "weight", "bias"),
+    aten.addmm.default: ("mat1", "mat2", "self"),
+    aten.mm.default: ("self", "mat2", None),
+    aten.matmul.default: ("self", "other", None),
+}
+CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding})
+PRODUCTS = frozenset({*LINEARS, *CONVOLUTIONS})
+_DEEPEST = 65793  # products of 8-bit codes that int32 holds the sum of, whatever they are
+_BIAS_SCALE = 1e-5  # relative difference between a bias's scale and that of the sums that is rounding
+_CLIPS: Mapping[Any, tuple[Any, Any]] = {
+    aten.relu.default: (0.0, None),
+    aten.relu6.default: (0.0, 6.0),
+    aten.clamp.default: ("min", "max"),
+    aten.hardtanh.default: ("min_val", "max_val"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """int8 codes [N, ...] with the zero point 0; `scale` is () or [N]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """What stands behind a product: the nodes in order, up to the quantize that makes `into`."""
+
+    nodes: tuple[Node, ...]
+    residual: Codes | None = None
+    activation: str | None = None
+    into: Into | None = None
+
+
+class Refused(Exception):
+    """Why a product stays as it is."""
+
+
+def fuse_product(editor: GraphEditor, node: Node, rule: str, constants: Constants, seen: dict[Any, Weight]) -> bool:
+    """Rewrite the product `node` with what follows it. Raises Refused with the reason where it is to stay."""
+    name = LINEARS[node.target][0] if node.target in LINEARS else "input"
+    if (x := codes_of(editor, argument(node, name))) is None:
+        raise Refused("its input is not dequantized from 8-bit codes with one constant scale")
+    weight = _weight(editor, node, seen)
+    depth = weight.codes[0].numel()
+    if depth > _DEEPEST:
+        raise Refused(f"sums of {depth} products of codes may not fit int32")
+    options = _options(node)
+    bias, integer = _bias(editor, node, x, weight)
+    tail = _tail(editor, node)
+    operator = graphopt.qconv.default if node.target in CONVOLUTIONS else graphopt.qlinear.default
+
+    def build(builder: Builder) -> list[Node]:
+        given: list[Any] = [*constants.of(builder, x), *map(builder.constant, (weight.codes, weight.scale))]
+        given.append(None if bias is None else builder.constant(bias if integer is None else integer))
+        given += (None, None) if tail.into is None else constants.parameters(builder, tail.into)
+        given += (None, None, None) if tail.residual is None else constants.of(builder, tail.residual)
+        return [builder.call(operator, *given, **options, **_result(tail))]
+
+    every = (node, *tail.nodes)
+    return editor.replace(rule, [every[-1]], build, inner=every[:-1])
+
+
+def _result(tail: Tail) -> dict[str, Any]:
+    if tail.into is None:
+        return {"dtype": torch.float32}
+    into = tail.into
+    found = {"qmin": into.low, "qmax": into.high, "dtype": into.dtype, "reciprocal": into.reciprocal}
+    return found if tail.activation is None else {**found, "activation": tail.activation}
+
+
+def _options(node: Node) -> dict[str, Any]:
+    if node.target not in CONVOLUTIONS:
+        return {}
+    if node.meta["val"].dim() != 4:
+        raise Refused("its images have no batch axis")
+    taps = [int(size) for size in argument(node, "weight").meta["val"].shape[2:]]
+    found = {name: _both(argument(node, name)) for name in ("stride", "dilation")}
+    padding = argument(node, "padding")
+    if isinstance(padding, str):
+        reach = [d * (t - 1) * (padding == "same") for d, t in zip(found["dilation"], taps, strict=True)]
+        if any(total % 2 for total in reach):
+            raise Refused('it is padded on one side more than on the other by "same"')
+        padding = [total // 2 for total in reach]
+    return {**found, "padding": _both(padding), "groups": argument(node, "groups")}
+
+
+def _both(numbers: Any) -> list[int]:
+    each: list[int] = [numbers] if isinstance(numbers, int) else list(numbers)
+    return each * 2 if len(each) == 1 else each
+
+
+def _weight(editor: GraphEditor, node: Node, seen: dict[Any, Weight]) -> Weight:
+    """The codes of a constant weight as int8 less their zero points."""
+    name = LINEARS[node.target][1] if node.target in LINEARS else "weight"
+    transposed = node.target in LINEARS and node.target is not aten.linear.default
+    source = argument(node, name)
+    if not isinstance(source, Node) or source.target is not DEQUANTIZE:
+        raise Refused("its weight is not dequantized")
+    given = [argument(source, each) for each in ("x", "scale", "zero_point")]
+    codes, scale, zero = (None if each is None else editor.constant_value(each) for each in given)
+    if codes is None or scale is None or (given[2] is not None and zero is None):
+        raise Refused("its weight is computed")
+    if codes.dtype not in BYTES or argument(source, "block") or scale.dtype != torch.float32:
+        raise Refused("its weight is no 8-bit codes with float32 scales for outputs")
+    if node.target in LINEARS and codes.dim() != 2:
+        raise Refused(f"its weight has {codes.dim()} axes")
+    axis, outputs = argument(source, "axis"), int(transposed)
+    if axis not in (None, outputs):
+        raise Refused(f"its weight has scales along axis {axis}, not along its outputs")
+    key = (source, transposed)
+    if key not in seen:
+        whole = codes.to(torch.int32)
+        if zero is not None:
+            whole = whole - (
+                zero if axis is None else zero.reshape([-1 if n == axis else 1 for n in range(codes.dim())])
+            )
+        if int(whole.min()) < -128 or int(whole.max()) > 127:
+            raise Refused("its weight's codes less their zero point do not fit int8")
+        whole = whole.to(torch.int8)
+        seen[key] = Weight((whole.t() if transposed else whole).contiguous(), scale.detach())
+    return seen[key]
+
+
+def _bias(editor: GraphEditor, node: Node, x: Codes, weight: Weight) -> tuple[Tensor | None, Tensor | None]:
+    """The bias as float32 numbers, and as int32 in steps of the sums where it is stored so."""
+    name = LINEARS[node.target][2] if node.target in LINEARS else "bias"
+    if node.target is aten.addmm.default and (argument(node, "alpha") != 1 or argument(node, "beta") != 1):
+        raise Refused("it scales its product or its bias")
+    source = argument(node, name) if name else None
+    if source is None:
+        return None, None
+    number = constant_number(editor, source)
+    if number is None or number.dtype != torch.float32 or number.shape != weight.codes.shape[:1]:
+        raise Refused("its bias is not one constant for each output")
+    if _counts_in_steps(editor, source):
+        codes, scale = (editor.constant_value(argument(source, each)) for each in ("x", "scale"))
+        assert codes is not None and scale is not None
+        wanted = x.scale.double() * weight.scale.double()
+        if codes.dtype == torch.int32 and bool(((scale.double() / wanted - 1).abs() < _BIAS_SCALE).all()):
+            return number, codes.detach()
+    return number.detach(), None
+
+
+def _counts_in_steps(editor: GraphEditor, source: Node) -> bool:
+    """Whether it dequantizes codes whose zero point is 0."""
+    if source.target is not DEQUANTIZE:
+        return False
+    zero = argument(source, "zero_point")
+    held = None if zero is None else editor.constant_value(zero)
+    return zero is None or (held is not None and not bool(held.any()))
+
+
+def _tail(editor: GraphEditor, product: Node) -> Tail:
+    """The longest run behind `product` that ends in a quantize, else nothing."""
+    found = Tail(())
+    node, low, high = product, None, None
+    while (user := only_user(node)) is not None:
+        if (into := into_of(editor, user)) is not None:
+            return replace(found, nodes=(*found.nodes, user), into=into.clipped(low, high))
+        if found.activation is None and low is None and high is None and found.residual is None:
+            residual = _residual(editor, node, user)
+        else:
+            residual = None
+        if residual is not None:
+            found = replace(found, residual=residual)
+        elif (bounds := clip_of(user)) is not None:
+            low, high = _narrower(low, high, *bounds)
+        elif (
+            found.activation is None and low is None and high is None and (activation := _activation(user)) is not None
+        ):
+            found = replace(found, activation=activation)
+        else:
+            break
+        found = replace(found, nodes=(*found.nodes, user))
+        node = user
+    return Tail(())
+
+
+def _residual(editor: GraphEditor, node: Node, user: Node) -> Codes | None:
+    if user.target is not aten.add.Tensor or argument(user, "alpha") != 1 or len(user.all_input_nodes) != 2:
+        return None
+    (other,) = (each for each in user.all_input_nodes if each is not node)
+    codes = codes_of(editor, other)
+    same = codes is not None and shape_key(codes.node.meta["val"]) == shape_key(node.meta["val"])
+    return codes if same else None
+
+
+def clip_of(node: Node) -> tuple[float | None, float | None] | None:
+    """The bounds of a clip, with None for no bound; None for any other node."""
+    if node.target not in _CLIPS:
+        return None
+    low, high = (argument(node, bound) if isinstance(bound, str) else bound for bound in _CLIPS[node.target])
+    if isinstance(low, Node) or isinstance(high, Node):
+        return None
+    return low, high
+
+
+def _narrower(
+    low: float | None, high: float | None, least: float | None, most: float | None
+) -> tuple[float | None, float | None]:
+    """The bounds of two clips one after the other."""
+
+    def into(bound: float | None) -> float | None:
+        if bound is None:
+            return None
+        bound = bound if least is None else max(bound, least)
+        return bound if most is None else min(bound, most)
+
+    return (least if low is None else into(low)), (most if high is None else into(high))
+
+
+def _activation(node: Node) -> str | None:
+    if node.target is aten.gelu.default:
+        return "gelu" if argument(node, "approximate") == "none" else "gelu-tanh"
+    return _ACTIVATIONS.get(node.target)
+
+
+_ACTIVATIONS: Mapping[Any, str] = {
+    aten.silu.default: "silu",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+    aten.hardswish.default: "hardswish",
+    aten.hardsigmoid.default: "hardsigmoid",
+}

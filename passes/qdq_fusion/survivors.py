@@ -1,0 +1,71 @@
+"""Conversions that are left after fusion: which, and why each is.
+
+Some belong where they are: codes are made of the program's inputs and become its outputs, and operators that are
+computed in float32 on purpose, such as a softmax, stand between conversions. A conversion at any other operator is a
+fallback: a product that is computed in float32 although its operands are codes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from graphopt.edit import GraphEditor
+from graphopt.passes.qdq_fusion.codes import DEQUANTIZE, QUANTIZE
+from graphopt.passes.qdq_fusion.elements import MOVES, SPLITS
+
+aten = torch.ops.aten
+_WITHIN = frozenset(
+    {
+        *(aten.softmax.int, aten._softmax.default, aten.layer_norm.default, aten.rms_norm.default),
+        *(aten.group_norm.default, aten.mean.dim, aten.sum.dim_IntList, aten.avg_pool2d.default),
+        *(aten.adaptive_avg_pool2d.default, aten.scaled_dot_product_attention.default),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A conversion, the reason it is left, and whether the operator beside it should not be computed in float32."""
+
+    node: Node
+    reason: str
+    fallback: bool
+
+
+def survivors(editor: GraphEditor, reasons: Mapping[Node, str]) -> list[Survivor]:
+    """Every conversion of computed values; `reasons` says why an operator was left alone."""
+    found = []
+    for node in editor.graph.nodes:
+        if node.target is QUANTIZE:
+            found.append(_of(node, _origin(node.args[0]), reasons))
+        elif node.target is DEQUANTIZE and editor.constant_value(node.args[0]) is None:
+            found += [_of(node, user, reasons) for user in node.users]
+    return found
+
+
+def _origin(source: Node) -> Node:
+    """What made a value, before it was moved."""
+    while source.target in MOVES or source.target in SPLITS or source.target is operator.getitem:
+        source = source.args[0]  # type: ignore[assignment]
+    return source
+
+
+def _of(node: Node, beside: Node, reasons: Mapping[Node, str]) -> Survivor:
+    if beside.op in ("placeholder", "output"):
+        return Survivor(node, f"the program's {'input' if beside.op == 'placeholder' else 'output'} is numbers", False)
+    name = str(beside.target).removesuffix(".default") if beside.op == "call_function" else beside.name
+    if (reason := reasons.get(node) or reasons.get(beside)) is not None:
+        return Survivor(node, f"{name}: {reason}", True)
+    if beside.target in (QUANTIZE, DEQUANTIZE):
+        return Survivor(node, "the conversion beside it has other parameters", True)
+    integer = isinstance(beside.target, OpOverload) and beside.target.namespace == "graphopt"
+    pointwise = isinstance(beside.target, OpOverload) and torch.Tag.pointwise in beside.target.tags
+    if integer or pointwise or beside.target in _WITHIN:
+        return Survivor(node, f"{name} is computed in float32", False)
+    return Survivor(node, f"{name} has no form on codes", True)

@@ -1,0 +1,187 @@
+"""Products of codes on every level: int32 sums bit for bit, and codes as the specification rounds them.
+
+`compile` checks every case too: code for another machine runs here with the same sums made of other instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.arrays import array_of, tensor_of
+from graphopt.backends.rules.integer_gemm import pack_words, words_of
+from graphopt.backends.target import LEVELS, resolve_target
+from graphopt.capture import capture
+from graphopt.compile import Artifact
+from graphopt.operators import integer_products  # noqa: F401
+
+qlinear, qconv = torch.ops.graphopt.qlinear, torch.ops.graphopt.qconv
+BYTE, NUMBER = {"dtype": torch.uint8}, {"dtype": torch.float32}
+KINDS = ["cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:x86-64-v4-bf16", "cpu:aarch64"]
+
+
+def codes(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 0) -> Tensor:
+    low = 0 if dtype == torch.uint8 else -128
+    return torch.randint(low, low + 256, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, False)
+
+
+def compiled(module: nn.Module, inputs: tuple[Tensor, ...], target: str, dynamic: Any = None) -> tuple[Artifact, Any]:
+    """The artifact and its program; compiling has compared their results, codes with codes."""
+    program = capture(module, inputs, dynamic_shapes=dynamic)
+    artifact = graphopt.compile(program, target=target, threads=2)
+    return artifact, program
+
+
+def rules(artifact: Artifact) -> set[str]:
+    return {kernel.rule for kernel in artifact.manifest.variants[0].kernels.values()}
+
+
+class Linears(nn.Module):
+    """Tails of every kind: rows, columns, depth, in all the ways that sums go on."""
+
+    SHAPES = ((1, 1), (3, 15), (4, 16), (33, 47), (384, 48), (130, 97))
+    WAYS = ("numbers", "codes", "bias", "float_bias", "residual", "gelu")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.weights = nn.ParameterList([frozen(codes(n, k, dtype=torch.int8, seed=k)) for k, n in self.SHAPES])
+        generator = torch.Generator().manual_seed(0)
+        self.scales = nn.ParameterList([frozen(torch.rand(n, generator=generator) / 50 + 1e-4) for _, n in self.SHAPES])
+        self.register_buffer("step", torch.tensor(0.02))
+        self.register_buffer("zero", torch.tensor(99, dtype=dtype))
+        self.register_buffer("into", torch.tensor(0.7))
+        self.register_buffer("origin", torch.tensor(113, dtype=torch.uint8))
+        self.whole = nn.ParameterList([frozen(torch.arange(n, dtype=torch.int32) * 999 - 9999) for _, n in self.SHAPES])
+        self.number = nn.ParameterList([frozen(torch.randn(n, generator=generator)) for _, n in self.SHAPES])
+
+    def forward(self, x: Tensor, added: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for number, (weight, scale) in enumerate(zip(self.weights, self.scales, strict=True)):
+            n, k = weight.shape
+            way = self.WAYS[number]
+            bias = {"bias": self.whole, "float_bias": self.number, "residual": self.number}.get(way, [None] * 9)
+            residual = (added[:, :n], self.step, self.origin) if way == "residual" else (None, None, None)
+            result = (None, None) if way == "numbers" else (self.into, self.origin)
+            options: Mapping[str, Any] = {"activation": "gelu"} if way == "gelu" else {}
+            given = (x[:, :k], self.step, self.zero, weight, scale, bias[number])
+            found[way] = qlinear(*given, *result, *residual, **(NUMBER if way == "numbers" else BYTE), **options)
+        return found
+
+
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_every_tail_of_rows_columns_and_depth(target: str, dtype: torch.dtype) -> None:
+    for rows, dynamic in ((7, None), (67, {"x": {0: "rows"}, "added": {0: "rows"}})):
+        inputs = (codes(rows, 384, dtype=dtype), codes(rows, 97, seed=9))
+        artifact, _ = compiled(Linears(dtype), inputs, target, dynamic)
+        assert "integer-gemm" in rules(artifact) and "packed-gemm" not in rules(artifact)
+        if dynamic:
+            break
+
+
+class Deep(nn.Module):
+    """The sum furthest from 0 that int32 has to hold, in parts of a panel."""
+
+    def __init__(self, sign: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.full((3, 65536), sign).to(torch.int8))
+        self.register_buffer("one", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = qlinear(x, self.one, None, self.weight, self.one, None, *(None,) * 5, **NUMBER)
+        return result
+
+
+@pytest.mark.parametrize("target", KINDS)
+def test_sums_do_not_saturate(target: str) -> None:
+    """Pairs of 255 * 127 leave 16 bits, in which VPMADDUBSW adds them."""
+    x = torch.full((2, 65536), 255, dtype=torch.uint8)
+    for sign in (127, -128):
+        program = capture(Deep(sign), (x,))
+        artifact = graphopt.compile(program, target=target, threads=2)
+        assert artifact.report["errors"]["main"] < 1e-7
+        assert float(program(x)[0].max()) == np.float32(255 * sign * 65536)
+
+
+class Images(nn.Module):
+    """1 x 1, strided, padded with a zero point that is not 0, dilated, grouped, depthwise; few and odd channels."""
+
+    CASES: tuple[tuple[int, int, int, Mapping[str, int]], ...] = (
+        (16, 24, 1, {}),
+        (16, 8, 1, {"stride": 2}),
+        (3, 16, 5, {"stride": 2, "padding": 2}),
+        (16, 33, 3, {"padding": 1}),
+        (8, 8, 3, {"dilation": 2, "padding": 2}),
+        (24, 24, 3, {"padding": 1, "stride": 2, "groups": 24}),
+        (16, 32, 3, {"padding": 1, "groups": 4}),
+        (12, 12, 3, {"padding": 1, "groups": 4}),
+        (512, 40, 3, {"padding": 1}),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(
+            [
+                frozen(codes(o, c // options.get("groups", 1), t, t, dtype=torch.int8, seed=n))
+                for n, (c, o, t, options) in enumerate(self.CASES)
+            ]
+        )
+        self.register_buffer("step", torch.tensor(0.01))
+        self.register_buffer("into", torch.tensor(1.3))
+        self.register_buffer("zero", torch.tensor(131, dtype=torch.uint8))
+        counts = [outputs for _, outputs, *_ in self.CASES]
+        self.scales = nn.ParameterList([frozen(torch.arange(1, n + 1) / 400) for n in counts])
+        self.biases = nn.ParameterList([frozen(torch.arange(n, dtype=torch.int32) * 777 - 9999) for n in counts])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        parameters = zip(self.weights, self.scales, self.biases, self.CASES, strict=True)
+        for weight, scales, bias, (inputs, _, _, given) in parameters:
+            options = {name: [given.get(name, other)] * 2 for name, other in _DEFAULTS.items()}
+            operands = (x[:, :inputs], self.step, self.zero, weight, scales, bias)
+            result = (self.into, self.zero, None, None, None)
+            found.append(qconv(*operands, *result, **options, groups=given.get("groups", 1), **BYTE))
+        return tuple(found)
+
+
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
+
+
+@pytest.mark.parametrize("target", KINDS)
+def test_convolutions(target: str) -> None:
+    artifact, _ = compiled(Images(), (codes(2, 512, 9, 11),), target)
+    assert {"integer-gemm", "integer-convolution", "depthwise"} <= rules(artifact)
+
+
+def test_convolutions_of_any_batch() -> None:
+    artifact, program = compiled(Images(), (codes(2, 512, 9, 11),), "cpu", {"x": {0: "batch"}})
+    x = codes(5, 512, 9, 11, seed=3)
+    for spec, array, wanted in zip(
+        program.outputs, artifact.session().run(None, {"x": array_of(x)}), program(x), strict=True
+    ):
+        assert torch.equal(tensor_of(array, spec.dtype), wanted), spec.name
+
+
+def test_the_target_says_how_codes_are_multiplied() -> None:
+    found = {name: words_of(resolve_target(name)).codes for name in LEVELS}
+    assert found["cpu:x86-64-v4-vnni"] == 4 and found["cpu:x86-64-v4"] == found["cpu:x86-64-v3"] == 2
+    assert found["cpu:aarch64"] == 2
+
+
+def test_packing_keeps_words_together() -> None:
+    weight = np.arange(-15, 15, dtype=np.int8).reshape(5, 6)
+    packed = pack_words(weight, 4, words_of(resolve_target("cpu:x86-64-v4-vnni")))
+    assert packed.shape == (2, 2, 4, 4)
+    flat = packed.transpose(0, 2, 1, 3).reshape(8, 8)
+    assert np.array_equal(flat[:5, :6], weight) and not flat[5:].any() and not flat[:, 6:].any()

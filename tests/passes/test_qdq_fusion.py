@@ -1,0 +1,205 @@
+"""qdq-fusion on small graphs: where each rule fires, where it must not, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.contract import PassContext, PassResult
+from graphopt.errors import PassError
+from graphopt.passes.qdq_fusion import QDQFusion
+from graphopt.program import Program
+
+F = nn.functional
+ops = torch.ops.graphopt
+
+
+class Quantized(nn.Module):
+    """A function of numbers and of what quantizes them."""
+
+    def __init__(self, function: Callable[..., Any], **tensors: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+        for name, value in (("step", 0.05), ("fine", 0.011), ("wide", 0.3)):
+            self.register_buffer(name, torch.tensor(value))
+        self.register_buffer("zero", torch.tensor(120, dtype=torch.uint8))
+        self.register_buffer("signed", torch.tensor(-5, dtype=torch.int8))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+    def q(self, x: Tensor, scale: str = "step", **options: Any) -> Tensor:
+        result: Tensor = ops.quantize(x, getattr(self, scale), self.zero, **{**BYTE, **options})
+        return result
+
+    def d(self, x: Tensor, scale: str = "step", axis: int | None = None) -> Tensor:
+        result: Tensor = ops.dequantize(x, getattr(self, scale), self.zero, axis=axis, qmin=0, qmax=255, dtype=F32)
+        return result
+
+    def qd(self, x: Tensor, scale: str = "step") -> Tensor:
+        return self.d(self.q(x, scale), scale)
+
+    def w(self, name: str = "weight", axis: int | None = 0) -> Tensor:
+        codes, scales = getattr(self, name), getattr(self, f"{name}_scale")
+        result: Tensor = ops.dequantize(codes, scales, None, axis=axis, qmin=-127, qmax=127, dtype=F32)
+        return result
+
+
+F32 = torch.float32
+BYTE = {"qmin": 0, "qmax": 255, "dtype": torch.uint8}
+
+
+def weights(*shape: int, scales: int | None = None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
+    scale = torch.rand(shape[0] if scales is None else scales, generator=generator) / 400 + 1e-3
+    return {"weight": codes, "weight_scale": scale, "bias": torch.randn(shape[0], generator=generator)}
+
+
+def fused(module: Quantized, *inputs: Tensor) -> tuple[Program, Program, PassResult]:
+    """The program before and after, which agree: codes but for one step near to halves."""
+    program = graphopt.capture(module, inputs)
+    result = QDQFusion().run(program, PassContext(target="cpu"))
+    for before, after in zip(program(*inputs), result.program(*inputs), strict=True):
+        apart = (before.double() - after.double()).abs()
+        assert float(apart.max()) <= (1 if not before.is_floating_point() else 0.31)
+        assert float((apart > 1e-4).double().mean()) < 0.01
+    again = QDQFusion().run(result.program, PassContext(target="cpu"))
+    assert not again.rewrites or {rewrite.rule for rewrite in again.rewrites} <= {"qdq-fusion/unsigned"}
+    return program, result.program, result
+
+
+def names(program: Program) -> list[str]:
+    return [str(node.target).removesuffix(".default") for node in program.nodes() if node.op == "call_function"]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def test_linear_with_bias_activation_and_quantize(x: Tensor) -> None:
+    module = Quantized(lambda m, x: m.q(F.gelu(F.linear(m.qd(x), m.w(), m.bias)), "fine"), **weights(16, 24))
+    _, after, result = fused(module, x)
+    assert names(after) == ["graphopt.quantize", "graphopt.qlinear"]
+    assert [d.reason for d in result.declined] == ["the program's input is numbers"]
+    assert "0 at a fallback" in result.notes[-1]
+
+
+def test_clip_residual_and_numbers(x: Tensor) -> None:
+    def run(m: Quantized, x: Tensor) -> Any:
+        up = m.q(F.relu(F.linear(m.qd(x), m.w(), m.bias) + m.qd(x[:, :16], "wide")), "fine")
+        return up, F.linear(m.qd(x, "wide"), m.w())
+
+    _, after, _ = fused(Quantized(run, **weights(16, 24)), x)
+    assert names(after).count("graphopt.qlinear") == 2 and "aten.relu" not in names(after)
+    (node,) = [n for n in after.nodes() if "qlinear" in str(n.target) and n.kwargs["dtype"] == torch.uint8]
+    assert node.kwargs["qmin"] == 120  # the code of 0
+
+
+def test_a_bias_in_steps_of_the_sums_is_added_to_them(x: Tensor) -> None:
+    def run(m: Quantized, x: Tensor) -> Tensor:
+        bias = ops.dequantize(m.codes, m.bias_scale, None, axis=0, qmin=-(2**31), qmax=2**31 - 1, dtype=F32)
+        return m.q(F.linear(m.qd(x), m.w(), bias))
+
+    given = weights(16, 24)
+    given["codes"] = torch.arange(16, dtype=torch.int32) * 50
+    exact = (torch.tensor(0.05).double() * given["weight_scale"].double()).float()
+    for scale, dtype in ((exact, torch.int32), (exact * 1.01, torch.float32)):
+        _, after, _ = fused(Quantized(run, bias_scale=scale, **given), x)
+        (node,) = [n for n in after.nodes() if "qlinear" in str(n.target)]
+        assert node.args[5].meta["val"].dtype == dtype
+
+
+def test_convolution_pool_and_sum() -> None:
+    def run(m: Quantized, x: Tensor) -> Tensor:
+        a = m.qd(F.conv2d(m.qd(x), m.w(), m.bias, stride=2, padding=1))
+        a = m.qd(F.max_pool2d(a, 3, 1, 1))
+        return m.q(F.relu(a + m.qd(x[:, :8, ::2, ::2], "fine")), "wide")
+
+    _, after, result = fused(Quantized(run, **weights(8, 12, 3, 3)), torch.randn(2, 12, 8, 8))
+    assert [name for name in names(after) if "quant" not in name and "slice" not in name] == [
+        "graphopt.qconv",
+        "aten.max_pool2d",
+        "graphopt.qadd",
+    ]
+    assert "0 at a fallback" in result.notes[-1]
+
+
+def test_moves_and_chains_are_exact(x: Tensor) -> None:
+    def run(m: Quantized, x: Tensor) -> Any:
+        moved = m.q(m.qd(x).reshape(5, 4, 6).transpose(1, 2))
+        other = m.q(m.qd(x).t(), "fine")
+        y = m.qd(x)
+        chain = m.q(0.5 * y * (1 + torch.erf(y / 1.4142)), "fine")
+        joined = m.q(torch.cat([m.qd(x), m.qd(x, "wide")]))
+        return moved, other, chain, joined
+
+    program, after, _ = fused(Quantized(run), x)
+    assert all(torch.equal(a, b) for a, b in zip(program(x), after(x), strict=True))
+    assert "graphopt.dequantize" not in names(after) and names(after).count("graphopt.table256") == 3
+
+
+def test_codes_of_constants_are_constants(x: Tensor) -> None:
+    module = Quantized(lambda m, x: m.q(m.qd(x) + m.qd(m.number), "wide"), number=torch.linspace(-3, 3, 24))
+    _, after, _ = fused(module, x)
+    assert names(after) == ["graphopt.quantize", "graphopt.qadd"]
+
+
+def test_signed_codes_become_unsigned(x: Tensor) -> None:
+    def run(m: Quantized, x: Tensor) -> Tensor:
+        signed = {"qmin": -128, "qmax": 127}
+        codes = ops.quantize(x, m.step, m.signed, **signed, dtype=torch.int8)
+        y = F.linear(ops.dequantize(codes, m.step, m.signed, **signed, dtype=F32), m.w())
+        result: Tensor = ops.quantize(y, m.step, m.signed, **signed, dtype=torch.int8)
+        return result
+
+    _, after, _ = fused(Quantized(run, **weights(16, 24)), x)
+    first = next(n for n in after.nodes() if "quantize" in str(n.target))
+    assert first.kwargs["dtype"] == torch.uint8 and after(x)[0].dtype == torch.int8
+
+
+def test_matrix_products_of_activations() -> None:
+    def run(m: Quantized, a: Tensor, b: Tensor) -> Tensor:
+        return m.q(m.qd(a) @ m.qd(b, "fine"), "wide")
+
+    _, after, _ = fused(Quantized(run), torch.randn(2, 7, 16), torch.randn(2, 16, 9))
+    assert "graphopt.qmatmul" in names(after)
+    _, after, result = fused(Quantized(run), torch.randn(2, 3, 1024), torch.randn(2, 1024, 3))
+    assert "graphopt.qmatmul" not in names(after)
+    assert "1024 products of two activations may not be exact" in result.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda m, x: (m.q(y := F.linear(m.qd(x), m.w())), y), None),
+        (lambda m, x: m.q(F.linear(x, m.w())), "its input is not dequantized from 8-bit codes"),
+        (lambda m, x: m.q(F.linear(m.qd(x), m.w(axis=1))), "its weight has scales along axis 1"),
+        (lambda m, x: m.q(F.linear(m.qd(x), m.w() * 2)), "its weight is not dequantized"),
+        (lambda m, x: m.q(torch.cumsum(m.qd(x), 1)), "cumsum has no form on codes"),
+    ],
+)
+def test_what_is_left_is_listed(x: Tensor, run: Any, reason: str | None) -> None:
+    square = Quantized(run, **weights(24, 24))
+    program, after, result = fused(square, x)
+    if reason is None:  # the numbers are read by others: only the product itself is fused
+        assert names(after).count("graphopt.quantize") == 2
+        return
+    assert any(reason in declined.reason for declined in result.declined), result.declined
+    with pytest.raises(PassError, match="conversions are left at operators that are computed in float32"):
+        QDQFusion(fail_on_fallback=True).run(program, PassContext(target="cpu"))
+
+
+def test_narrow_bounds_are_kept(x: Tensor) -> None:
+    module = Quantized(lambda m, x: m.q(F.linear(m.qd(x), m.w()), "fine", qmin=3, qmax=127), **weights(16, 24))
+    _, after, _ = fused(module, x)
+    found = after(x)[0]
+    assert (int(found.min()), int(found.max())) == (3, 127)
