@@ -180,16 +180,24 @@ class GraphEditor:
         return SYMBOL.sub(lambda found: self.edit.sizes.get(found[0], found[0]), reason) if self.edit.sizes else reason
 
     def replace(
-        self, rule: str, outputs: Sequence[Node], build: Build, *, inner: Sequence[Node] = (), at: Node | None = None
+        self,
+        rule: str,
+        outputs: Sequence[Node],
+        build: Build,
+        *,
+        inner: Sequence[Node] = (),
+        at: Node | None = None,
+        anchor: Node | None = None,
     ) -> bool:
         """Put what `build` returns, one value (a node or a number) an output, in the place of `outputs`.
 
-        The id is "rule@first output". New nodes go before `at` (default: the first output). Returns False, with the
-        reason recorded, where the id is refused or a user cannot take the new value.
+        The id is "rule@anchor" (default: the first output). New nodes go before `at` (default: the first output).
+        Returns False, with the reason recorded, where the id is refused or a user cannot take the new value.
         """
-        identity = f"{rule}@{self.full_name(outputs[0])}"
+        anchor = anchor or outputs[0]
+        identity = f"{rule}@{self.full_name(anchor)}"
         if not self.edit.context.allow(identity):
-            self.decline(rule, outputs[0], "its id was refused")
+            self.decline(rule, anchor, "its id was refused")
             return False
         builder = Builder(self)
         try:
@@ -199,7 +207,7 @@ class GraphEditor:
             changed = changes_downstream(self.edit.mode, dict(zip(outputs, values, strict=True)))
         except PropagationError as error:
             builder.undo()
-            self.decline(rule, outputs[0], str(error))
+            self.decline(rule, anchor, str(error))
             return False
         self._commit(rule, identity, outputs, inner, results, builder.nodes, changed)
         return True

@@ -122,7 +122,8 @@ def _check_arguments(program: Program, passes: tuple[Pass, ...], verify: str, da
         raise UsageError(f"{learning[0]} changes results and needs both data and metric to say by how much; give both")
     if metric is not None and data is None:
         raise UsageError("metric is measured on data; give data too")
-    if data is not None and metric is None and not learning and verify != "numeric":
+    calibrated = any(item.preserves == "quantized" for item in passes)
+    if data is not None and metric is None and not learning and not calibrated and verify != "numeric":
         raise UsageError(f"data has no effect without a metric and with verify={verify!r}; leave it out")
     if verify == "numeric" and passes and len(program.examples) != len(program.inputs):
         raise UsageError(

@@ -19,5 +19,6 @@ PASSES = {
     "mixed-precision": "graphopt.passes.mixed_precision:MixedPrecision",
     "no-op-removal": "graphopt.passes.no_op_removal:NoOpRemoval",
     "qdq-fusion": "graphopt.passes.qdq_fusion:QDQFusion",
+    "quantize": "graphopt.passes.quantize:Quantize",
     "scale-folding": "graphopt.passes.scale_folding:ScaleFolding",
 }

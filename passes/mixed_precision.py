@@ -54,7 +54,7 @@ OPERANDS: Mapping[Any, tuple[str, ...]] = {
     _ATTENTION: ("query", "key", "value"),
 }
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int})
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
         *(aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default),
@@ -194,7 +194,7 @@ class MixedPrecision(Pass):
         ends = [node for node in candidates if _is_tensor(node) and any(user not in inside for user in node.users)]
 
         def build(builder: Builder) -> list[Node]:
-            at = _following(origin)
+            at = following(origin)
             with builder.graph.inserting_before(at):
                 narrow = known or builder.call(aten._to_copy.default, origin, dtype=DTYPES[self.dtype])
                 values, wide = {origin: narrow}, {}
@@ -257,7 +257,7 @@ def _operands(product: Node) -> list[Node]:
 
 
 def _is_view(node: Node) -> bool:
-    return node.target in _VIEWS or node.target in _SPLITS or getattr(node.target, "__name__", "") == "getitem"
+    return node.target in VIEWS or node.target in _SPLITS or getattr(node.target, "__name__", "") == "getitem"
 
 
 def _is_widened(node: Node) -> bool:
@@ -269,12 +269,12 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _following(node: Node) -> Node:
+def following(node: Node) -> Node:
     """The first node behind `node` that is no input of the graph."""
-    following = node.next
-    while following.op == "placeholder":
-        following = following.next
-    return following
+    found = node.next
+    while found.op == "placeholder":
+        found = found.next
+    return found
 
 
 def multiplies(target: str, dtype: str) -> bool:

@@ -19,6 +19,7 @@ from graphopt.backends.operators import (
     convolution,
     creation,
     distances,
+    dynamic_quantization,
     embedding_bags,
     gating,
     grid_sampling,
@@ -72,6 +73,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **grid_sampling.TABLE,
     **embedding_bags.TABLE,
     **gating.TABLE,
+    **dynamic_quantization.TABLE,
     **control_flow.TABLE,
 }
 

@@ -1,5 +1,21 @@
 """The graphopt:: operators: what ATen cannot say."""
 
-from graphopt.operators import gating, integer_elements, integer_products, quantization, recurrent
+from graphopt.operators import (
+    codebooks,
+    dynamic_quantization,
+    gating,
+    integer_elements,
+    integer_products,
+    quantization,
+    recurrent,
+)
 
-__all__ = ["gating", "integer_elements", "integer_products", "quantization", "recurrent"]
+__all__ = [
+    "codebooks",
+    "dynamic_quantization",
+    "gating",
+    "integer_elements",
+    "integer_products",
+    "quantization",
+    "recurrent",
+]

@@ -57,7 +57,7 @@ def quantize(
     qmin. Raises UsageError for parameters that do not fit x, and where a gradient for x is asked for: none passes
     through integers.
     """
-    _check(x, scale, zero_point, axis, block)
+    check_parameters(x, scale, zero_point, axis, block)
     _check_codes(qmin, qmax, dtype)
     compute = computed_in(x.dtype)
     steps = spread(scale, x, axis, block).to(compute)
@@ -82,7 +82,7 @@ def _(
     dtype: torch.dtype,
     reciprocal: bool = False,
 ) -> Tensor:
-    _check(x, scale, zero_point, axis, block)
+    check_parameters(x, scale, zero_point, axis, block)
     _check_codes(qmin, qmax, dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
@@ -110,7 +110,7 @@ def dequantize(
     code are used; they change no result. The gradient for `scale` is exact. Raises UsageError for parameters that do
     not fit x.
     """
-    _check(x, scale, zero_point, axis, block)
+    check_parameters(x, scale, zero_point, axis, block)
     compute = computed_in(dtype)
     steps = spread(scale, x, axis, block).to(compute)
     return (_difference(x, zero_point, axis, block, compute) * steps).to(dtype).contiguous()
@@ -128,7 +128,7 @@ def _(
     qmax: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check(x, scale, zero_point, axis, block)
+    check_parameters(x, scale, zero_point, axis, block)
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -155,7 +155,8 @@ def along(axis: int, rank: int) -> list[int]:
     return [-1 if number == axis else 1 for number in range(rank)]
 
 
-def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None, block: int) -> None:
+def check_parameters(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None, block: int) -> None:
+    """Raise UsageError where scale and zero point have not the shape that `axis` and `block` ask for."""
     if axis is None and block:
         raise UsageError("quantization in blocks needs the axis that they divide")
     if axis is not None and not 0 <= axis < x.ndim:

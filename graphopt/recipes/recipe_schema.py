@@ -59,7 +59,8 @@ def _mapping(name: str, kind: type[Pass]) -> Mapping[str, Any]:
     hints = get_type_hints(kind)
     options: dict[str, Any] = {}
     for field in fields(kind):
-        default = {} if field.default is MISSING else {"default": field.default}
+        value = list(field.default) if isinstance(field.default, tuple) else field.default
+        default = {} if value is MISSING else {"default": value}
         options[field.name.replace("_", "-")] = {**_type(hints[field.name]), **default}
     info = describe_pass(kind)
     return {

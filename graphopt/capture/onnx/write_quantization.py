@@ -1,4 +1,8 @@
-"""How graphopt::quantize and graphopt::dequantize are written in ONNX, opset 21."""
+"""How the quantizing operators of graphopt:: are written in ONNX, opset 21.
+
+DequantizeLinear knows no tables, and DynamicQuantizeLinear one range for all; beyond that standard operators spell
+them out, which gives the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +77,41 @@ def _spelled_out(x: Any, scale: Any, zero_point: Any, axis: int | None, block: i
     return number if compute == dtype else op.Cast(number, to=dtype)
 
 
+def _dequantize_lookup(codes: Any, table: Any, scale: Any, axis: int | None = None, block: int = 0) -> Any:
+    numbers = op.Gather(table, op.Cast(codes, to=onnx_ir.DataType.INT32))
+    if axis is None:
+        return op.Mul(numbers, scale)
+    if not block:
+        return op.Mul(numbers, op.Reshape(scale, op.Constant(value_ints=along(axis, len(codes.shape)))))
+    runs, size = [int(count) for count in scale.shape], int(codes.shape[axis])
+    repeated = [*runs[: axis + 1], block, *runs[axis + 1 :]]
+    spread = op.Expand(op.Unsqueeze(scale, _ints(axis + 1)), _ints(*repeated))
+    spread = op.Reshape(spread, _ints(*runs[:axis], runs[axis] * block, *runs[axis + 1 :]))
+    return op.Mul(numbers, op.Slice(spread, _ints(0), _ints(size), _ints(axis)))
+
+
+def _dynamic_quantize(x: Any, axis: int | None = None) -> Any:
+    if x.dtype != onnx_ir.DataType.FLOAT:
+        raise UsageError("graphopt::dynamic_quantize of float64 has no ONNX form")
+    if axis is None:
+        return op.DynamicQuantizeLinear(x)
+    nothing, top = op.Constant(value_float=0.0), op.Constant(value_float=255.0)
+    low = op.Min(op.ReduceMin(x, _ints(axis), keepdims=1), nothing)
+    width = op.Sub(op.Max(op.ReduceMax(x, _ints(axis), keepdims=1), nothing), low)
+    scale = op.Where(op.Greater(width, nothing), op.Div(width, top), op.Constant(value_float=1.0))
+    zero = op.Round(op.Clip(op.Div(op.Neg(low), scale), nothing, top))
+    codes = op.Clip(op.Add(op.Round(op.Div(x, scale)), zero), nothing, top)
+    byte = onnx_ir.DataType.UINT8
+    return op.Cast(codes, to=byte), scale, op.Cast(zero, to=byte)
+
+
+def _ints(*numbers: int) -> Any:
+    return op.Constant(value_ints=list(numbers))
+
+
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.graphopt.quantize.default: _quantize,
     torch.ops.graphopt.dequantize.default: _dequantize,
+    torch.ops.graphopt.dequantize_lookup.default: _dequantize_lookup,
+    torch.ops.graphopt.dynamic_quantize.default: _dynamic_quantize,
 }

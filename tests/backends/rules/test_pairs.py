@@ -144,7 +144,7 @@ def test_convolutions(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(("taps", "options"), [(7, {"stride": 2, "padding": 3}), (3, {}), (4, {"stride": 4}), (2, {})])
-def test_few_planes_pair_their_columns(channels: int, taps: int, options: dict[str, int]) -> None:
+def test_few_planes_pair_their_columns(channels: int, taps: int, options: dict[str, Any]) -> None:
     """Taps beside each other; an odd number of them reads a zero weight over a number that may be infinite."""
     weight = narrow(20, channels, taps, taps)
     x = narrow(2, channels, 12, 19)
