@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 import graphopt
 from graphopt.contract import PassContext, PassResult
@@ -22,13 +23,15 @@ ops = torch.ops.graphopt
 class Quantized(nn.Module):
     """A function of numbers and of what quantizes them."""
 
+    bias: Tensor
+
     def __init__(self, function: Callable[..., Any], **tensors: Tensor) -> None:
         super().__init__()
         self.function = function
         for name, value in tensors.items():
             self.register_buffer(name, value)
-        for name, value in (("step", 0.05), ("fine", 0.011), ("wide", 0.3)):
-            self.register_buffer(name, torch.tensor(value))
+        for name, scale in (("step", 0.05), ("fine", 0.011), ("wide", 0.3)):
+            self.register_buffer(name, torch.tensor(scale))
         self.register_buffer("zero", torch.tensor(120, dtype=torch.uint8))
         self.register_buffer("signed", torch.tensor(-5, dtype=torch.int8))
 
@@ -115,7 +118,8 @@ def test_a_bias_in_steps_of_the_sums_is_added_to_them(x: Tensor) -> None:
     for scale, dtype in ((exact, torch.int32), (exact * 1.01, torch.float32)):
         _, after, _ = fused(Quantized(run, bias_scale=scale, **given), x)
         (node,) = [n for n in after.nodes() if "qlinear" in str(n.target)]
-        assert node.args[5].meta["val"].dtype == dtype
+        bias = node.args[5]
+        assert isinstance(bias, Node) and bias.meta["val"].dtype == dtype
 
 
 def test_convolution_pool_and_sum() -> None:

@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         return result
 
 
-class Samples(CalibrationDataReader):  # type: ignore[misc]
+class Samples(CalibrationDataReader):
     def __init__(self, inputs: Tensor) -> None:
         self.left: Iterator[Any] = iter([{"x": draw(inputs, seed).numpy()} for seed in range(4)])
 
