@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,9 @@ class Weights:
         if identity not in self.names:
             array = array_of(tensor)
             array = np.asarray(array if pack is None else pack(array), order="C")  # rank 0 stays rank 0
-            name = base = f"{label}.{key}" if key else label
-            while name in self.arrays:
-                name = f"{base}_{len(self.arrays)}"
+            base = f"{label}.{key}" if key else label
+            others = (f"{base}_{number}" for number in count(len(self.arrays)))
+            name = next(name for name in chain((base,), others) if name not in self.arrays)
             self.arrays[name] = array
             self.names[identity] = name
             self.held.append(tensor)
