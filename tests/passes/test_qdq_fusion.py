@@ -152,7 +152,7 @@ def test_moves_and_chains_are_exact(x: Tensor) -> None:
 
 
 def test_codes_of_constants_are_constants(x: Tensor) -> None:
-    module = Quantized(lambda m, x: m.q(m.qd(x) + m.qd(m.number), "wide"), number=torch.linspace(-3, 3, 24))
+    module = Quantized(lambda m, x: m.q(m.qd(x) + m.qd(m.number, "fine"), "wide"), number=torch.linspace(-3, 3, 24))
     _, after, _ = fused(module, x)
     assert names(after) == ["graphopt.quantize", "graphopt.qadd"]
 
