@@ -23,7 +23,8 @@ from graphopt.operators import integer_products  # noqa: F401
 
 qlinear, qconv = torch.ops.graphopt.qlinear, torch.ops.graphopt.qconv
 BYTE, NUMBER = {"dtype": torch.uint8}, {"dtype": torch.float32}
-KINDS = ["cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:x86-64-v4-bf16", "cpu:aarch64"]
+QUADS = "cpu:x86-64-v4-bf16"
+KINDS = ["cpu:x86-64-v3", "cpu:x86-64-v4", QUADS, "cpu:aarch64"]
 
 
 def codes(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 0) -> Tensor:
@@ -79,7 +80,7 @@ class Linears(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", [k if k == QUADS else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_every_tail_of_rows_columns_and_depth(target: str, dtype: torch.dtype) -> None:
     for rows, dynamic in ((7, None), (67, {"x": {0: "rows"}, "added": {0: "rows"}})):
