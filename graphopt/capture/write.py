@@ -100,6 +100,13 @@ def _onnx_model(program: Program) -> Any:
     from graphopt.capture.onnx import write_gating, write_quantization, write_recurrent
 
     tables = (write_quantization.TRANSLATIONS, write_recurrent.TRANSLATIONS, write_gating.TRANSLATIONS)
+    translations = {target: write for table in tables for target, write in table.items()}
+    for node in (node for _, module in program.graphs() for node in module.graph.nodes):
+        if getattr(node.target, "namespace", "") == "graphopt" and node.target not in translations:
+            raise UsageError(
+                f"{program.name} has no ONNX form: {node.name} is {node.target}, which ONNX has no operator for; "
+                "save a .pt2, or write the .onnx before the pass that made it"
+            )
     try:
         with quiet():
             converted = torch.onnx.export(
@@ -109,7 +116,7 @@ def _onnx_model(program: Program) -> Any:
                 verbose=False,
                 input_names=[spec.name for spec in program.inputs],
                 opset_version=_opset(program),
-                custom_translation_table={target: write for table in tables for target, write in table.items()},
+                custom_translation_table=translations,
             )
             assert converted is not None and converted.exported_program is not None
             model = converted.model_proto

@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from graphopt.backends.tuner.record_file import write_whole
 from graphopt.backends.tuner.store import SHIPPED, Store, best_of, parse
 
 GAIN = 0.97  # of the default's time: what gains less may be chance, and is not worth a line
-SHARE = 4  # of the layers' workloads are tuned with one thread: servers run many sessions of one
+SHARE = 4  # one in so many seconds goes to kernels of one thread: servers run many sessions of one
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def fill(seconds: float, target: str, threads: int) -> int:
     return len(lines) - len(present)
 
 
-def main() -> Any:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0, help="of tuning (default 600)")
     parser.add_argument("--target", default="cpu")
