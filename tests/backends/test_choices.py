@@ -123,7 +123,7 @@ def test_spaces_have_the_default_first_and_each_candidate_once(name: str) -> Non
         space = site.made.choice.space()
         settings = [tuple(sorted(settings_of(each).items())) for each in space]
         assert space[0] == site.made.choice.default == site.made.configuration and not site.made.tuned
-        assert 8 < len(set(settings)) == len(space) <= MOST_CANDIDATES + 1, site.made.choice.workload
+        assert 3 < len(set(settings)) == len(space) <= MOST_CANDIDATES + 1, site.made.choice.workload
 
 
 def lowered(tuned: Mapping[str, Mapping[str, Any]], found: Program) -> Any:

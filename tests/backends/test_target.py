@@ -39,7 +39,7 @@ def test_tiles_that_a_process_does_not_get_are_left_out(monkeypatch: pytest.Monk
     monkeypatch.setattr(targets, "amx_works", lambda: False)
     assert resolve_target("cpu").name == "cpu:x86-64-v4-bf16"
     here = runnable(resolve_target("cpu:sapphirerapids"))
-    assert here.amx and here.extensions == ("avx512bf16",)
+    assert here.amx and here.extensions == ("avx512vnni", "avx512bf16")
 
 
 def test_a_machine_below_the_oldest_level_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
