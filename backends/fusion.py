@@ -50,7 +50,7 @@ def in_order(graph: Graph, waits: Callable[[Node], bool], kinds: Kinds) -> list[
     """All nodes in an order of execution in which those that wait stand right before their first reader.
 
     So do permutations and reshapes of them. A kernel computes with what is there before it: behind an attention it can
-    read a gate that the graph has between the two.
+    read a gate that the graph has between the two, and behind a product every constant.
     """
     order: list[Node] = []
     waiting: set[Node] = set()
@@ -62,7 +62,7 @@ def in_order(graph: Graph, waits: Callable[[Node], bool], kinds: Kinds) -> list[
                 add(source)
         order.append(node)
 
-    for node in graph.nodes:
+    for node in sorted(graph.nodes, key=lambda node: node.op != "get_attr"):
         rearranges = bool(kinds.permutation(node)) or kinds.reshape(node)
         if node.users and (waits(node) or (rearranges and node.args[0] in waiting)):
             waiting.add(node)

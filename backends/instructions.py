@@ -16,6 +16,7 @@ import tvm_ffi
 from tvm import tirx
 
 from graphopt.backends.integer_instructions import integer_definitions
+from graphopt.backends.table_instructions import table_definitions
 from graphopt.backends.target import Target
 
 _LANES = (1, 2, 4, 8, 16, 32)  # of vectors that are rounded
@@ -57,7 +58,7 @@ def _rounded(cast: Any) -> Any:
 
 def definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
-    integer = integer_definitions(target)
+    integer = integer_definitions(target) + table_definitions(target)
     if not target.pairs:
         return integer
     native = "avx512bf16" in target.extensions

@@ -14,6 +14,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from graphopt.backends.instructions import round_natively
+from graphopt.backends.table_instructions import look_up_natively
 
 NAME = "graphopt-cpu"
 
@@ -120,6 +121,7 @@ def _lower() -> tvm.transform.Pass:
             tir.NarrowDataType(32),
             tir.VectorizeLoop(),
             round_natively,
+            look_up_natively,
             tir.StorageRewrite(),
             blocks.HoistIfThenElse(),
             tir.UnrollLoop(),

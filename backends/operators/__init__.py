@@ -93,6 +93,9 @@ STRAIGHT = frozenset(
         _aten.rsqrt,
         _aten.clone,
         _aten.contiguous,
+        torch.ops.graphopt.qadd,
+        torch.ops.graphopt.qmul,
+        torch.ops.graphopt.table256,
     )
     for overload in (getattr(packet, name) for name in packet.overloads())
 )
@@ -117,4 +120,5 @@ def _changes_width(node: Node) -> bool:
 
 def fits_epilogue(node: Node) -> bool:
     """True for operators that compute one element from one element at the same rows and columns."""
-    return (node.target in ELEMENT_WISE and not is_left_to_products(node)) or views.keeps_rows(node)
+    left = is_left_to_products(node) or quantization.is_left_to_rows(node)
+    return (node.target in ELEMENT_WISE and not left) or views.keeps_rows(node)

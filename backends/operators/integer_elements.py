@@ -1,7 +1,6 @@
 """graphopt::qadd, qmul and table256 as element-wise expressions, and graphopt::qmatmul of two computed tensors.
 
-`qmatmul` runs as a float32 product of codes less their zero points, which is exact as long as no sum leaves 2^24; other
-sizes take the generic kernel.
+`qmatmul` of matrices is a product of integers of its own; vectors and depths known at run time take the generic kernel.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -17,21 +17,20 @@ from torch.fx import Node
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.kernel import Code
 from graphopt.backends.operators.arguments import arguments
-from graphopt.backends.operators.element_wise import convert, element_wise, like, operand
-from graphopt.backends.operators.integer_products import codes_of, constants, zero_of
-from graphopt.backends.rules import batched_gemm
+from graphopt.backends.operators.element_wise import convert, element_wise, like
+from graphopt.backends.operators.integer_products import codes_of, constants, stored_codes, zero_of
+from graphopt.backends.rules import integer_batched_gemm
 from graphopt.backends.rules.generic import reduce_generic
+from graphopt.backends.rules.integer_batched_gemm import Operands
+from graphopt.backends.rules.integer_gemm import words_of
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy, Product, Value
 from graphopt.operators.integer_elements import product_factor, quotients
-from graphopt.operators.quantization import CODES
 from graphopt.operators.requantization import Requantization
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
     from graphopt.backends.lowering import Lowering
-
-_EXACT = 2**24  # up to which every whole number is a float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +78,15 @@ def _multiply(lowering: Lowering, node: Node) -> Lazy:
 
 
 def _table(lowering: Lowering, node: Node) -> Lazy:
-    x, table = arguments(node).values()
-    value, elements = operand(lowering, x), lowering.contiguous(table)
-    first = 128 if value.dtype == "int8" else 0
+    """Entries lie in the order of codes as unsigned bytes: LLVM's functions look up vectors of those."""
+    value = lowering.tensor(arguments(node)["x"])
+    held = constants(lowering, node, ("table",))["table"]
+    signed = value.dtype == "int8"
+    elements = lowering.weight(held, "unsigned", lambda array: np.roll(array, 128)) if signed else lowering.weight(held)
 
     def element(kernel: Kernel, index: Index) -> Any:
-        code = kernel.load(value, index).astype("int32")
-        return kernel.flat(elements.storage)[code + like(code, first)]
+        code = kernel.load(value, index).astype("uint8")
+        return kernel.flat(elements.storage)[code.astype("int32")]
 
     return Lazy(value.shape, elements.dtype, (value, elements), element, name="table")
 
@@ -106,15 +107,14 @@ def _matmul(lowering: Lowering, node: Node) -> Any:
         name = "dequantize" if pair.into.scale is None else "requantize"
         return Lazy(result.shape, dtype, (result,), element, name=name)
 
-    largest = [_largest(x.dtype, zero) for x, zero in zip(operands, pair.zeros, strict=True)]
-    matrices = len(operands[0].shape) > 1 < len(operands[1].shape)
-    if matrices and isinstance(depth, int) and depth * largest[0] * largest[1] <= _EXACT:
-        a, b = (lowering.view(_centered(x, zero, "float32")) for x, zero in zip(operands, pair.zeros, strict=True))
+    if len(operands[0].shape) > 1 < len(operands[1].shape) and isinstance(depth, int):
+        codes = _as_multiplied(lowering, operands, pair.zeros)
 
         def build(result: Product, end: Any) -> Code:
-            return lowering.choose(batched_gemm.offer(a, b, result, end, f"qmatmul_{node.name}", lowering.target))
+            name = f"qmatmul_{node.name}"
+            return lowering.choose(integer_batched_gemm.offer(codes, result, end, name, lowering.target))
 
-        return lowering.anchored(node, build, begin, sums="float32")
+        return lowering.anchored(node, build, begin, sums="int32")
     a, b = (lowering.view(_centered(x, zero, "int32")) for x, zero in zip(operands, pair.zeros, strict=True))
 
     def product(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
@@ -131,9 +131,13 @@ def _matmul(lowering: Lowering, node: Node) -> Any:
     return begin(sums)
 
 
-def _largest(dtype: str, zero: int) -> int:
-    low, high = CODES[torch.int8 if dtype == "int8" else torch.uint8]
-    return max(high - zero, zero - low)
+def _as_multiplied(lowering: Lowering, operands: list[Value], zeros: tuple[int, int]) -> Operands:
+    """The left codes as the target's words have activations, in rows; the right ones as they are, in any order."""
+    a, zero = stored_codes(operands[0], zeros[0], words_of(lowering.target))
+    rows = lowering.view(a)
+    return Operands(
+        rows if rows.strides[-1] == 1 else lowering.contiguous(rows), lowering.view(operands[1]), zero, zeros[1]
+    )
 
 
 def _leading(value: Value, axes: list[Any]) -> list[Any]:

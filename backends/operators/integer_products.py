@@ -213,12 +213,10 @@ def _in_steps(number: Any, into: Requantization) -> Any:
 
 
 def codes_of(number: Any, into: Requantization) -> Any:
-    """Codes as whole float32 numbers; `tirx.round` rounds halves to even."""
+    """Codes as whole float32 numbers; `tirx.round` rounds halves to even, `max` makes NaN qmin."""
     whole = tirx.round(number)
     whole = whole + like(whole, into.zero) if into.zero else whole
-    least, most = like(whole, into.qmin), like(whole, into.qmax)
-    whole = tirx.Select(whole > least, whole, least)
-    return tirx.Select(whole < most, whole, most)
+    return tirx.min(tirx.max(whole, like(whole, into.qmin)), like(whole, into.qmax))
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

@@ -7,6 +7,7 @@ reduced by the reduction rule instead, in as many kernels as there are reduction
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +18,17 @@ from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, computed_in, convert, like, widened
+from graphopt.backends.operators.quantization import makes_codes, rows_into_codes
 from graphopt.backends.operators.reduction import axes_of, exponentials, moments, reduce
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.operators.widening import as_stored
 from graphopt.backends.rules.rows import largest_probability, layer_norm, rms_norm, softmax
 from graphopt.backends.sizes import product, shape_of
-from graphopt.backends.values import Index, Lazy, View, permuted
+from graphopt.backends.values import Index, Lazy, Product, View, permuted
 from graphopt.errors import CompileError
 
 if TYPE_CHECKING:
-    from graphopt.backends.kernel import Kernel
+    from graphopt.backends.kernel import Code, Kernel
     from graphopt.backends.lowering import Lowering
 
 aten = torch.ops.aten
@@ -44,11 +46,29 @@ def _parameter(lowering: Lowering, argument: Any, dtype: str = "float32") -> Vie
 def _layer_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, bias, epsilon, *_ = arguments(node).values()
 
+    def parameters(dtype: str) -> list[View | None]:
+        return [_parameter(lowering, each, computed_in(dtype)) for each in (weight, bias)]
+
+    if (rows := rows_into_codes(lowering, node, x)) is not None and len(normalized) == 1:
+        return _with_ending(
+            lowering,
+            node,
+            lambda ending: layer_norm(rows, *parameters("float32"), float(epsilon), lowering.target, "float32", ending),
+        )
+
     def build(value: View) -> Any:
-        scale, shift = (_parameter(lowering, each, computed_in(value.dtype)) for each in (weight, bias))
-        return standardized(lowering, value, scale, shift, float(epsilon), _stored_in(node))
+        return standardized(lowering, value, *parameters(value.dtype), float(epsilon), _stored_in(node))
 
     return _over_last_axes(lowering, node, x, len(normalized), build)
+
+
+def _with_ending(lowering: Lowering, node: Node, write: Callable[[Any], Code]) -> View:
+    """The kernel of `node` with what follows it up to codes, where that is so."""
+
+    def build(result: Product, end: Any) -> Code:
+        return write(None if end is result else (result, end))
+
+    return lowering.anchored(node, build, ends=makes_codes)
 
 
 def standardized(
@@ -93,6 +113,13 @@ def _rms_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, epsilon = arguments(node).values()
     if epsilon is None:  # PyTorch computes 16-bit types in float32, and takes float32's
         epsilon = torch.finfo(torch.promote_types(node.meta["val"].dtype, torch.float32)).eps
+    if (rows := rows_into_codes(lowering, node, x)) is not None and len(normalized) == 1:
+        scale = _parameter(lowering, weight)
+        return _with_ending(
+            lowering,
+            node,
+            lambda ending: rms_norm(rows, scale, float(epsilon), lowering.target, "float32", ending),
+        )
 
     def build(value: View) -> View | Lazy:
         parameter = _parameter(lowering, weight, computed_in(value.dtype))
@@ -145,6 +172,9 @@ def _stored_in(node: Node) -> str:
 def _softmax(log: bool) -> Callable[[Lowering, Node], Any]:
     def lower(lowering: Lowering, node: Node) -> Any:
         x, axis, *_ = arguments(node).values()
+        if axis in (-1, len(node.meta["val"].shape) - 1) and (rows := rows_into_codes(lowering, node, x)) is not None:
+            write = partial(softmax, rows, lowering.target, log=log)
+            return _with_ending(lowering, node, lambda ending: write(ending=ending))
         value = cast(lowering.tensor(x), computed_in(DTYPES[node.meta["val"].dtype]))
         rank = len(value.shape)
         if rank == 0:

@@ -1,6 +1,7 @@
 """graphopt::quantize and graphopt::dequantize as element-wise expressions, which fuse with what is around them.
 
 Codes that are constants are dequantized when the program is compiled: their products then are those of float weights.
+Softmax and norms over the last axis read codes and write codes in their own kernels.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import convert, dtype_of, element_wise, like, operand
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.sizes import shape_of
-from graphopt.backends.values import Index, Lazy, View
+from graphopt.backends.values import Index, Lazy, View, preferred_order
 from graphopt.operators.quantization import computed_in
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
     from graphopt.backends.lowering import Lowering
+
+aten = torch.ops.aten
+QUANTIZE, DEQUANTIZE = torch.ops.graphopt.quantize.default, torch.ops.graphopt.dequantize.default
+_OVER_ROWS = frozenset(
+    {
+        *(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default),
+        *(aten.layer_norm.default, aten.rms_norm.default),
+    }
+)
 
 
 def _quantize(lowering: Lowering, node: Node) -> Lazy:
@@ -60,6 +70,41 @@ def _dequantize(lowering: Lowering, node: Node) -> Any:
     return element_wise(lowering, node, given, expression, types)
 
 
+def makes_codes(node: Node) -> bool:
+    """Whether its result is 8-bit codes, or may be."""
+    return node.meta["val"].dtype in (torch.uint8, torch.int8)
+
+
+def is_left_to_rows(node: Node) -> bool:
+    """Whether only kernels over rows read what it dequantizes, so that the kernel before it stores codes."""
+    if node.target is not DEQUANTIZE or arguments(node)["axis"] is not None or not node.users:
+        return False
+    return node.meta["val"].dtype is torch.float32 and all(_is_over_rows(user, node) for user in node.users)
+
+
+def _is_over_rows(node: Node, source: Node) -> bool:
+    """Whether it is a softmax or a norm of `source` over its last axis."""
+    if node.target not in _OVER_ROWS or node.args[0] is not source or source in node.all_input_nodes[1:]:
+        return False
+    over, last = node.args[1], source.meta["val"].dim() - 1
+    return over in (-1, last) if isinstance(over, int) else len(over) == 1  # type: ignore[arg-type]
+
+
+def rows_into_codes(lowering: Lowering, node: Node, x: Node) -> View | Lazy | None:
+    """The operand of a float32 softmax or norm over the last axis that is read as codes or whose result becomes such.
+
+    In memory, or as a function of codes, whichever is stored.
+    """
+    values = x.meta["val"], node.meta["val"]
+    if any(not isinstance(value, torch.Tensor) or value.dtype is not torch.float32 for value in values):
+        return None
+    value = lowering.tensor(x)
+    if is_left_to_rows(x) and isinstance(value, Lazy) and preferred_order(value) == tuple(range(len(value.shape))):
+        return value
+    becomes = any(user.target is QUANTIZE for user in node.users)
+    return lowering.contiguous(value) if becomes and len(value.shape) else None
+
+
 def _spread(lowering: Lowering, parameter: Node, x: Node, axis: int | None, block: int) -> Any:
     """A scale or zero point as an operand that broadcasts against x."""
     value = operand(lowering, parameter)
@@ -78,6 +123,6 @@ def _spread(lowering: Lowering, parameter: Node, x: Node, axis: int | None, bloc
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
-    torch.ops.graphopt.quantize.default: _quantize,
-    torch.ops.graphopt.dequantize.default: _dequantize,
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
 }

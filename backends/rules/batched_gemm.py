@@ -60,13 +60,13 @@ def worth_timing(target: Target, batch: Size, rows: Size, columns: Size, depth: 
 
 def offer(a: View, b: View, result: Product, end: Any, name: str, target: Target) -> Choice[Configuration]:
     """What may be chosen for the kernel that `batched_gemm` writes."""
-    merged, other, shape = _merged(a, b, result)
-    sizes = (product(shape[:-2]), shape[-2], shape[-1], merged.shape[-1])
+    left, other, shape = merged(a, b, result)
+    sizes = (product(shape[:-2]), shape[-2], shape[-1], left.shape[-1])
     parameters = {
         **dict(zip(("batch", "rows", "n", "k"), map(size_parameter, sizes), strict=True)),
         "dtype": a.dtype if a.dtype == b.dtype else f"{a.dtype} {b.dtype}",
-        "a_beside": _beside(merged, "rows", "depth"),
-        "b_beside": _beside(other, "depth", "columns"),
+        "a_beside": beside(left, "rows", "depth"),
+        "b_beside": beside(other, "depth", "columns"),
     }
     return Choice(
         Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
@@ -76,12 +76,12 @@ def offer(a: View, b: View, result: Product, end: Any, name: str, target: Target
     )
 
 
-def _beside(view: View, down: str, across: str) -> str:
+def beside(view: View, down: str, across: str) -> str:
     """Along which axis of a matrix elements lie beside each other."""
     return across if view.strides[-1] == 1 else down if view.strides[-2] == 1 else "neither"
 
 
-def _merged(a: View, b: View, result: Product) -> tuple[View, View, Shape]:
+def merged(a: View, b: View, result: Product) -> tuple[View, View, Shape]:
     """The operands and the shape of the product; a right side without a batch makes it one matrix."""
     if product(b.shape[:-2]) != 1 or not a.contiguous:
         return a, b, result.shape
@@ -95,11 +95,11 @@ def batched_gemm(a: View, b: View, result: Product, end: Any, name: str, target:
 
     float32; leading axes broadcast to those of the result.
     """
-    a, b, shape = _merged(a, b, result)
+    a, b, shape = merged(a, b, result)
     depth = a.shape[-1]
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Batched(kernel, a, b, shape, choice).write(result, end, outputs[0])
+        Batched(kernel, a, b, shape, choice).write(result, end, outputs[0])
 
     return write_kernel(
         RULE,
@@ -120,7 +120,9 @@ def batched_gemm(a: View, b: View, result: Product, end: Any, name: str, target:
     )
 
 
-class _Batched:
+class Batched:
+    """The loops of one kernel: panels and tiles; how panels are made and multiplied depends on the operands' type."""
+
     def __init__(self, kernel: Kernel, a: View, b: View, shape: Shape, choice: Configuration) -> None:
         self.kernel, self.a, self.b, self.choice = kernel, a, b, choice
         self.batch, self.width = shape[:-2], shape[-1]
@@ -140,7 +142,7 @@ class _Batched:
             panel = tirx.truncmod(tirx.truncdiv(task, int64(shares)), panels)
             batch = T.bind(tirx.truncdiv(task, panels * shares))
             first = T.bind(panel * self.columns)
-            copy = kernel.scratch(self.k * self.columns)
+            copy = self.panel()
             self.copy_panel(copy, right, self.start(self.b, batch), first)
             origin = T.bind(self.start(self.a, batch))
             first_tile = T.bind(tirx.truncdiv(share * tiles, int64(shares)))
@@ -178,6 +180,10 @@ class _Batched:
             if size != 1 and stride != 0:
                 position = position + index.axis(skip + number) * kernel.size(stride)
         return position
+
+    def panel(self) -> Any:
+        """Where a task keeps its panel."""
+        return self.kernel.scratch(self.k * self.columns)
 
     # The right operand ------------------------------------------------------------------------------------------------
     def copy_panel(self, copy: Any, right: Any, start: Any, first: Any) -> None:

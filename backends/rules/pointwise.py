@@ -22,6 +22,7 @@ from graphopt.backends.values import Lazy, View, reads_flat
 
 RULE = "pointwise"
 _BLOCK = 4096  # elements of one task of a flat kernel
+_FEW_LEFT = 8  # vectors of bytes of a row from which those that are left do not count
 _MOST_BORDERS = 7  # more loops than one more than these are more code than is worth it
 _SERIAL_UP_TO = 1 << 17  # operations on vectors of 16 in 2 to 4 us: less is not worth the 1.3 us of a parallel launch
 
@@ -29,12 +30,16 @@ _SERIAL_UP_TO = 1 << 17  # operations on vectors of 16 in 2 to 4 us: less is not
 def pointwise(value: Lazy | View, name: str, target: Target) -> Code:
     """The kernel that stores `value` contiguously."""
     flat = reads_flat(value, value.shape)
+    lanes = target.lanes if flat else _lanes(value, target)
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        (write_flat if flat else write_rows)(kernel, value, outputs[0])
+        if flat:
+            write_flat(kernel, value, outputs[0])
+        else:
+            write_rows(kernel, value, outputs[0], lanes)
 
     configuration: Configuration = {
-        "lanes": target.lanes,
+        "lanes": lanes,
         **({"order": "flat", "block": _BLOCK} if flat else {"order": "rows"}),
     }
     return write_kernel(
@@ -76,7 +81,16 @@ def write_flat(kernel: Kernel, value: Any, output: Output) -> None:
         kernel.forget()
 
 
-def write_rows(kernel: Kernel, value: Any, output: Output) -> None:
+def _lanes(value: Lazy | View, target: Target) -> int:
+    """Whole vectors of bytes where bytes are looked up and nothing else is done."""
+    _, columns = split_rows(value.shape)
+    wide = 4 * target.lanes
+    bytes_only = isinstance(value, Lazy) and value.name == "table" and all(isinstance(x, View) for x in value.operands)
+    fits = isinstance(columns, int) and (columns % wide == 0 or columns > _FEW_LEFT * wide)
+    return wide if bytes_only and fits else target.lanes
+
+
+def write_rows(kernel: Kernel, value: Any, output: Output, lanes: int = 0) -> None:
     rows, columns = split_rows(value.shape)
     width = kernel.size(columns)
     with shared_out(kernel, kernel.size(rows), work(value, kernel.target)) as row:
@@ -88,7 +102,7 @@ def write_rows(kernel: Kernel, value: Any, output: Output) -> None:
                     row * width + column, kernel.load(value, kernel.index(value.shape, row=row, column=column))
                 )
 
-            for_columns(kernel, kernel.size(end - start), write)
+            for_columns(kernel, kernel.size(end - start), write, lanes)
 
 
 def borders(value: Lazy | View) -> list[int]:
@@ -97,9 +111,9 @@ def borders(value: Lazy | View) -> list[int]:
     return sorted(found) if len(found) <= _MOST_BORDERS else []
 
 
-def for_columns(kernel: Kernel, width: Any, write: Any) -> None:
-    """Call `write(column)` in vectors, then for the columns that are left."""
-    lanes = kernel.target.lanes
+def for_columns(kernel: Kernel, width: Any, write: Any, lanes: int = 0) -> None:
+    """Call `write(column)` in vectors, by default of the target's lanes, then for the columns that are left."""
+    lanes = lanes or kernel.target.lanes
     with kernel.serial(tirx.truncdiv(width, int64(lanes))) as step, kernel.vectorized(lanes) as lane:
         write(step * lanes + lane)
     kernel.forget()

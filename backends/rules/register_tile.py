@@ -91,7 +91,7 @@ class RegisterTile:
         return self.values[row, vector, lane]
 
     def zero(self) -> None:
-        for r, c, lane in self._elements():
+        for r, c, lane in self.elements():
             T.buffer_store(self.values, tirx.const(0, self.dtype), [r, c, lane])
 
     def multiply(
@@ -129,15 +129,16 @@ class RegisterTile:
 
     def keep(self, memory: Any, start: Any) -> None:
         """Store the sums so far in `memory`, to go on with later."""
-        for r, c, lane in self._elements():
+        for r, c, lane in self.elements():
             T.buffer_store(memory, self.values[r, c, lane], [self._place(start, r, c) + lane])
 
     def read(self, memory: Any, start: Any) -> None:
         """Go on with the sums that `keep` stored there."""
-        for r, c, lane in self._elements():
+        for r, c, lane in self.elements():
             T.buffer_store(self.values, memory[self._place(start, r, c) + lane], [r, c, lane])
 
-    def _elements(self) -> Iterator[tuple[int, int, Any]]:
+    def elements(self) -> Iterator[tuple[int, int, Any]]:
+        """Every row, vector and lane, inside of the loop over lanes."""
         for r in range(self.tile.rows):
             for c in range(self.tile.vectors):
                 with self.kernel.vectorized(self.lanes) as lane:

@@ -1,6 +1,8 @@
 """Row rule: softmax, layer norm, RMS norm and any reduction spread over its row again, four rows together.
 
-A row is read two or three times and stays in the L1 cache. Four rows together hide the latency of each other's sums,
+A row is read two or three times and stays in the L1 cache; one that is computed where it is read, such as from codes,
+is computed once and kept there. What follows element by element, such as a quantize, reads the results as they are
+made. Four rows together hide the latency of each other's sums,
 divisions and roots, share the loads of weights, and are folded to one vector of four numbers by six shuffles and three
 additions. Rows that are left are computed one by one, in the same order of additions.
 """
@@ -28,6 +30,8 @@ from graphopt.backends.values import Lazy, Product, View, fused_name
 RULE = "row-reduction"
 _TOGETHER = 4  # rows
 _WAYS = 2  # independent vectors of partial sums of one row
+_ON_STACK = 1 << 16  # bytes of rows that are kept; more take workspace of the runtime
+Ending = tuple[Product, Any]  # the result of a kernel, and the end of the element-wise tree over it
 f32 = approximations.f32
 
 
@@ -41,9 +45,36 @@ class Rows:
         self.columns: Size = split_rows(value.shape)[1]
         self.width = kernel.size(self.columns)
         self.lanes = kernel.target.lanes
+        self.kept: Any = None  # [rows, columns] of float32
+        if isinstance(value, Lazy):
+            self.keep(lambda number, column: self.load(value, number, column).astype("float32"))
 
     def at(self, number: int, column: Any) -> Any:
+        if self.kept is not None:
+            return self.kept[self.kept_at(number, column)]
         return self.load(self.value, number, column).astype("float32")
+
+    def room(self) -> Any:
+        """Memory for a float32 for each element."""
+        count, columns = len(self.numbers), self.columns
+        if isinstance(columns, int) and 4 * count * columns <= _ON_STACK:
+            return self.kernel.registers(count * columns)
+        return self.kernel.scratch(self.width * count)
+
+    def keep(self, element: Callable[[int, Any], Any]) -> None:
+        """From here on the rows are element(number of the row, column), computed once."""
+        room = self.room() if self.kept is None else self.kept
+
+        def write(column: Any, _lane: Any, _way: int) -> None:
+            for number in range(len(self.numbers)):
+                T.buffer_store(room, element(number, column), [self.kept_at(number, column)])
+
+        self.each_column(write)
+        self.kept = room
+
+    def kept_at(self, number: int, column: Any) -> Any:
+        """Where in the rows that are kept an element lies."""
+        return number * self.width + column
 
     def load(self, value: Any, number: int, column: Any) -> Any:
         self.here = number
@@ -147,12 +178,18 @@ class Rows:
             T.buffer_store(result, function(numbers[number]), [number])
         return result
 
-    def store(self, element: Callable[[Any, int, Any], Any]) -> None:
-        """Store element(x, number of the row, column) everywhere."""
+    def store(self, element: Callable[[Any, int, Any], Any], ending: Ending | None = None) -> None:
+        """Store element(x, number of the row, column) everywhere, or the end of the tree that reads it."""
 
         def write(column: Any, _lane: Any, _way: int) -> None:
             for number, x in self.loaded(column):
-                self.output.store(self.position(number, column), element(x, number, column))
+                value = element(x, number, column)
+                if ending is not None:
+                    result, end = ending
+                    made = T.bind(value)
+                    self.kernel.define(result, lambda _, made=made: made)  # type: ignore[misc]
+                    value = self.load(end, number, column)
+                self.output.store(self.position(number, column), value)
 
         self.each_column(write)
 
@@ -161,11 +198,17 @@ class Rows:
 
 
 def layer_norm(
-    x: Any, weight: View | None, bias: View | None, epsilon: float, target: Target, dtype: str = "float32"
+    x: Any,
+    weight: View | None,
+    bias: View | None,
+    epsilon: float,
+    target: Target,
+    dtype: str = "float32",
+    ending: Ending | None = None,
 ) -> Code:
     """(x - mean) / sqrt(variance + epsilon) weight + bias over the last axis; two passes, so no cancellation.
 
-    Computed in float32 and rounded to `dtype`.
+    Computed in float32 and rounded to `dtype`, or as the `ending` has it.
     """
 
     def write(rows: Rows) -> None:
@@ -180,15 +223,22 @@ def layer_norm(
             value = value if weight is None else value * flat(weight.storage)[column]
             return value if bias is None else value + flat(bias.storage)[column]
 
-        rows.store(element)
+        rows.store(element, ending)
 
     # Mean 1, variance 3, result 2 and one for each parameter.
     parameters = [v for v in (weight, bias) if v is not None]
-    return _row_kernel("layer_norm", x, parameters, target, write, 6 + len(parameters), dtype)
+    return _ending_kernel("layer_norm", x, parameters, target, write, 6 + len(parameters), dtype, ending)
 
 
-def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target, dtype: str = "float32") -> Code:
-    """x / sqrt(mean(x^2) + epsilon) weight over the last axis, computed in float32 and rounded to `dtype`."""
+def rms_norm(
+    x: Any,
+    weight: View | None,
+    epsilon: float,
+    target: Target,
+    dtype: str = "float32",
+    ending: Ending | None = None,
+) -> Code:
+    """x / sqrt(mean(x^2) + epsilon) weight over the last axis; computed and rounded as `layer_norm` is."""
 
     def write(rows: Rows) -> None:
         inverse_width = f32(1) / rows.width.astype("float32")
@@ -198,14 +248,14 @@ def rms_norm(x: Any, weight: View | None, epsilon: float, target: Target, dtype:
         def element(e: Any, r: int, column: Any) -> Any:
             return e * scale[r] if weight is None else e * scale[r] * rows.kernel.flat(weight.storage)[column]
 
-        rows.store(element)
+        rows.store(element, ending)
 
     parameters = [weight] if weight is not None else []
-    return _row_kernel("rms_norm", x, parameters, target, write, 3 + len(parameters), dtype)
+    return _ending_kernel("rms_norm", x, parameters, target, write, 3 + len(parameters), dtype, ending)
 
 
-def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
-    """Over the last axis; a row of nothing but -inf is NaN, as in PyTorch."""
+def softmax(x: Any, target: Target, *, log: bool = False, ending: Ending | None = None) -> Code:
+    """Over the last axis, then the `ending`; a row of nothing but -inf is NaN, as in PyTorch."""
 
     def write(rows: Rows) -> None:
         top = rows.fold("max", lambda e, *_: e)
@@ -215,30 +265,35 @@ def softmax(x: Any, target: Target, *, log: bool = False) -> Code:
 
         if log:
             shift = rows.map(rows.fold_together("sum", powers), tirx.log)
-            rows.store(lambda e, r, _: e - top[r] - shift[r])
+            rows.store(lambda e, r, _: e - top[r] - shift[r], ending)
             return
+        if ending is None:
+            memory, place = rows.output.flat, rows.position
+        else:
+            memory, place = rows.room() if rows.kept is None else rows.kept, rows.kept_at
 
         def stored(column: Any) -> list[Any]:
             values = [T.bind(value) for value in powers(column)]
             for r, value in enumerate(values):
-                rows.output.store(rows.position(r, column), value)
+                T.buffer_store(memory, value, [place(r, column)])
             return values
 
         inverse = rows.map(rows.fold_together("sum", stored), lambda total: f32(1) / total)
 
         def scaled(column: Any, _lane: Any, _way: int) -> None:
             for r in range(len(rows.numbers)):
-                at = rows.position(r, column)
-                rows.output.store(at, rows.output.flat[at] * inverse[r])
+                at = place(r, column)
+                T.buffer_store(memory, memory[at] * inverse[r], [at])
 
-        rows.each_column(scaled)
-
-    def exponential(_: Kernel) -> Any:
-        return _exponentials([tirx.Var("x", "float32")])[0]
+        if ending is None:
+            rows.each_column(scaled)
+        else:
+            rows.kept = memory
+            rows.store(lambda e, r, _: e * inverse[r], ending)
 
     # Largest 1, distance to it 1, exponential, sum 1, result 2 with the logarithm and 1 without.
-    each = 4 + log + count_operations(target, exponential)
-    return _row_kernel("log_softmax" if log else "softmax", x, [], target, write, each)
+    each = 4 + log + _exponential_operations(target)
+    return _ending_kernel("log_softmax" if log else "softmax", x, [], target, write, each, "float32", ending)
 
 
 def largest_probability(x: Any, result: Product, end: Any, target: Target) -> Code:
@@ -253,10 +308,7 @@ def largest_probability(x: Any, result: Product, end: Any, target: Target) -> Co
             rows.here = number
             rows.output.store(row, kernel.load(end, kernel.index(end.shape, linear=row)))
 
-    def exponential(_: Kernel) -> Any:
-        return _exponentials([tirx.Var("x", "float32")])[0]
-
-    each = 3 + count_operations(target, exponential)  # largest 1, distance to it 1, sum 1
+    each = 3 + _exponential_operations(target)  # largest 1, distance to it 1, sum 1
     return _row_kernel(fused_name("pmax", end), x, [end], target, write, each, end.dtype, end.shape)
 
 
@@ -301,6 +353,29 @@ def reduced_rows(
 
 def _exponentials(distances: list[Any]) -> list[Any]:
     return approximations.exp2_nonpositive(*(distance * f32(1 / math.log(2)) for distance in distances))
+
+
+def _exponential_operations(target: Target) -> int:
+    return count_operations(target, lambda _: _exponentials([tirx.Var("x", "float32")])[0])
+
+
+def _ending_kernel(
+    name: str,
+    x: Any,
+    others: Sequence[View | Lazy],
+    target: Target,
+    write: Callable[[Rows], None],
+    operations_each: int,
+    dtype: str,
+    ending: Ending | None,
+) -> Code:
+    """A kernel of this `dtype`, or of what is at the end of the tree over its result."""
+    name = f"{fused_name('', x)}_{name}" if isinstance(x, Lazy) else name
+    if ending is None:
+        return _row_kernel(name, x, others, target, write, operations_each, dtype)
+    _, end = ending
+    values = [*others, end]
+    return _row_kernel(fused_name(name, end), x, values, target, write, operations_each, end.dtype, end.shape)
 
 
 def _row_kernel(

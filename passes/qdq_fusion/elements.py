@@ -1,9 +1,13 @@
 """What happens to codes between products: moves, functions of one code, sums and products of two.
 
 - move: view(dequantize(x)) = dequantize(view(x)), for everything that only moves, repeats or picks the largest element.
+- early: quantize(view(x)) = view(quantize(x)), for what neither repeats nor drops elements.
 - pair: quantize(dequantize(x)) with the same parameters is x.
-- table: quantize(f(dequantize(x))), f element by element, is a table of 256 codes, f of each code computed now.
+- table: quantize(f(dequantize(x))), f element by element, is a table of 256 codes, f of each code computed now, or x
+  itself where every code stays.
+- guard: no code stands for NaN, so that what would replace it is not needed.
 - constant: quantize of a constant is a constant.
+- choice: quantize(where(c, dequantize(x), dequantize(y))) is where(c, x, y), each in the result's parameters.
 - sum, product, matmul: quantize(dequantize(a) + dequantize(b)) on the codes; a clip before the quantize narrows its
   bounds.
 
@@ -49,11 +53,24 @@ MOVES = frozenset(
         *(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default),
     }
 )
+REARRANGEMENTS = frozenset(
+    {
+        *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
+        *(aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.transpose.int),
+        *(aten.permute.default, aten.t.default, aten.contiguous.default, aten.clone.default),
+    }
+)
+"""Moves whose result has every element of their operand once."""
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int})
 _PAIRS = {aten.add.Tensor: graphopt.qadd.default, aten.mul.Tensor: graphopt.qmul.default}
 _MATRICES = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
+_CHOICES = {  # the condition, what is taken where it holds and where it does not
+    aten.where.self: ("condition", "self", "other"),
+    aten.masked_fill.Scalar: ("mask", "value", "self"),
+    aten.masked_fill.Tensor: ("mask", "value", "self"),
+}
 _CHAIN = 32  # element-wise nodes that one table is made of
-_EXACT = 2**24  # up to which sums of codes are exact in float32, which matrix products of two activations are made in
+_MOST = 2**31 - 1  # of a sum in int32
 
 
 def move(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bool:
@@ -77,12 +94,38 @@ def move(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bo
         return False
 
     def build(builder: Builder) -> list[Node]:
-        values = {source: codes.node}
-        for each in way:
-            values[each] = _moved(builder, each, values)
-        return [_dequantize(builder, values[node], codes, constants)]
+        return [_dequantize(builder, _moved_all(builder, way, {source: codes.node}), codes, constants)]
 
     return editor.replace(rule, [node], build)
+
+
+def quantize_early(editor: GraphEditor, node: Node, rule: str) -> bool:
+    """move(quantize(x)) in the place of quantize(move(x)), where nothing else reads what is between."""
+    into, (source, way) = into_of(editor, node), _before_moves(node.args[0])
+    if into is None or not way:
+        return False
+
+    def build(builder: Builder) -> list[Node]:
+        codes = builder.call(QUANTIZE, source, *node.args[1:], **node.kwargs)
+        return [_moved_all(builder, way, {source: codes})]
+
+    return editor.replace(rule, [node], build, inner=way)
+
+
+def _before_moves(node: Any) -> tuple[Node, list[Node]]:
+    """Where the elements of `node`, which has one reader, come from; and the moves from there, up to `node`."""
+    way: list[Node] = []
+    while node.target in REARRANGEMENTS and only_user(node) is not None:
+        way.insert(0, node)
+        node = node.args[0]
+    return node, way
+
+
+def _moved_all(builder: Builder, way: list[Node], values: dict[Node, Node]) -> Node:
+    """The last of these moves, of other values."""
+    for node in way:
+        values[node] = _moved(builder, node, values)
+    return values[way[-1]]
 
 
 def _moved(builder: Builder, node: Node, values: dict[Node, Node]) -> Node:
@@ -113,7 +156,7 @@ def _constant_codes(editor: GraphEditor, source: Any) -> Codes | None:
 
 def _move_parts(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bool:
     """Parts of equal parameters, or of any where a quantize of the whole says which: each then has its own table."""
-    parts = [codes_of(editor, each) for each in argument(node, "tensors")]
+    parts = [codes_of(editor, each) or _constant_codes(editor, each) for each in argument(node, "tensors")]
     whole = only_user(node, lambda user: into_of(editor, user) is not None)
     given = [part for part in parts if part is not None]
     if len(given) < len(parts):
@@ -128,7 +171,7 @@ def _move_parts(editor: GraphEditor, node: Node, rule: str, constants: Constants
             joined = builder.call(aten.cat.default, [part.node for part in given], argument(node, "dim"))
             return [_dequantize(builder, joined, given[0], constants)]
         assert into is not None
-        tables = [requantized(builder, part, into) for part in given]
+        tables = [requantized(editor, builder, part, into) for part in given]
         return [builder.call(aten.cat.default, tables, argument(node, "dim"))]
 
     return editor.replace(rule, [node if alike or whole is None else whole], build, inner=[] if alike else [node])
@@ -142,12 +185,19 @@ def _same(a: Codes, b: Codes) -> bool:
     return a.node is b.node and _alike(a, b)
 
 
-def requantized(builder: Builder, codes: Codes, into: Into) -> Node:
-    """Codes with other parameters, by a table where they differ."""
+def requantized(editor: GraphEditor, builder: Builder, codes: Codes, into: Into) -> Node:
+    """Codes with other parameters, by a table where they differ; those of a constant are computed now."""
     if into.equals(codes):
         return codes.node
-    numbers = (_every_code(codes.dtype).to(torch.int32) - codes.zero).float() * codes.scale
-    return builder.call(graphopt.table256.default, codes.node, builder.constant(_quantized(numbers, into)))
+    table = _quantized(_numbers(codes), into)
+    if (held := editor.constant_value(codes.node)) is not None:
+        return builder.constant(graphopt.table256.default(held, table))
+    return builder.call(graphopt.table256.default, codes.node, builder.constant(table))
+
+
+def _numbers(codes: Codes) -> Tensor:
+    """What each code stands for, from the lowest."""
+    return (_every_code(codes.dtype).to(torch.int32) - codes.zero).float() * codes.scale
 
 
 def _dequantize(builder: Builder, node: Node, codes: Codes, constants: Constants) -> Node:
@@ -177,14 +227,16 @@ def fuse_function(editor: GraphEditor, node: Node, rule: str) -> bool:
     if into is None or found is None:
         return False
     codes, chain, numbers = found
-    if not chain and into.equals(codes):
-        return editor.replace(f"{rule}/pair", [node], lambda builder: [codes.node])
     table = _quantized(_values(codes, chain, numbers, node.args[0]), into)
+    if table.dtype == codes.dtype and torch.equal(table, _every_code(codes.dtype)):
+        return editor.replace(f"{rule}/pair", [node], lambda builder: [codes.node], inner=chain)
+    source, way = _before_moves(codes.node) if only_user(codes.node) else (codes.node, [])
 
     def build(builder: Builder) -> list[Node]:
-        return [builder.call(graphopt.table256.default, codes.node, builder.constant(table))]
+        found = builder.call(graphopt.table256.default, source, builder.constant(table))
+        return [_moved_all(builder, way, {source: found}) if way else found]
 
-    return editor.replace(f"{rule}/table", [node], build, inner=chain)
+    return editor.replace(f"{rule}/table", [node], build, inner=[*way, *chain])
 
 
 def _chain(editor: GraphEditor, node: Node) -> tuple[Codes, list[Node], dict[Node, Tensor]] | None:
@@ -200,7 +252,7 @@ def _chain(editor: GraphEditor, node: Node) -> tuple[Codes, list[Node], dict[Nod
             continue
         if (codes := codes_of(editor, each)) is not None and (found is None or _same(codes, found)):
             found = codes
-            numbers[each] = (_every_code(codes.dtype).to(torch.int32) - codes.zero).float() * codes.scale
+            numbers[each] = _numbers(codes)
         elif codes is None and (number := constant_number(editor, each)) is not None and number.numel() == 1:
             numbers[each] = number.detach().reshape(())
         elif _is_element_wise(each) and shape_key(each.meta["val"]) == shape and len(chain) < _CHAIN:
@@ -222,7 +274,7 @@ def _is_element_wise(node: Node) -> bool:
     pointwise = isinstance(node.target, OpOverload) and (
         torch.Tag.pointwise in node.target.tags or node.target is aten.hardswish.default
     )
-    return pointwise and isinstance(value, Tensor) and value.dtype == torch.float32
+    return pointwise and isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bool)
 
 
 def _values(codes: Codes, chain: list[Node], numbers: dict[Node, Tensor], last: Any) -> Tensor:
@@ -246,6 +298,46 @@ def _quantized(numbers: Tensor, into: Into) -> Tensor:
     return result
 
 
+def drop_guard(editor: GraphEditor, node: Node, rule: str) -> bool:
+    """x in the place of masked_fill(x, isnan(x), value): no code of a finite scale stands for NaN."""
+    if node.target not in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return False
+    x, mask = node.args[:2]
+    guards = isinstance(mask, Node) and mask.target is aten.isnan.default and mask.args[0] is x
+    codes = codes_of(editor, x) if guards else None
+    if codes is None or not bool(torch.isfinite(_numbers(codes)).all()):
+        return False
+    return editor.replace(rule, [node], lambda builder: [x], inner=[mask])
+
+
+# Choices --------------------------------------------------------------------------------------------------------------
+def fuse_choice(editor: GraphEditor, node: Node, rule: str) -> bool:
+    """The quantize `node` of one of two tensors, element by element, each of them codes or a constant."""
+    into, source = into_of(editor, node), node.args[0]
+    names = _CHOICES.get(source.target) if isinstance(source, Node) else None
+    if into is None or names is None or not isinstance(source, Node) or only_user(source) is None:
+        return False
+    condition, *branches = (argument(source, name) for name in names)
+    codes = [codes_of(editor, each) or _constant_codes(editor, each) for each in branches]
+    numbers = [each if isinstance(each, (int, float)) else constant_number(editor, each) for each in branches]
+    if condition.meta["val"].dtype != torch.bool:
+        return False
+    if any(code is None and number is None for code, number in zip(codes, numbers, strict=True)):
+        return False
+
+    def build(builder: Builder) -> list[Node]:
+        chosen = []
+        for code, number in zip(codes, numbers, strict=True):
+            if code is not None:
+                chosen.append(requantized(editor, builder, code, into))
+            else:
+                assert number is not None
+                chosen.append(builder.constant(_quantized(torch.as_tensor(number, dtype=torch.float32), into)))
+        return [builder.call(aten.where.self, condition, *chosen)]
+
+    return editor.replace(rule, [node], build, inner=[source])
+
+
 # Functions of two -----------------------------------------------------------------------------------------------------
 def fuse_pair(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> str | None:
     """The quantize `node` of a sum, product or matrix product of codes; a reason where it stays for one."""
@@ -265,7 +357,7 @@ def fuse_pair(editor: GraphEditor, node: Node, rule: str, constants: Constants) 
     operands = [codes_of(editor, each) or _constant_codes(editor, each) for each in source.args[:2]]
     if operands[0] is None or operands[1] is None:
         return None
-    if source.target in _MATRICES and (reason := _inexact(operands[0], operands[1])):
+    if source.target in _MATRICES and (reason := _too_deep(operands[0], operands[1])):
         return reason
     if source.target is aten.add.Tensor and argument(source, "alpha") != 1:
         return "it multiplies one of its terms"
@@ -280,11 +372,11 @@ def fuse_pair(editor: GraphEditor, node: Node, rule: str, constants: Constants) 
     return None
 
 
-def _inexact(a: Codes, b: Codes) -> str | None:
+def _too_deep(a: Codes, b: Codes) -> str | None:
     depth = shape_key(a.node.meta["val"])[-1]
-    if isinstance(depth, int) and depth * a.largest * b.largest <= _EXACT:
+    if isinstance(depth, int) and depth * a.largest * b.largest <= _MOST:
         return None
-    return f"sums of {depth} products of two activations may not be exact in float32"
+    return f"sums of {depth} products of two activations may not fit int32"
 
 
 # Signs ----------------------------------------------------------------------------------------------------------------

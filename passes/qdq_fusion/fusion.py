@@ -10,7 +10,8 @@ rounding lies within float32's error of a half; moves, pairs and tables are exac
 
 Signed codes of activations become unsigned ones, exactly: the products of x86 take them so.
 
-What is left of quantize and dequantize is listed with its reason. `fail_on_fallback` makes it an error where the
+Softmax and norms over the last axis stay between dequantize and quantize, which one kernel computes with them. What
+else is left of quantize and dequantize is listed with its reason. `fail_on_fallback` makes it an error where the
 operator beside a conversion should compute with codes and does not.
 """
 
@@ -27,9 +28,18 @@ from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Edit, GraphEditor
 from graphopt.errors import PassError
 from graphopt.passes.qdq_fusion.codes import QUANTIZE, Constants
-from graphopt.passes.qdq_fusion.elements import fold_constant, fuse_function, fuse_pair, make_unsigned, move
+from graphopt.passes.qdq_fusion.elements import (
+    drop_guard,
+    fold_constant,
+    fuse_choice,
+    fuse_function,
+    fuse_pair,
+    make_unsigned,
+    move,
+    quantize_early,
+)
 from graphopt.passes.qdq_fusion.products import PRODUCTS, Refused, Weight, fuse_product
-from graphopt.passes.qdq_fusion.survivors import Survivor, survivors
+from graphopt.passes.qdq_fusion.survivors import Survivor, from_codes_to_codes, survivors
 from graphopt.program import Program
 
 
@@ -48,6 +58,10 @@ class _Fusing:
             if node.op == "call_function":
                 rewrite(node)
 
+    def quantize_early(self, node: Node) -> None:
+        if node.target is QUANTIZE:
+            quantize_early(self.editor, node, f"{self.name}/early")
+
     def prepare(self, node: Node) -> None:
         if node.target is QUANTIZE and not fold_constant(self.editor, node, f"{self.name}/constant"):
             make_unsigned(self.editor, node, f"{self.name}/unsigned", self.constants)
@@ -56,9 +70,13 @@ class _Fusing:
         """In order of execution, so that what a node reads has been rewritten."""
         if node.target in PRODUCTS and self._product(node):
             return
+        if drop_guard(self.editor, node, f"{self.name}/guard"):
+            return
         if move(self.editor, node, f"{self.name}/move", self.constants) or node.target is not QUANTIZE:
             return
-        if not fuse_function(self.editor, node, self.name):
+        if not fuse_function(self.editor, node, self.name) and not fuse_choice(
+            self.editor, node, f"{self.name}/choice"
+        ):
             reason = fuse_pair(self.editor, node, f"{self.name}/pair-of-codes", self.constants)
             if reason is not None:
                 self.reasons[node] = reason
@@ -86,14 +104,19 @@ class QDQFusion(Pass):
         edit = Edit(program, context, self.name)
         constants, weights = Constants(), dict[Any, Weight]()
         left: list[Survivor] = []
+        whole: list[Node] = []
         for editor in edit.graphs():
             fusing = _Fusing(editor, self.name, constants, weights)
+            fusing.sweep(fusing.quantize_early)
             fusing.sweep(fusing.prepare)
             fusing.sweep(fusing.fuse)
+            whole += from_codes_to_codes(editor)
             for survivor in survivors(editor, fusing.reasons):
                 editor.decline(f"{self.name}/conversion", survivor.node, survivor.reason)
                 left.append(survivor)
         fallbacks = [survivor for survivor in left if survivor.fallback]
+        if whole:
+            edit.notes.append(_between(whole))
         edit.notes.append(_summary(left))
         if fallbacks and self.fail_on_fallback:
             first = fallbacks[0]
@@ -102,6 +125,12 @@ class QDQFusion(Pass):
                 f"first at {first.node.name}: {first.reason}"
             )
         return edit.finish()
+
+
+def _between(whole: list[Node]) -> str:
+    kinds = Counter(str(node.target).split(".")[1].strip("_") for node in whole)
+    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+    return f"computed in float32 in one kernel each that reads codes and writes codes: {listed}"
 
 
 def _summary(left: list[Survivor]) -> str:

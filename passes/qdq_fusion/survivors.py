@@ -1,8 +1,11 @@
 """Conversions that are left after fusion: which, and why each is.
 
 Some belong where they are: codes are made of the program's inputs and become its outputs, and operators that are
-computed in float32 on purpose, such as a softmax, stand between conversions. A conversion at any other operator is a
+computed in float32 on purpose, such as a mean, stand between conversions. A conversion at any other operator is a
 fallback: a product that is computed in float32 although its operands are codes.
+
+Softmax and norms over the last axis are left between conversions as well, but those are not left over: one kernel reads
+codes, computes in float32 and writes codes. They are counted apart, and only where nothing else reads the numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from graphopt.edit import GraphEditor
-from graphopt.passes.qdq_fusion.codes import DEQUANTIZE, QUANTIZE
+from graphopt.matcher import argument
+from graphopt.passes.qdq_fusion.codes import DEQUANTIZE, QUANTIZE, codes_of, into_of, only_user
 from graphopt.passes.qdq_fusion.elements import MOVES, SPLITS
 
 aten = torch.ops.aten
@@ -27,6 +31,14 @@ _WITHIN = frozenset(
         *(aten.adaptive_avg_pool2d.default, aten.scaled_dot_product_attention.default),
     }
 )
+_OVER_ROWS = {
+    aten.softmax.int: "dim",
+    aten._softmax.default: "dim",
+    aten.log_softmax.int: "dim",
+    aten._log_softmax.default: "dim",
+    aten.layer_norm.default: "normalized_shape",
+    aten.rms_norm.default: "normalized_shape",
+}
 
 
 @dataclass(frozen=True)
@@ -41,17 +53,37 @@ class Survivor:
 def survivors(editor: GraphEditor, reasons: Mapping[Node, str]) -> list[Survivor]:
     """Every conversion of computed values; `reasons` says why an operator was left alone."""
     found = []
+    whole = set(from_codes_to_codes(editor))
     for node in editor.graph.nodes:
-        if node.target is QUANTIZE:
+        if node.target is QUANTIZE and node.args[0] not in whole:
             found.append(_of(node, _origin(node.args[0]), reasons))
         elif node.target is DEQUANTIZE and editor.constant_value(node.args[0]) is None:
-            found += [_of(node, user, reasons) for user in node.users]
+            found += [_of(node, user, reasons) for user in node.users if user not in whole]
     return found
+
+
+def from_codes_to_codes(editor: GraphEditor) -> list[Node]:
+    """Softmaxes and norms over the last axis: the operand is dequantized for such alone, the result quantized."""
+    return [
+        node
+        for node in editor.graph.nodes
+        if _is_over_rows(node)
+        and codes_of(editor, node.args[0]) is not None
+        and all(_is_over_rows(user) and user.args[0] is node.args[0] for user in node.args[0].users)
+        and only_user(node, lambda user: into_of(editor, user) is not None) is not None
+    ]
+
+
+def _is_over_rows(node: Node) -> bool:
+    if node.target not in _OVER_ROWS:
+        return False
+    over, last = argument(node, _OVER_ROWS[node.target]), node.meta["val"].dim() - 1
+    return over in (-1, last) if isinstance(over, int) else len(over) == 1
 
 
 def _origin(source: Node) -> Node:
     """What made a value, before it was moved."""
-    while source.target in MOVES or source.target in SPLITS or source.target is operator.getitem:
+    while source.target in (*MOVES, *SPLITS, operator.getitem, aten._to_copy.default):
         source = source.args[0]  # type: ignore[assignment]
     return source
 

@@ -186,3 +186,97 @@ def test_packing_keeps_words_together() -> None:
     assert packed.shape == (2, 2, 4, 4)
     flat = packed.transpose(0, 2, 1, 3).reshape(8, 8)
     assert np.array_equal(flat[:5, :6], weight) and not flat[5:].any() and not flat[:, 6:].any()
+
+
+class MatrixProducts(nn.Module):
+    """Of two computed operands: tails of rows, columns and depth, and either side lying along the depth."""
+
+    SHAPES = ((3, 19, 32, 64), (2, 33, 64, 33), (2, 17, 133, 40), (1, 5, 13, 7), (4, 1, 1, 1), (1, 3, 130, 35))
+
+    def __init__(self, types: tuple[torch.dtype, torch.dtype], zeros: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.tensor(0.03))
+        for name, zero, dtype in zip(("a_zero", "b_zero"), zeros, types, strict=True):
+            self.register_buffer(name, torch.tensor(zero - (128 if dtype == torch.int8 else 0), dtype=dtype))
+
+    def forward(self, operands: list[tuple[Tensor, Tensor]]) -> Any:
+        found = []
+        for number, (a, b) in enumerate(operands):
+            a = a.transpose(-1, -2) if number % 3 == 1 else a
+            b = b.transpose(-1, -2) if number % 2 else b
+            given = (a, self.step, self.a_zero, b, self.step, self.b_zero)
+            found.append(torch.ops.graphopt.qmatmul(*given, None, None, **NUMBER))
+            found.append(
+                torch.ops.graphopt.qmatmul(
+                    *given, self.step, self.a_zero, dtype=self.a_zero.dtype, **BOUNDS[self.a_zero.dtype]
+                )
+            )
+        return found
+
+
+BOUNDS = {torch.uint8: {"qmin": 0, "qmax": 255}, torch.int8: {"qmin": -128, "qmax": 127}}
+
+
+def operands_of(types: tuple[torch.dtype, torch.dtype]) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for number, (batch, m, k, n) in enumerate(MatrixProducts.SHAPES):
+        left = (batch, k, m) if number % 3 == 1 else (batch, m, k)
+        right = (batch, n, k) if number % 2 else (batch, k, n)
+        found.append((codes(*left, dtype=types[0], seed=number), codes(*right, dtype=types[1], seed=9 - number)))
+    return found
+
+
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("zeros", [(0, 128), (117, 131), (255, 0)])
+def test_products_of_two_activations(target: str, zeros: tuple[int, int]) -> None:
+    types = [(torch.uint8, torch.uint8), (torch.int8, torch.uint8), (torch.uint8, torch.int8)][zeros[0] % 3]
+    module, operands = MatrixProducts(types, zeros), operands_of(types)
+    artifact, _ = compiled(module, (operands,), target)
+    assert "integer-batched-gemm" in rules(artifact) and "generic" not in rules(artifact)
+    if target == "cpu:aarch64":  # compiling has compared it
+        return
+    session = artifact.session()
+    flat = [x for pair in operands for x in pair]
+    names = [each.name for each in session.get_inputs()]
+    found = session.run(None, {name: array_of(x) for name, x in zip(names, flat, strict=True)})
+    for number, wanted in enumerate(module(operands)):
+        assert np.array_equal(found[number], array_of(wanted)), number
+
+
+def test_an_activation_that_all_of_a_batch_multiply_and_sizes_at_run_time() -> None:
+    class Product(MatrixProducts):
+        def forward(self, a: Tensor, b: Tensor) -> Any:  # type: ignore[override]
+            given = (a, self.step, self.a_zero, b, self.step, self.b_zero)
+            return torch.ops.graphopt.qmatmul(*given, None, None, **NUMBER)
+
+    module = Product((torch.uint8, torch.uint8), (3, 250))
+    for left, right in (((4, 7, 32), (32, 20)), ((2, 3, 7, 32), (3, 32, 20)), ((1, 7, 32), (5, 32, 20))):
+        a, b = codes(*left), codes(*right, seed=1)
+        artifact, _ = compiled(module, (a, b), QUADS)
+        assert np.array_equal(
+            artifact.session().run(None, {"a": array_of(a), "b": array_of(b)})[0], array_of(module(a, b))
+        )
+    program = capture(module, (codes(2, 7, 32), codes(2, 32, 20)), dynamic_shapes={"a": {1: "m"}, "b": {2: "n"}})
+    session = graphopt.compile(program, target=QUADS, threads=2).session()
+    for m, n in ((1, 1), (9, 33), (40, 64)):
+        a, b = codes(2, m, 32), codes(2, 32, n, seed=3)
+        assert np.array_equal(session.run(None, {"a": array_of(a), "b": array_of(b)})[0], array_of(module(a, b)))
+
+
+@pytest.mark.parametrize("target", ["cpu:x86-64-v4", QUADS])
+def test_the_largest_sums_of_two_activations(target: str) -> None:
+    """255 times 255 as often as int32 holds it, and 255 times -255."""
+    depth = 33000
+
+    class Product(MatrixProducts):
+        def forward(self, a: Tensor, b: Tensor) -> Any:  # type: ignore[override]
+            given = (a, self.step, self.a_zero, b, self.step, self.b_zero)
+            return torch.ops.graphopt.qmatmul(*given, None, None, **NUMBER)
+
+    a = torch.full((1, 3, depth), 255, dtype=torch.uint8)
+    for zeros, code in (((0, 0), 255), ((0, 255), 0)):
+        module = Product((torch.uint8, torch.uint8), zeros)
+        b = torch.full((1, depth, 5), code, dtype=torch.uint8)
+        artifact, _ = compiled(module, (a, b), target)
+        found = artifact.session().run(None, {"a": array_of(a), "b": array_of(b)})[0]
+        assert np.array_equal(found, array_of(module(a, b)))

@@ -53,6 +53,7 @@ EXPECTED = {
     "integer-gemm": Expected(accumulates=True),
     "integer-convolution": Expected(accumulates=True, workspace=True),
     "batched-gemm": Expected(accumulates=True, workspace=True),
+    "integer-batched-gemm": Expected(accumulates=True, workspace=True),
     "fused-attention": Expected(accumulates=True, workspace=True),
     "direct-convolution": Expected(accumulates=True, workspace=True),
     "winograd": Expected(workspace=True),  # its transforms multiply and store as much as its products add
@@ -97,6 +98,19 @@ class Codes(nn.Module):
     def forward(self, x: Tensor) -> Any:
         given = (x, self.step, self.zero, self.weight, self.step, None, self.step, self.zero, None, None, None)
         return self.operator(*given, **self.options, dtype=torch.uint8)
+
+
+class ProductOfCodes(nn.Module):
+    """Of two computed matrices, neither of which has the zero point 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.tensor(0.1))
+        self.register_buffer("zero", torch.tensor(7, dtype=torch.uint8))
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        given = (a, self.step, self.zero, b, self.step, self.zero, self.step, self.zero)
+        return torch.ops.graphopt.qmatmul(*given, dtype=torch.uint8)
 
 
 class GatedConvolution(nn.Module):
@@ -157,6 +171,10 @@ def programs() -> dict[str, Program]:
         "codes_image": (
             Codes(torch.ops.graphopt.qconv, 96, 96, 3, 3, stride=[2, 2], padding=[1, 1], dilation=[1, 1]),
             (torch.ones(1, 96, 64, 64, dtype=torch.uint8),),
+        ),
+        "codes_products": (
+            ProductOfCodes(),
+            (torch.ones(8, 96, 64, dtype=torch.uint8), torch.ones(8, 64, 96, dtype=torch.uint8)),
         ),
         "brain_linear": (nn.Sequential(nn.Linear(64, 96), nn.GELU()).bfloat16(), (r(256, 64).bfloat16(),)),
         "brain_deep": (nn.Linear(512, 96).bfloat16(), (r(256, 512).bfloat16(),)),
