@@ -46,8 +46,9 @@ def _parameter(lowering: Lowering, argument: Any, dtype: str = "float32") -> Vie
 def _layer_norm(lowering: Lowering, node: Node) -> Any:
     x, normalized, weight, bias, epsilon, *_ = arguments(node).values()
 
-    def parameters(dtype: str) -> list[View | None]:
-        return [_parameter(lowering, each, computed_in(dtype)) for each in (weight, bias)]
+    def parameters(dtype: str) -> tuple[View | None, View | None]:
+        found = (_parameter(lowering, each, computed_in(dtype)) for each in (weight, bias))
+        return next(found), next(found)
 
     if (rows := rows_into_codes(lowering, node, x)) is not None and len(normalized) == 1:
         return _with_ending(

@@ -17,6 +17,7 @@ All but the last are exact.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ REARRANGEMENTS = frozenset(
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int})
 _PAIRS = {aten.add.Tensor: graphopt.qadd.default, aten.mul.Tensor: graphopt.qmul.default}
 _MATRICES = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
-_CHOICES = {  # the condition, what is taken where it holds and where it does not
+_CHOICES: Mapping[Any, tuple[str, str, str]] = {  # the condition, what is taken where it holds and where it does not
     aten.where.self: ("condition", "self", "other"),
     aten.masked_fill.Scalar: ("mask", "value", "self"),
     aten.masked_fill.Tensor: ("mask", "value", "self"),
@@ -307,6 +308,7 @@ def drop_guard(editor: GraphEditor, node: Node, rule: str) -> bool:
     codes = codes_of(editor, x) if guards else None
     if codes is None or not bool(torch.isfinite(_numbers(codes)).all()):
         return False
+    assert isinstance(mask, Node)
     return editor.replace(rule, [node], lambda builder: [x], inner=[mask])
 
 

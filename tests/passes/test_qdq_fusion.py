@@ -25,6 +25,10 @@ class Quantized(nn.Module):
     """A function of numbers and of what quantizes them."""
 
     bias: Tensor
+    mask: Tensor
+    low: Tensor
+    high: Tensor
+    codes: Tensor
 
     def __init__(self, function: Callable[..., Any], **tensors: Tensor) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def frozen(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, False)
 
 
-def compiled(module: nn.Module, inputs: tuple[Tensor, ...], target: str, dynamic: Any = None) -> tuple[Artifact, Any]:
+def compiled(module: nn.Module, inputs: tuple[Any, ...], target: str, dynamic: Any = None) -> tuple[Artifact, Any]:
     """The artifact and its program; compiling has compared their results, codes with codes."""
     program = capture(module, inputs, dynamic_shapes=dynamic)
     artifact = graphopt.compile(program, target=target, threads=2)
@@ -192,6 +192,10 @@ class MatrixProducts(nn.Module):
     """Of two computed operands: tails of rows, columns and depth, and either side lying along the depth."""
 
     SHAPES = ((3, 19, 32, 64), (2, 33, 64, 33), (2, 17, 133, 40), (1, 5, 13, 7), (4, 1, 1, 1), (1, 3, 130, 35))
+
+    step: Tensor
+    a_zero: Tensor
+    b_zero: Tensor
 
     def __init__(self, types: tuple[torch.dtype, torch.dtype], zeros: tuple[int, int]) -> None:
         super().__init__()
