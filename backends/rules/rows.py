@@ -46,8 +46,6 @@ class Rows:
         self.width = kernel.size(self.columns)
         self.lanes = kernel.target.lanes
         self.kept: Any = None  # [rows, columns] of float32
-        if isinstance(value, Lazy):
-            self.keep(lambda number, column: self.load(value, number, column).astype("float32"))
 
     def at(self, number: int, column: Any) -> Any:
         if self.kept is not None:
@@ -371,11 +369,17 @@ def _ending_kernel(
 ) -> Code:
     """A kernel of this `dtype`, or of what is at the end of the tree over its result."""
     name = f"{fused_name('', x)}_{name}" if isinstance(x, Lazy) else name
+
+    def write_kept(rows: Rows) -> None:
+        if isinstance(x, Lazy):
+            rows.keep(rows.at)
+        write(rows)
+
     if ending is None:
-        return _row_kernel(name, x, others, target, write, operations_each, dtype)
+        return _row_kernel(name, x, others, target, write_kept, operations_each, dtype)
     _, end = ending
     values = [*others, end]
-    return _row_kernel(fused_name(name, end), x, values, target, write, operations_each, end.dtype, end.shape)
+    return _row_kernel(fused_name(name, end), x, values, target, write_kept, operations_each, end.dtype, end.shape)
 
 
 def _row_kernel(
