@@ -50,7 +50,7 @@ def in_order(graph: Graph, waits: Callable[[Node], bool], kinds: Kinds) -> list[
     """All nodes in an order of execution in which those that wait stand right before their first reader.
 
     So do permutations and reshapes of them. A kernel computes with what is there before it: behind an attention it can
-    read a gate that the graph has between the two, and behind a product every constant.
+    read a gate that the graph has between the two. Constants therefore come first.
     """
     order: list[Node] = []
     waiting: set[Node] = set()

@@ -5,17 +5,26 @@ VPDPBUSD, which does not saturate (Intel SDM volume 2). `multiply_words` adds th
 VPMADDWD and an addition, exact for operands of 9 bits (VPMADDUBSW, which multiplies bytes, saturates its sums and is
 not used). Where the code is for a CPU without an instruction, the same sums are made of shifts and products of lanes.
 Sums wrap around at 32 bits everywhere.
+
+`round_whole` puts one instruction that rounds float32 to the nearest int32, ties to even, in the place of a rounding
+and a conversion; numbers beyond int32 become anything. `pack_codes` narrows vectors of int32 to bytes: VPACKSSDW and
+VPACKUSWB or VPACKSSWB saturate, which takes the place of a clip, and one VPERMD puts the bytes in order.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import tvm
+import tvm_ffi
 from tvm import tirx
 
 from graphopt.backends.target import Target
 
 _WIDE, _HALF = ("x86-64-v4",), ("x86-64-v3", "x86-64-v4")
+_ROUNDED = (1, 2, 4, 8, 16)  # lanes of vectors that are rounded
+PACKED = (4, 2)  # vectors whose int32 become bytes at once
+PACKED_LANES = 16  # of each of them
 
 
 def multiply_quads(total: Any, left: Any, right: Any, lanes: int) -> Any:
@@ -28,8 +37,110 @@ def multiply_words(total: Any, left: Any, right: Any, lanes: int) -> Any:
     return tirx.call_pure_extern(f"int32x{lanes}", "graphopt_multiply_words", total, left, right)
 
 
+def pack_codes(vectors: list[Any], dtype: str) -> Any:
+    """int32 of 2 or 4 vectors of 16 lanes as one vector of `dtype`, int8 or uint8, saturated."""
+    name = f"graphopt_pack_{dtype}_{len(vectors)}"
+    return tirx.call_pure_extern(f"{dtype}x{PACKED_LANES * len(vectors)}", name, *vectors)
+
+
+@tirx.transform.prim_func_pass(opt_level=0)
+def round_whole(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+    """What is rounded in float32 and cast to int32 becomes a call, once loops are vectors."""
+    return function.with_body(tvm_ffi.structural_map(function.body, (tirx.Cast, _whole)))
+
+
+def _whole(cast: Any) -> Any:
+    inner, kind = cast.value, tvm.DataType(str(cast.ty.dtype))
+    if getattr(getattr(inner, "op", None), "name", "") != "tirx.round" or kind.lanes not in _ROUNDED:
+        return cast
+    if not str(cast.ty.dtype).startswith("int32") or not str(inner.ty.dtype).startswith("float32"):
+        return cast
+    return tirx.call_pure_extern(str(cast.ty.dtype), f"graphopt_whole_{kind.lanes}", inner.args[0])
+
+
 def integer_definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
+    rounding = "".join(map(_rounding, _ROUNDED))
+    return rounding + _packing(target) + _products(target)
+
+
+def _rounding(lanes: int) -> str:
+    number, whole, suffix = "float", "i32", "i32.f32"
+    if lanes > 1:
+        number, whole, suffix = f"<{lanes} x float>", f"<{lanes} x i32>", f"v{lanes}i32.v{lanes}f32"
+    return (
+        f"declare {whole} @llvm.lrint.{suffix}({number})\n"
+        f"define {whole} @graphopt_whole_{lanes}({number} %x) {{\n"
+        f"  %whole = call {whole} @llvm.lrint.{suffix}({number} %x)\n"
+        f"  ret {whole} %whole\n}}\n"
+    )
+
+
+def _packing(target: Target) -> str:
+    if target.lanes != PACKED_LANES:
+        return ""
+    native = target.architecture in _WIDE
+    parts = [_NARROWING if native else _CLIPPING]
+    for dtype, count in ((dtype, count) for dtype in ("uint8", "int8") for count in PACKED):
+        lines, result = (_packed if native else _clipped)(dtype, count)
+        arguments = ", ".join(f"<16 x i32> %x{number}" for number in range(count))
+        parts.append(f"define <{PACKED_LANES * count} x i8> @graphopt_pack_{dtype}_{count}({arguments}) {{\n")
+        parts.append("".join(f"  {line}\n" for line in lines) + f"  ret <{PACKED_LANES * count} x i8> {result}\n}}\n")
+    return "".join(parts)
+
+
+_NARROWING = """
+declare <32 x i16> @llvm.x86.avx512.packssdw.512(<16 x i32>, <16 x i32>)
+declare <64 x i8> @llvm.x86.avx512.packuswb.512(<32 x i16>, <32 x i16>)
+declare <64 x i8> @llvm.x86.avx512.packsswb.512(<32 x i16>, <32 x i16>)
+"""
+_CLIPPING = """
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>)
+"""
+
+
+def _packed(dtype: str, count: int) -> tuple[list[str], str]:
+    """Each pack takes 128 bits of both operands in turn, so that words of four bytes come in columns of `count`."""
+    lines = [
+        f"%h{n} = call <32 x i16> @llvm.x86.avx512.packssdw.512(<16 x i32> %x{2 * n}, <16 x i32> %x{2 * n + 1})"
+        for n in range(count // 2)
+    ]
+    pack = "packuswb" if dtype == "uint8" else "packsswb"
+    second = "%h1" if count == 4 else "%h0"
+    order = ", ".join(f"i32 {4 * (place % 4) + place // 4}" for place in range(4 * count))
+    lines += [
+        f"%bytes = call <64 x i8> @llvm.x86.avx512.{pack}.512(<32 x i16> %h0, <32 x i16> {second})",
+        "%words = bitcast <64 x i8> %bytes to <16 x i32>",
+        f"%ordered = shufflevector <16 x i32> %words, <16 x i32> poison, <{4 * count} x i32> <{order}>",
+        f"%result = bitcast <{4 * count} x i32> %ordered to <{16 * count} x i8>",
+    ]
+    return lines, "%result"
+
+
+def _clipped(dtype: str, count: int) -> tuple[list[str], str]:
+    low, high = (0, 255) if dtype == "uint8" else (-128, 127)
+    lines = []
+    for n in range(count):
+        lines += [
+            f"%l{n} = call <16 x i32> @llvm.smax.v16i32(<16 x i32> %x{n}, <16 x i32> splat (i32 {low}))",
+            f"%c{n} = call <16 x i32> @llvm.smin.v16i32(<16 x i32> %l{n}, <16 x i32> splat (i32 {high}))",
+            f"%t{n} = trunc <16 x i32> %c{n} to <16 x i8>",
+        ]
+    joined, width = [f"%t{n}" for n in range(count)], 16
+    while len(joined) > 1:
+        order = ", ".join(f"i32 {place}" for place in range(2 * width))
+        kind, pairs = f"<{width} x i8>", list(zip(joined[::2], joined[1::2], strict=True))
+        joined = [f"%j{2 * width}_{n}" for n in range(len(pairs))]
+        lines += [
+            f"{name} = shufflevector {kind} {a}, {kind} {b}, <{2 * width} x i32> <{order}>"
+            for name, (a, b) in zip(joined, pairs, strict=True)
+        ]
+        width *= 2
+    return lines, joined[0]
+
+
+def _products(target: Target) -> str:
     if target.quads:
         return _native_quads(target.lanes) if "avx512vnni" in target.extensions else _plain(target.lanes, "quads")
     native = target.architecture in {16: _WIDE, 8: _HALF}.get(target.lanes, ())

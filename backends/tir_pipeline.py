@@ -14,6 +14,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 from graphopt.backends.instructions import round_natively
+from graphopt.backends.integer_instructions import round_whole
 from graphopt.backends.table_instructions import look_up_natively
 
 NAME = "graphopt-cpu"
@@ -122,6 +123,7 @@ def _lower() -> tvm.transform.Pass:
             tir.VectorizeLoop(),
             round_natively,
             look_up_natively,
+            round_whole,
             tir.StorageRewrite(),
             blocks.HoistIfThenElse(),
             tir.UnrollLoop(),

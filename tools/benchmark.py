@@ -1,5 +1,5 @@
 """Time a model or artifact, alone or beside other runtimes: each in its own process, in turns, on the same cores; or
-a whole suite: of models, of kernels, or of models with fewer and fewer of their blocks, with gates or with early exits.
+a whole suite: of models, in float32 or quantized, of kernels, or of models with fewer blocks, gates, exits or codes.
 
 A row is valid when the side was as fast in turns as alone (within 5 %) and others took under 10 % of the CPUs; only
 valid rows are worth quoting.
@@ -25,8 +25,8 @@ from graphopt.tools.tuning.options import NONE, Tuning, add_tuning_options
 
 SUMMARY = "time a model, an artifact or a suite, alone or against other runtimes"
 DTYPES = ("f32", "bf16")
-SUITES = ("e2e", "kernels", "folding", "gating", "exits")
-TUNED = ("e2e", "kernels")  # suites whose kernels may be tuned
+SUITES = ("e2e", "kernels", "folding", "gating", "exits", "int8", "quantization")
+TUNED = ("e2e", "kernels", "int8")  # suites whose kernels may be tuned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         choices=SUITES,
-        help="in place of MODEL: whole models, kernels, or models with fewer blocks, with gates or with early exits",
+        help="in place of MODEL: whole models, kernels, or models with fewer blocks, gates or early exits, or in int8",
     )
     against = (
-        f"what to compare with: {', '.join(PEERS)}, {ALL} for those installed (default for --suite e2e), "
+        f"what to compare with: {', '.join(PEERS)}, {ALL} for those installed (default for --suite e2e and int8), "
         "or other artifacts, such as before.gopt"
     )
     parser.add_argument("--against", metavar="NAME,...", help=against)

@@ -47,13 +47,13 @@ _EXACT_TAPS = 514  # below which sums of products of 9 and 8 bits are exact in f
 def _convolution(lowering: Lowering, node: Node) -> Any:
     call, given = Call.of(lowering, node), arguments(node)
     strides, pads, dilations = (tuple(int(n) for n in given[name]) for name in ("stride", "padding", "dilation"))
-    window = Window(tuple(call.weight.shape[2:]), strides, pads, dilations)
+    window = Window(tuple(call.weight.shape[2:]), strides, pads[:2], dilations)  # shapes say how far it goes on
     groups, inputs, words = int(given["groups"]), int(call.weight.shape[1]), words_of(lowering.target)
     if groups > 1 and inputs == 1 and groups == call.weight.shape[0] and np.prod(window.taps) < _EXACT_TAPS:
         return _depthwise(lowering, node, call, window)
     if groups > 1 and inputs % words.codes:
         return _generic(lowering, node, call, window, groups)
-    return _direct(lowering, node, call, window, groups)
+    return _direct(lowering, node, call, window, groups, any(pads))
 
 
 def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> View:
@@ -72,12 +72,12 @@ def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> Vi
     )
 
 
-def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: int) -> View:
+def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: int, padded: bool) -> View:
     target, words = lowering.target, words_of(lowering.target)
     value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
     x = _channels_last(lowering, value, words.codes)
     filters, name = call.weight, f"qconv_{'x'.join(map(str, call.weight.shape))}"
-    begin, padded = ending(lowering, call, zero, 1), any(window.pads)
+    begin = ending(lowering, call, zero, 1)
     if window.taps == (1, 1) == window.strides and groups == 1 and not padded and x.contiguous:
         return packed_integer_product(lowering, node, x, filters.flatten(1), begin, name, _ORDER)
     whole = filters if groups > 1 else to_words(filters, words)  # channels beside each other in whole words

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,14 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.kernel import Code
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import convert, element_wise, like
-from graphopt.backends.operators.integer_products import codes_of, constants, stored_codes, zero_of
+from graphopt.backends.operators.integer_products import (
+    FURTHEST,
+    codes_of,
+    constants,
+    number_of,
+    stored_codes,
+    zero_of,
+)
 from graphopt.backends.rules import integer_batched_gemm
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.integer_batched_gemm import Operands
@@ -59,10 +67,11 @@ def _add(lowering: Lowering, node: Node) -> Lazy:
     left, right = (float(factor) for factor in quotients(pair.a_scale, pair.b_scale, pair.into.scale))
 
     def expression(a: Any, b: Any) -> Any:
-        a, b = ((x - like(x, zero)).astype("float32") for x, zero in zip((a, b), pair.zeros, strict=True))
-        return codes_of(a * like(a, left) + b * like(b, right), pair.into)
+        a, b = (number_of(x, zero) for x, zero in zip((a, b), pair.zeros, strict=True))
+        return codes_of(a * like(a, left) + b * like(b, right), pair.into, 255 * (left + right))
 
-    return element_wise(lowering, node, [given["a"], given["b"]], expression, "int32")
+    types = [DTYPES[given[name].meta["val"].dtype] for name in ("a", "b")]
+    return element_wise(lowering, node, [given["a"], given["b"]], expression, types)
 
 
 def _multiply(lowering: Lowering, node: Node) -> Lazy:
@@ -72,7 +81,7 @@ def _multiply(lowering: Lowering, node: Node) -> Lazy:
     def expression(a: Any, b: Any) -> Any:
         a, b = (x - like(x, zero) for x, zero in zip((a, b), pair.zeros, strict=True))
         number = (a * b).astype("float32")
-        return codes_of(number * like(number, factor), pair.into)
+        return codes_of(number * like(number, factor), pair.into, 255 * 255 * factor)
 
     return element_wise(lowering, node, [given["a"], given["b"]], expression, "int32")
 
@@ -97,12 +106,13 @@ def _matmul(lowering: Lowering, node: Node) -> Any:
     operands = [lowering.tensor(given[name]) for name in ("a", "b")]
     factor = float(product_factor(pair.a_scale, pair.b_scale, pair.into.scale))
     dtype = DTYPES[pair.into.dtype]
+    largest = math.inf if not isinstance(depth, int) else min(depth * FURTHEST**2, 2.0**31) * factor
 
     def begin(result: Any) -> Lazy:
         def element(kernel: Kernel, index: Index) -> Any:
             number = kernel.load(result, index).astype("float32")
             number = number * like(number, factor)
-            return number if pair.into.scale is None else convert(codes_of(number, pair.into), dtype)
+            return number if pair.into.scale is None else convert(codes_of(number, pair.into, largest), dtype)
 
         name = "dequantize" if pair.into.scale is None else "requantize"
         return Lazy(result.shape, dtype, (result,), element, name=name)

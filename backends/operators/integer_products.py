@@ -6,6 +6,7 @@ of the activations is not 0 costs one constant an output, -zero_point * (sum of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from graphopt.backends.operators.activations import FUNCTIONS
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import convert, like
 from graphopt.backends.rules.gemm import Configuration
-from graphopt.backends.rules.integer_gemm import Words, integer_gemm, offer, pack_words, words_of
+from graphopt.backends.rules.integer_gemm import Words, before_clip, integer_gemm, offer, pack_words, words_of
 from graphopt.backends.values import Index, Lazy, Product, Value, View
 from graphopt.errors import CompileError
 from graphopt.operators.requantization import Factors, Requantization
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
     from graphopt.backends.lowering import Lowering
 
+_WHOLE = 2.0**30  # numbers below are an int32 after rounding, with a zero point added too
+FURTHEST = 255  # codes lie from their zero point at most
 _CONSTANTS = (
     *("x_scale", "x_zero_point", "weight", "weight_scale", "bias", "scale", "zero_point"),
     *("residual_scale", "residual_zero_point"),
@@ -175,6 +178,7 @@ def ending(lowering: Lowering, call: Call, zero: int, axis: int) -> Callable[[An
     factor = lowering.weight(factors.product) if factors.product.ndim else float(factors.product)
     bias = None if factors.bias is None else lowering.weight(factors.bias)
     dtype, name = DTYPES[into.dtype], "dequantize" if into.scale is None else "requantize"
+    largest = _largest(call) if into.activation is None else math.inf
 
     def begin(result: Any) -> Lazy:
         def element(kernel: Kernel, index: Index) -> Any:
@@ -193,7 +197,7 @@ def ending(lowering: Lowering, call: Call, zero: int, axis: int) -> Callable[[An
                 number = number + added * like(number, float(factors.residual))  # type: ignore[arg-type]
             if into.activation is not None:
                 number = _in_steps(FUNCTIONS[into.activation](T.bind(number)), into)
-            return number if into.scale is None else convert(codes_of(number, into), dtype)
+            return number if into.scale is None else convert(codes_of(number, into, largest), dtype)
 
         read = [value for value in (offset, factor, bias, call.residual) if isinstance(value, (View, Lazy))]
         words = [name if into.activation is None else f"{into.activation.replace('-', '_')}_{name}"]
@@ -201,6 +205,17 @@ def ending(lowering: Lowering, call: Call, zero: int, axis: int) -> Callable[[An
         return Lazy(result.shape, dtype, (result, *read), element, name="_".join(reversed(words)))
 
     return begin
+
+
+def _largest(call: Call) -> float:
+    """A bound of the numbers that stand for sums which do not wrap around, in steps of the result's scale."""
+    sums = call.weight.flatten(1).double().abs().sum(1) * FURTHEST
+    sums = sums if call.bias is None else sums + call.bias.double().abs()
+    factors = call.factors
+    number = torch.clamp(sums, max=2.0**31) * factors.product.double()
+    number = number if factors.bias is None else number + factors.bias.abs()
+    number = number if factors.residual is None else number + FURTHEST * factors.residual
+    return float(number.max()) if bool(number.isfinite().all()) else math.inf
 
 
 def _in_steps(number: Any, into: Requantization) -> Any:
@@ -212,11 +227,43 @@ def _in_steps(number: Any, into: Requantization) -> Any:
     return number / like(number, float(scale))
 
 
-def codes_of(number: Any, into: Requantization) -> Any:
-    """Codes as whole float32 numbers; `tirx.round` rounds halves to even, `max` makes NaN qmin."""
-    whole = tirx.round(number)
-    whole = whole + like(whole, into.zero) if into.zero else whole
-    return tirx.min(tirx.max(whole, like(whole, into.qmin)), like(whole, into.qmax))
+def codes_of(number: Any, into: Requantization, largest: float = math.inf) -> Any:
+    """Codes as int32; `tirx.round` rounds halves to even. `largest` bounds the number, which is finite then.
+
+    Rounding keeps order and bounds are whole, so that a number that int32 may not hold is clipped before.
+    """
+    zero = into.zero
+    if largest < _WHOLE:
+        whole = tirx.round(number).astype("int32")
+        return clipped(whole + like(whole, zero) if zero else whole, into.qmin, into.qmax)
+    return rounded_between(number, into.qmin - zero, into.qmax - zero) + tirx.const(zero, "int32")
+
+
+def rounded_between(number: Any, low: int, high: int) -> Any:
+    """The nearest int32 from `low` to `high`, halves to even; `low` for NaN."""
+    least, most = like(number, low), like(number, high)
+    number = tirx.Select(number > least, number, least)
+    return tirx.round(tirx.Select(number < most, number, most)).astype("int32")
+
+
+def number_of(code: Any, zero: int) -> Any:
+    """code - zero in float32. Where the code has just been rounded it has not been an integer at all."""
+    inner, bounds = before_clip(code)
+    origin, cast = 0, inner
+    if isinstance(inner, tirx.Add) and isinstance(inner.b, tirx.IntImm):
+        origin, cast = int(inner.b.value), inner.a
+    if isinstance(cast, tirx.Cast) and getattr(getattr(cast.value, "op", None), "name", "") == "tirx.round":
+        low, high = (like(cast.value, bound - origin) for bound in bounds)
+        whole = cast.value
+        whole = tirx.Select(whole > low, whole, low)
+        whole = tirx.Select(whole < high, whole, high)
+        return whole + like(whole, origin - zero) if origin != zero else whole
+    whole = code.astype("int32")
+    return (whole - like(whole, zero) if zero else whole).astype("float32")
+
+
+def clipped(whole: Any, low: int, high: int) -> Any:
+    return tirx.min(tirx.max(whole, like(whole, low)), like(whole, high))
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

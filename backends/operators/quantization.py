@@ -16,6 +16,7 @@ from tvm import tirx
 from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import convert, dtype_of, element_wise, like, operand
+from graphopt.backends.operators.integer_products import rounded_between
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy, View, preferred_order
@@ -37,11 +38,15 @@ _OVER_ROWS = frozenset(
 
 def _quantize(lowering: Lowering, node: Node) -> Lazy:
     """NaN becomes qmin: it is not above it. LLVM's `tirx.round` rounds halves to even, a whole vector at once."""
-    x, scale, zero, axis, block, qmin, qmax, _, reciprocal = arguments(node).values()
-    compute = DTYPES[computed_in(x.meta["val"].dtype)]
+    x, scale, zero, axis, block, qmin, qmax, dtype, reciprocal = arguments(node).values()
+    compute, bytes_ = DTYPES[computed_in(x.meta["val"].dtype)], dtype in (torch.uint8, torch.int8)
 
     def expression(value: Any, step: Any, *zeros: Any) -> Any:
-        whole = tirx.round(value * (like(step, 1) / step) if reciprocal else value / step)
+        number = value * (like(step, 1) / step) if reciprocal else value / step
+        if bytes_ and all(isinstance(origin, tirx.FloatImm) for origin in zeros):
+            origin = int(zeros[0].value) if zeros else 0
+            return rounded_between(number, qmin - origin, qmax - origin) + tirx.const(origin, "int32")
+        whole = tirx.round(number)
         whole = whole + zeros[0] if zeros else whole
         least, most = like(whole, qmin), like(whole, qmax)
         whole = tirx.Select(whole > least, whole, least)

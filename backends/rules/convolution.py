@@ -480,12 +480,15 @@ class ConvolutionWriter:
         """The element-wise tree over each pixel and channel of the tile that exists."""
         per_group = self.panels // self.groups
         group, local = tirx.truncdiv(block.panel, int64(per_group)), tirx.truncmod(block.panel, int64(per_group))
-        first = number * self.choice.tile.rows
+        first, each = number * self.choice.tile.rows, self.choice.tile.rows
+        height, width, rows = self.shape[1], self.shape[2], self.choice.block_rows
+        known = isinstance(height, int) and isinstance(width, int)
+        whole = known and height % rows == 0 and rows * width % each == 0
         registers.write(
             self.result,
             self.end,
             self.output,
-            rows=block.pixels - first,
+            rows=each if whole else block.pixels - first,
             position=lambda r: block.first_pixel + first + r,
             first=local * self.columns,
             width=self.outputs_each,

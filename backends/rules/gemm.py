@@ -70,7 +70,7 @@ class Configuration:
 def configure(target: Target, rows: Size, n: int, k: int) -> Configuration:
     """The default for rows x K times K x N: the tile and shares with the least time of the longest share."""
     shares = _shares(target, rows, n, k)
-    return min(candidates(target, rows, n, k, shares), key=lambda choice: _cost(target, choice, rows, n, k))
+    return min(candidates(target, rows, n, k, shares), key=lambda choice: cost(target, choice, rows, n, k))
 
 
 def candidates(
@@ -92,7 +92,7 @@ def worth_timing(target: Target, rows: Size, n: int, k: int) -> list[Configurati
     costs: dict[Configuration, float] = {}
     for scale, doubt in ((1, 1.0), (0.5, UNUSUAL), (2, UNUSUAL)):
         for choice in candidates(target, rows, n, k, shares, scale):
-            costs.setdefault(choice, doubt * _cost(target, choice, rows, n, k))
+            costs.setdefault(choice, doubt * cost(target, choice, rows, n, k))
     return sorted(costs, key=lambda choice: costs[choice])
 
 
@@ -140,7 +140,7 @@ def _every_share(target: Target, rows: Size) -> list[tuple[int, int]]:
     return [(threads // panels, panels) for panels in range(1, threads + 1) if threads % panels == 0]
 
 
-def _cost(target: Target, choice: Configuration, rows: Size, n: int, k: int) -> float:
+def cost(target: Target, choice: Configuration, rows: Size, n: int, k: int) -> float:
     """Time of the longest share; rows known at run time are as often many as they are few."""
     tile, columns = choice.tile, choice.tile.vectors * target.lanes
     if not isinstance(rows, int):
@@ -229,6 +229,7 @@ class GemmWriter:
         self.n, self.lanes = int(result.shape[-1]), kernel.target.lanes
         self.row_count = product(result.shape[:-1])
         self.rows = kernel.size(self.row_count)
+        self.whole = isinstance(self.row_count, int) and self.row_count % self.tile.rows == 0  # no tile has rows less
 
     # Shares -----------------------------------------------------------------------------------------------------------
     def write(self) -> None:
@@ -287,7 +288,7 @@ class GemmWriter:
     def row_start(self, row: Any) -> Any:
         """Where a row of A lies; past the last one it is read again."""
         kernel, view = self.kernel, self.view
-        row = tirx.min(row, self.rows - 1)
+        row = row if self.whole else tirx.min(row, self.rows - 1)
         if view.contiguous:
             return row * int(view.shape[-1])
         index = kernel.index(view.shape, row=row, column=int64(0))
@@ -400,7 +401,7 @@ class _Step:
             gemm_.result,
             gemm_.end,
             gemm_.output,
-            rows=T.bind(gemm_.rows - self.first_row),
+            rows=self.tile.rows if gemm_.whole else T.bind(gemm_.rows - self.first_row),
             position=lambda r: self.first_row + r,
             first=T.bind(self.panel * gemm_.columns),
             width=gemm_.n,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,28 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
-from graphopt.backends.integer_instructions import multiply_quads, multiply_words
+from graphopt.backends.integer_instructions import PACKED, PACKED_LANES, multiply_quads, multiply_words, pack_codes
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.gemm import Configuration, GemmWriter, configure, pack_weight, worth_timing
-from graphopt.backends.rules.register_tile import RegisterTile, Tile
-from graphopt.backends.sizes import product
+from graphopt.backends.rules.gemm import (
+    Configuration,
+    GemmWriter,
+    candidates,
+    configure,
+    cost,
+    pack_weight,
+    worth_timing,
+)
+from graphopt.backends.rules.register_tile import RegisterTile, Tile, Writing
+from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.tuner.record import Workload
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "integer-gemm"
+_RAGGED = 1.3  # time of a product of few steps whose last tile has fewer rows
+_FEW_STEPS, _FEW_SUMS = 8, 12  # words of depth of a product whose epilogue costs more, vectors of sums of its tiles
+BYTES = {"uint8": (0, 255), "int8": (-128, 127)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,55 @@ class WordTile(RegisterTile):
             for c in range(self.tile.vectors):
                 total = self.words.multiply(self.values[r, c, whole], word, right(k, c, whole), self.lanes)
                 T.buffer_store(self.values, total, [r, c, whole])
+
+    def each_row(self, rows: Any, write: Callable[[Any], None]) -> None:
+        """Rows that all exist are written without a branch between them: the sums of a few steps cost less than one."""
+        if isinstance(rows, int):
+            super().each_row(rows, write)
+            return
+        with T.If(rows >= self.tile.rows):
+            with T.Then():
+                super().each_row(self.tile.rows, write)
+            with T.Else():
+                super().each_row(rows, write)
+
+    def _write_columns(self, r: int, columns: int, writing: Writing, begin: int = 0) -> None:
+        """Codes of several vectors are narrowed together, which clips them too; other numbers one vector at a time."""
+        if self.lanes == PACKED_LANES and writing.output.dtype in BYTES:
+            for count in PACKED:
+                while columns // self.lanes - begin >= count:
+                    self._write_codes(r, begin, count, writing)
+                    begin += count
+        super()._write_columns(r, columns, writing, begin)
+
+    def _write_codes(self, r: int, begin: int, count: int, writing: Writing) -> None:
+        """`count` vectors from `begin` on."""
+        output, whole = writing.output, tirx.Ramp(int64(0), int64(1), self.lanes)
+        limits = bounds = BYTES[output.dtype]
+        codes = self.kernel.registers(count, self.lanes, dtype="int32")
+        for number in range(count):
+            with self.kernel.vectorized(self.lanes) as lane:
+                value = writing.element(
+                    r, (begin + number) * self.lanes + lane, self.values[r, begin + number, lane]
+                ).astype(output.dtype)
+                code, bounds = before_clip(value)
+                T.buffer_store(codes, code, [number, lane])
+        packed = pack_codes([codes[number, whole] for number in range(count)], output.dtype)
+        for choose, bound, limit in zip((tirx.max, tirx.min), bounds, limits, strict=True):
+            if bound != limit:
+                packed = choose(packed, tirx.Broadcast(tirx.const(bound, output.dtype), self.lanes * count))
+        place = tirx.Ramp(writing.place(r, begin * self.lanes), int64(1), self.lanes * count)
+        T.buffer_store(output.flat, packed, [place])
+
+
+def before_clip(value: Any) -> tuple[Any, tuple[int, int]]:
+    """An int32 that becomes `value`, a byte, where it is clipped between these bounds."""
+    inner = value.value if isinstance(value, tirx.Cast) else None
+    if isinstance(inner, tirx.Min) and isinstance(inner.a, tirx.Max):
+        (code, low), high = (inner.a.a, inner.a.b), inner.b
+        if isinstance(low, tirx.IntImm) and isinstance(high, tirx.IntImm) and str(code.ty.dtype) == "int32":
+            return code, (int(low.value), int(high.value))
+    return value.astype("int32"), BYTES[str(value.ty.dtype)]
 
 
 def pack_words(weight: np.ndarray, columns: int, words: Words) -> np.ndarray:
@@ -125,13 +186,29 @@ def offer(target: Target, a: View, n: int, end: Any, write: Callable[[Configurat
     """What may be chosen for codes [..., K] times a weight [N, K], followed by the tree `end`."""
     words = words_of(target)
     rows, k = product(a.shape[:-1]), int(a.shape[-1]) // words.codes
+    usual = configure(target, rows, n, k) if k > _FEW_STEPS else _configure_few_steps(target, rows, n, k)
     parameters = {"rows": size_parameter(rows), "n": n, "k": k, "codes": words.codes, "contiguous": a.contiguous}
     return Choice(
         Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
-        configure(target, rows, n, k),
+        usual,
         lambda: worth_timing(target, rows, n, k),
         write,
     )
+
+
+@cache
+def _configure_few_steps(target: Target, rows: Size, n: int, k: int) -> Configuration:
+    """Tiles of fewer sums: those of few steps start before the ones before them are written, which hides latencies,
+    and LLVM then keeps the panel in the registers that are left."""
+    usual = configure(target, rows, n, k)
+    every = candidates(target, rows, n, k, [(usual.row_shares, usual.panel_shares)])
+    small = [choice for choice in every if choice.tile.rows * choice.tile.vectors <= _FEW_SUMS]
+    return min(small, key=lambda choice: _few_steps_cost(target, choice, rows, n, k))
+
+
+def _few_steps_cost(target: Target, choice: Configuration, rows: Size, n: int, k: int) -> float:
+    whole = isinstance(rows, int) and rows % choice.tile.rows == 0
+    return cost(target, choice, rows, n, k) * (1 if whole else _RAGGED)
 
 
 class _IntegerGemm(GemmWriter):

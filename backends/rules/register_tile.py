@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.instructions import multiply_pairs
@@ -24,9 +24,21 @@ from graphopt.backends.values import Product, View, inverse, permuted, placed_vi
 _MANY_ROWS = 840  # stands for a number of rows known at run time: a multiple of most tiles' rows
 _MOST_APART = 11  # rows with an address each
 _MOST_VECTORS = 6
-Store = Callable[[int, Any, Any], None]  # (row of the tile, column of the tile, value)
 _LATENCY = 8  # multiply-adds that two units start before the first is done
+_LINE = 64  # bytes of a cache line
 _TILE_STEPS = 12  # what starting and ending a tile costs, as steps of one multiply-add for each of its vectors
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where the element at a row and column of a tile is stored, and what its sum becomes there."""
+
+    output: Output
+    place: Callable[[int, Any], Any]
+    element: Callable[[int, Any, Any], Any]
+
+    def store(self, row: int, column: Any, total: Any) -> None:
+        self.output.store(self.place(row, column), self.element(row, column, total))
 
 
 @dataclass(frozen=True)
@@ -157,10 +169,9 @@ class RegisterTile:
         if output.dtype != "bool":  # bytes, whose addresses are not those of truth values
             buffers.insert(0, output.flat)
         for r in range(self.tile.rows):
-            for c in range(self.tile.vectors):
-                place = position(r) * width + first + c * self.lanes
-                for buffer in buffers:
-                    address = tirx.address_of(buffer[place])
+            for c, buffer in ((c, buffer) for c in range(self.tile.vectors) for buffer in buffers):
+                if c * self.lanes * _width(buffer) % _LINE < self.lanes * _width(buffer):  # the first of its line
+                    address = tirx.address_of(buffer[position(r) * width + first + c * self.lanes])
                     stores = int(buffer is output.flat)
                     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, stores, 3, 1))
 
@@ -182,13 +193,16 @@ class RegisterTile:
         last. Its columns begin at `before + first`; those from `before + width` on do not exist.
         """
 
-        def store(r: int, at: Any, value: Any) -> None:
-            column = before + first + at
-            self.kernel.define(result, lambda _: value)
-            index = self.kernel.index(end.shape, row=position(r), column=column)
-            output.store(position(r) * self.kernel.size(end.shape[-1]) + column, self.kernel.load(end, index))
+        def place(r: int, at: Any) -> Any:
+            return position(r) * self.kernel.size(end.shape[-1]) + (before + first + at)
 
-        self.each_row(rows, lambda r: self._write_row(r, first, width, store))
+        def element(r: int, at: Any, value: Any) -> Any:
+            self.kernel.define(result, lambda _: value)
+            index = self.kernel.index(end.shape, row=position(r), column=before + first + at)
+            return self.kernel.load(end, index)
+
+        writing = Writing(output, place, element)
+        self.each_row(rows, lambda r: self._write_row(r, first, width, writing))
 
     def each_row(self, rows: Any, write: Callable[[Any], None]) -> None:
         """Write the rows of the tile that exist, each by its number: registers have no other."""
@@ -200,45 +214,45 @@ class RegisterTile:
             with T.If(r < rows), T.Then():
                 write(r)
 
-    def _write_row(self, r: int, first: Any, width: Size, store: Store) -> None:
+    def _write_row(self, r: int, first: Any, width: Size, writing: Writing) -> None:
         """All vectors, or those of the last columns."""
         columns = self.tile.vectors * self.lanes
         if isinstance(width, int) and width % columns == 0:
-            self._write_columns(r, columns, store)
+            self._write_columns(r, columns, writing)
         elif isinstance(width, int) and width < columns:
-            self._write_columns(r, width, store)
+            self._write_columns(r, width, writing)
         else:
             with T.If(first + columns <= self.kernel.size(width)):
                 with T.Then():
-                    self._write_columns(r, columns, store)
+                    self._write_columns(r, columns, writing)
                 with T.Else():
                     if isinstance(width, int):
-                        self._write_columns(r, width % columns, store)
+                        self._write_columns(r, width % columns, writing)
                     else:
-                        self._write_some(r, self.kernel.size(width) - first, store)
+                        self._write_some(r, self.kernel.size(width) - first, writing)
 
-    def _write_some(self, r: int, columns: Any, store: Store) -> None:
+    def _write_some(self, r: int, columns: Any, writing: Writing) -> None:
         """Columns whose number is known at run time, one by one out of memory: sums in registers have no numbers."""
         row = self.kernel.registers(self.tile.vectors * self.lanes, dtype=self.dtype)
         for c in range(self.tile.vectors):
             with self.kernel.vectorized(self.lanes) as lane:
                 T.buffer_store(row, self.values[r, c, lane], [c * self.lanes + lane])
         with self.kernel.serial(columns) as at:
-            store(r, at, row[at])
+            writing.store(r, at, row[at])
         self.kernel.forget()
 
-    def _write_columns(self, r: int, columns: int, store: Store) -> None:
-        """Whole vectors; what is left of one goes in parts of 8, 4, 2 and 1 lanes."""
-        parts = [(c, 0, self.lanes) for c in range(columns // self.lanes)]
+    def _write_columns(self, r: int, columns: int, writing: Writing, begin: int = 0) -> None:
+        """Whole vectors from `begin` on; what is left of one goes in parts of 8, 4, 2 and 1 lanes."""
+        parts = [(c, 0, self.lanes) for c in range(begin, columns // self.lanes)]
         start, part = 0, self.lanes // 2
         while part:
             if columns % self.lanes & part:
                 parts.append((columns // self.lanes, start, part))
                 start += part
             part //= 2
-        for c, begin, count in parts:
+        for c, start, count in parts:
             with self.kernel.vectorized(count) as lane:
-                store(r, c * self.lanes + begin + lane, self.values[r, c, begin + lane])
+                writing.store(r, c * self.lanes + start + lane, self.values[r, c, start + lane])
 
 
 class PairTile(RegisterTile):
@@ -251,6 +265,11 @@ class PairTile(RegisterTile):
             for c in range(self.tile.vectors):
                 total = multiply_pairs(self.values[r, c, whole], pair, right(k, c, whole))
                 T.buffer_store(self.values, total, [r, c, whole])
+
+
+def _width(buffer: Any) -> int:
+    """Bytes of an element."""
+    return DataType(str(buffer.dtype)).itemsize
 
 
 def _read_in_place(end: Any) -> list[View]:

@@ -106,8 +106,8 @@ def qconv(
 ) -> Tensor:
     """x [N, C, H, W] by weight [O, C / groups, KH, KW]: [N, O, OH, OW] as `qlinear`; what is padded stands for 0.
 
-    weight_scale () or [O], bias [O], residual [N, O, OH, OW]; stride, padding and dilation give two numbers each.
-    Raises UsageError for operands that do not fit.
+    weight_scale () or [O], bias [O], residual [N, O, OH, OW]; stride, padding and dilation give two numbers each,
+    padding also four: above, left, below, right. Raises UsageError for operands that do not fit.
     """
     into = Requantization(scale, zero_point, activation, qmin, qmax, dtype, reciprocal)
     _check(x, weight, weight_scale, residual, residual_scale, into)
@@ -133,7 +133,9 @@ def _(
 def _convolved(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
-    return F.conv2d(x, weight, None, list(stride), list(padding), list(dilation), groups)
+    above, left, below, right = (*padding, *padding) if len(padding) == 2 else padding
+    wide = F.pad(x, (left, right, above, below))
+    return F.conv2d(wide, weight, None, list(stride), 0, list(dilation), groups)
 
 
 def _check(

@@ -37,9 +37,14 @@ class Codes:
         return dtype
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return (0, 255) if self.dtype == torch.uint8 else (-128, 127)
+
+    @property
     def largest(self) -> int:
         """The largest absolute value of code - zero."""
-        low, high = (0, 255) if self.dtype == torch.uint8 else (-128, 127)
+        low, high = self.bounds
         return max(high - self.zero, self.zero - low)
 
 
@@ -56,9 +61,15 @@ class Into:
 
     def equals(self, codes: Codes) -> bool:
         """Whether codes of these parameters stay as they are: all of them lie between the bounds."""
-        whole = (0, 255) if self.dtype == torch.uint8 else (-128, 127)
         same = bool(self.scale == codes.scale) and self.zero == codes.zero and self.dtype == codes.dtype
-        return same and (self.low, self.high) == whole
+        return same and (self.low, self.high) == codes.bounds
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """The codes of numbers, computed now."""
+        zero = torch.tensor(self.zero, dtype=self.dtype)
+        options = {"qmin": self.low, "qmax": self.high, "dtype": self.dtype, "reciprocal": self.reciprocal}
+        result: Tensor = QUANTIZE(numbers, self.scale, zero, **options)
+        return result
 
     def clipped(self, low: float | None, high: float | None) -> Into:
         """With the numbers clipped before they are rounded: rounding keeps order, so codes may be clipped instead."""

@@ -1,6 +1,7 @@
 """What happens to codes between products: moves, functions of one code, sums and products of two.
 
-- move: view(dequantize(x)) = dequantize(view(x)), for everything that only moves, repeats or picks the largest element.
+- move: view(dequantize(x)) = dequantize(view(x)), for everything that only moves, repeats or picks the largest element,
+  or pads with a number that has a code.
 - early: quantize(view(x)) = view(quantize(x)), for what neither repeats nor drops elements.
 - pair: quantize(dequantize(x)) with the same parameters is x.
 - table: quantize(f(dequantize(x))), f element by element, is a table of 256 codes, f of each code computed now, or x
@@ -39,6 +40,7 @@ from graphopt.passes.qdq_fusion.codes import (
     into_of,
     only_user,
 )
+from graphopt.passes.qdq_fusion.padding import is_constant_padding, padding_code
 from graphopt.passes.qdq_fusion.products import clip_of
 from graphopt.propagate import shape_key
 
@@ -51,7 +53,8 @@ MOVES = frozenset(
         *(aten.contiguous.default, aten.clone.default, aten.index_select.default, aten.gather.default),
         *(aten.pixel_shuffle.default, aten.channel_shuffle.default, aten.roll.default, aten.flip.default),
         *(aten.repeat.default, aten.max_pool2d.default, aten.amax.default, aten.amin.default),
-        *(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default),
+        *(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.pad.default, aten.constant_pad_nd.default),
+        *(getattr(aten, f"{kind}_pad{n}d").default for kind in ("reflection", "replication") for n in (1, 2)),
     }
 )
 REARRANGEMENTS = frozenset(
@@ -91,11 +94,12 @@ def move(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bo
         codes = codes_of(editor, source)
     else:
         return False
-    if codes is None:
+    code = None if codes is None or not is_constant_padding(node) else padding_code(editor, node, codes)
+    if codes is None or (is_constant_padding(node) and code is None):
         return False
 
     def build(builder: Builder) -> list[Node]:
-        return [_dequantize(builder, _moved_all(builder, way, {source: codes.node}), codes, constants)]
+        return [_dequantize(builder, _moved_all(builder, way, {source: codes.node}, code), codes, constants)]
 
     return editor.replace(rule, [node], build)
 
@@ -122,15 +126,18 @@ def _before_moves(node: Any) -> tuple[Node, list[Node]]:
     return node, way
 
 
-def _moved_all(builder: Builder, way: list[Node], values: dict[Node, Node]) -> Node:
+def _moved_all(builder: Builder, way: list[Node], values: dict[Node, Node], code: int | None = None) -> Node:
     """The last of these moves, of other values."""
     for node in way:
-        values[node] = _moved(builder, node, values)
+        values[node] = _moved(builder, node, values, code)
     return values[way[-1]]
 
 
-def _moved(builder: Builder, node: Node, values: dict[Node, Node]) -> Node:
-    """The same move of other values: what may be viewed as numbers may have to be copied as codes, and less of it."""
+def _moved(builder: Builder, node: Node, values: dict[Node, Node], code: int | None) -> Node:
+    """The same move of other values, padded with `code`: what may be viewed as numbers may have to be copied as codes,
+    and less of it."""
+    if code is not None:
+        return builder.call(aten.constant_pad_nd.default, values[node.args[0]], argument(node, "pad"), code)  # type: ignore[index]
     if node.target in (aten.view.default, aten._unsafe_view.default):
         return builder.call(aten.reshape.default, values[node.args[0]], node.args[1])  # type: ignore[index]
     return builder.repeat(node, values)
@@ -156,13 +163,16 @@ def _constant_codes(editor: GraphEditor, source: Any) -> Codes | None:
 
 
 def _move_parts(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bool:
-    """Parts of equal parameters, or of any where a quantize of the whole says which: each then has its own table."""
-    parts = [codes_of(editor, each) or _constant_codes(editor, each) for each in argument(node, "tensors")]
+    """Parts of equal parameters, or of any where a quantize of the whole says which: each then has its own table, or
+    codes made now where it is constant."""
+    sources = argument(node, "tensors")
+    parts = [codes_of(editor, each) or _constant_codes(editor, each) for each in sources]
+    numbers = [constant_number(editor, each) for each in sources]
     whole = only_user(node, lambda user: into_of(editor, user) is not None)
     given = [part for part in parts if part is not None]
-    if len(given) < len(parts):
+    if not given or any(part is None and number is None for part, number in zip(parts, numbers, strict=True)):
         return False
-    alike = all(_alike(part, given[0]) for part in given)
+    alike = len(given) == len(parts) and all(_alike(part, given[0]) for part in given)
     into = None if whole is None else into_of(editor, whole)
     if not alike and into is None:
         return False
@@ -172,8 +182,13 @@ def _move_parts(editor: GraphEditor, node: Node, rule: str, constants: Constants
             joined = builder.call(aten.cat.default, [part.node for part in given], argument(node, "dim"))
             return [_dequantize(builder, joined, given[0], constants)]
         assert into is not None
-        tables = [requantized(editor, builder, part, into) for part in given]
-        return [builder.call(aten.cat.default, tables, argument(node, "dim"))]
+        found = [
+            requantized(editor, builder, part, into)
+            if number is None and part is not None
+            else builder.constant(into.of(number.detach()))  # type: ignore[union-attr]
+            for part, number in zip(parts, numbers, strict=True)
+        ]
+        return [builder.call(aten.cat.default, found, argument(node, "dim"))]
 
     return editor.replace(rule, [node if alike or whole is None else whole], build, inner=[] if alike else [node])
 
@@ -190,7 +205,7 @@ def requantized(editor: GraphEditor, builder: Builder, codes: Codes, into: Into)
     """Codes with other parameters, by a table where they differ; those of a constant are computed now."""
     if into.equals(codes):
         return codes.node
-    table = _quantized(_numbers(codes), into)
+    table = into.of(_numbers(codes))
     if (held := editor.constant_value(codes.node)) is not None:
         return builder.constant(graphopt.table256.default(held, table))
     return builder.call(graphopt.table256.default, codes.node, builder.constant(table))
@@ -202,7 +217,7 @@ def _numbers(codes: Codes) -> Tensor:
 
 
 def _dequantize(builder: Builder, node: Node, codes: Codes, constants: Constants) -> Node:
-    low, high = (0, 255) if codes.dtype == torch.uint8 else (-128, 127)
+    low, high = codes.bounds
     scale, zero = constants.scale(builder, codes.scale), constants.zero(builder, codes.zero, codes.dtype)
     return builder.call(DEQUANTIZE, node, scale, zero, qmin=low, qmax=high, dtype=torch.float32)
 
@@ -228,7 +243,7 @@ def fuse_function(editor: GraphEditor, node: Node, rule: str) -> bool:
     if into is None or found is None:
         return False
     codes, chain, numbers = found
-    table = _quantized(_values(codes, chain, numbers, node.args[0]), into)
+    table = into.of(_values(codes, chain, numbers, node.args[0]))
     if table.dtype == codes.dtype and torch.equal(table, _every_code(codes.dtype)):
         return editor.replace(f"{rule}/pair", [node], lambda builder: [codes.node], inner=chain)
     source, way = _before_moves(codes.node) if only_user(codes.node) else (codes.node, [])
@@ -292,13 +307,6 @@ def _every_code(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.int32).to(dtype) if dtype == torch.uint8 else torch.arange(-128, 128).to(dtype)
 
 
-def _quantized(numbers: Tensor, into: Into) -> Tensor:
-    zero = torch.tensor(into.zero, dtype=into.dtype)
-    options = {"qmin": into.low, "qmax": into.high, "dtype": into.dtype, "reciprocal": into.reciprocal}
-    result: Tensor = QUANTIZE(numbers, into.scale, zero, **options)
-    return result
-
-
 def drop_guard(editor: GraphEditor, node: Node, rule: str) -> bool:
     """x in the place of masked_fill(x, isnan(x), value): no code of a finite scale stands for NaN."""
     if node.target not in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
@@ -334,7 +342,7 @@ def fuse_choice(editor: GraphEditor, node: Node, rule: str) -> bool:
                 chosen.append(requantized(editor, builder, code, into))
             else:
                 assert number is not None
-                chosen.append(builder.constant(_quantized(torch.as_tensor(number, dtype=torch.float32), into)))
+                chosen.append(builder.constant(into.of(torch.as_tensor(number, dtype=torch.float32))))
         return [builder.call(aten.where.self, condition, *chosen)]
 
     return editor.replace(rule, [node], build, inner=[source])

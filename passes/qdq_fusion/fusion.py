@@ -112,7 +112,8 @@ class QDQFusion(Pass):
             fusing.sweep(fusing.fuse)
             whole += from_codes_to_codes(editor)
             for survivor in survivors(editor, fusing.reasons):
-                editor.decline(f"{self.name}/conversion", survivor.node, survivor.reason)
+                kind = "fallback" if survivor.fallback else "conversion"
+                editor.decline(f"{self.name}/{kind}", survivor.node, survivor.reason)
                 left.append(survivor)
         fallbacks = [survivor for survivor in left if survivor.fallback]
         if whole:

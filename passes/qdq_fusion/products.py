@@ -31,6 +31,7 @@ from graphopt.passes.qdq_fusion.codes import (
     into_of,
     only_user,
 )
+from graphopt.passes.qdq_fusion.padding import unpadded
 from graphopt.propagate import shape_key
 
 aten, graphopt = torch.ops.aten, torch.ops.graphopt
@@ -84,6 +85,8 @@ def fuse_product(editor: GraphEditor, node: Node, rule: str, constants: Constant
     if depth > _DEEPEST:
         raise Refused(f"sums of {depth} products of codes may not fit int32")
     options = _options(node)
+    if options:
+        x, options["padding"] = _outside(x, node, options)
     bias, integer = _bias(editor, node, x, weight)
     tail = _tail(editor, node)
     operator = graphopt.qconv.default if node.target in CONVOLUTIONS else graphopt.qlinear.default
@@ -121,6 +124,16 @@ def _options(node: Node) -> dict[str, Any]:
             raise Refused('it is padded on one side more than on the other by "same"')
         padding = [total // 2 for total in reach]
     return {**found, "padding": _both(padding), "groups": argument(node, "groups")}
+
+
+def _outside(x: Codes, node: Node, options: Mapping[str, Any]) -> tuple[Codes, list[int]]:
+    """Images and their padding together with one that stands before the convolution: the same on both sides of each
+    axis, or above, left, below, right."""
+    taps = argument(node, "weight").meta["val"].shape[2:]
+    reach = [d * (int(t) - 1) + 1 for d, t in zip(options["dilation"], taps, strict=True)]
+    x, before = unpadded(x, reach)
+    total = [side + own for side, own in zip(before, [*options["padding"]] * 2, strict=True)]
+    return x, total[:2] if total[:2] == total[2:] else total
 
 
 def _both(numbers: Any) -> list[int]:

@@ -7,6 +7,9 @@
 Nobody else may read the value between, and no constant may have a second reader. t > 0 passes through relu. Where t are
 powers of two, every number in float32 is exactly what it was, times a power of two, unless it leaves the normal range.
 
+What a norm makes and others read as well, such as the residual path of BERT, may be divided by a multiplication of its
+own instead, in front of the products: a step of the loop that takes the codes.
+
 Source: Lin et al. 2023, "AWQ" (arXiv 2306.00978); Nagel et al. 2019 (arXiv 1906.04721), section 4.1.
 """
 
@@ -21,6 +24,7 @@ from torch.fx import Node
 
 from graphopt.edit import Builder, GraphEditor
 from graphopt.matcher import argument
+from graphopt.passes.mixed_precision import following
 from graphopt.passes.quantize.placement import unclamped
 from graphopt.passes.scale_folding import PRODUCTS, scaled_weight
 
@@ -35,32 +39,41 @@ _MULTIPLY = aten.mul.Tensor
 
 @dataclass(frozen=True)
 class Fold:
-    """`readers` are products that read `value`, whose `channels` along `axis` (from the end) `maker` can scale."""
+    """`readers` are products that read `value`, whose `channels` along `axis` (from the end) `maker` can scale.
+
+    Without a maker a multiplication is inserted before the readers.
+    """
 
     value: Node
-    maker: Node
+    maker: Node | None
     readers: tuple[Node, ...]
     channels: int
     axis: int
 
     @property
     def is_normed(self) -> bool:
-        return self.maker.target in NORMS
+        return self.maker is not None and self.maker.target in NORMS
 
 
-def find_folds(editor: GraphEditor, shared: Mapping[int, int]) -> Iterator[Fold]:
-    """Every fold of one graph; `shared` counts readers of weights, as `count_readers` gives them."""
+def find_folds(editor: GraphEditor, shared: Mapping[int, int], insert: bool = False) -> Iterator[Fold]:
+    """Every fold of one graph; `shared` counts readers of weights, as `count_readers` gives them.
+
+    `insert` is whether a multiplication may be inserted.
+    """
     for node in editor.nodes():
-        fold = fold_at(editor, node, shared)
+        fold = fold_at(editor, node, shared, insert)
         if fold is not None:
             yield fold
 
 
-def fold_at(editor: GraphEditor, value: Node, shared: Mapping[int, int]) -> Fold | None:
-    """The fold between `value` and all its readers, or None."""
+def fold_at(editor: GraphEditor, value: Node, shared: Mapping[int, int], insert: bool = False) -> Fold | None:
+    """The fold between `value` and its readers, all of them or, where `insert`, the products; or None."""
     readers = tuple(value.users)
-    if not readers or not all(_reads(editor, user, value, shared) for user in readers):
+    scaled = tuple(user for user in readers if _reads(editor, user, value, shared))
+    if not scaled:
         return None
+    if len(scaled) < len(readers):
+        return _inserted(value, scaled) if insert else None
     axes = {PRODUCTS[user.target].channels for user in readers}
     maker = _maker(editor, value)
     if maker is None or len(axes) != 1:
@@ -73,6 +86,14 @@ def fold_at(editor: GraphEditor, value: Node, shared: Mapping[int, int]) -> Fold
         return None
     channels = value.meta["val"].shape[axis]
     return Fold(value, maker, readers, channels, axis) if isinstance(channels, int) else None
+
+
+def _inserted(value: Node, readers: tuple[Node, ...]) -> Fold | None:
+    channels = value.meta["val"].shape[-1]
+    if value.target not in NORMS or len(argument(value, "normalized_shape")) != 1 or not isinstance(channels, int):
+        return None
+    last = all(PRODUCTS[user.target].channels == -1 for user in readers)
+    return Fold(value, None, readers, channels, -1) if last else None
 
 
 def _maker(editor: GraphEditor, value: Node) -> Node | None:
@@ -143,30 +164,57 @@ def apply(editor: GraphEditor, rule: str, fold: Fold, factors: Tensor) -> bool:
             editor.decline(rule, fold.value, found)
             return False
         new[argument(reader, PRODUCTS[reader.target].weight)] = found
-    if fold.is_normed:
-        for name in NORMS[fold.maker.target]:
-            if isinstance(node := argument(fold.maker, name), Node):
-                new[node] = _divided(editor, node, factors)
-    else:
-        operands = PRODUCTS[fold.maker.target]
-        found = scaled_weight(editor, fold.maker, 1 / own, "outputs", {})
-        if isinstance(found, str):
-            editor.decline(rule, fold.value, found)
-            return False
-        weight = argument(fold.maker, operands.weight)
-        if weight in new:
-            editor.decline(rule, fold.value, "its maker reads its own result's weight")
-            return False
-        new[weight] = found
-        bias = argument(fold.maker, operands.bias) if operands.bias else None
-        if isinstance(bias, Node):
-            new[bias] = _divided(editor, bias, factors)
+    if fold.maker is None:
+        return _insert(editor, rule, fold, factors, new)
+    made = _scaled_maker(editor, fold, fold.maker, factors, own)
+    if isinstance(made, str):
+        editor.decline(rule, fold.value, made)
+        return False
+    if new.keys() & made.keys():
+        editor.decline(rule, fold.value, "its maker reads its own result's weight")
+        return False
+    new |= made
     outputs = sorted(new)
 
     def build(builder: Builder) -> list[Node]:
         return [builder.constant(new[node]) for node in outputs]
 
     return editor.replace(rule, outputs, build, anchor=fold.value)
+
+
+def _scaled_maker(
+    editor: GraphEditor, fold: Fold, maker: Node, factors: Tensor, own: Tensor
+) -> dict[Node, Tensor] | str:
+    """New constants of the maker, or why there are none; `own` are the factors in the shape of the value."""
+    if fold.is_normed:
+        constants = [argument(maker, name) for name in NORMS[maker.target]]
+        return {node: _divided(editor, node, factors) for node in constants if isinstance(node, Node)}
+    operands = PRODUCTS[maker.target]
+    found = scaled_weight(editor, maker, 1 / own, "outputs", {})
+    if isinstance(found, str):
+        return found
+    new = {argument(maker, operands.weight): found}
+    bias = argument(maker, operands.bias) if operands.bias else None
+    if isinstance(bias, Node):
+        new[bias] = _divided(editor, bias, factors)
+    return new
+
+
+def _insert(editor: GraphEditor, rule: str, fold: Fold, factors: Tensor, weights: Mapping[Node, Tensor]) -> bool:
+    """The readers again, each where it stands, with their new weights and with what is divided once for all of them."""
+
+    def build(builder: Builder) -> list[Node]:
+        with builder.graph.inserting_before(following(fold.value)):
+            divided = builder.call(_MULTIPLY, fold.value, builder.constant((1 / factors).float()))
+        made = []
+        for reader in fold.readers:
+            weight = argument(reader, PRODUCTS[reader.target].weight)
+            with builder.graph.inserting_before(reader):
+                operands = {fold.value: divided, weight: builder.constant(weights[weight])}
+                made.append(builder.repeat(reader, operands))
+        return made
+
+    return editor.replace(rule, fold.readers, build, anchor=fold.value)
 
 
 def _divided(editor: GraphEditor, node: Node, factors: Tensor) -> Tensor:

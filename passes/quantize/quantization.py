@@ -32,6 +32,7 @@ from graphopt.passes.quantize.ignoring import ignored_nodes
 from graphopt.passes.quantize.placement import STARTS
 from graphopt.passes.quantize.scaling import Scaling
 from graphopt.passes.quantize.scheme import Activations, Scheme
+from graphopt.passes.quantize.smoothing import Smoothing
 from graphopt.passes.quantize.weights import Granularity, WeightForm
 from graphopt.program import Program
 
@@ -52,7 +53,7 @@ class Quantize(Pass):
     calibration: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
     percentile: float = 99.99
     algorithm: Literal["plain", "smoothquant", "awq"] = "plain"
-    migration_strength: float = 0.5
+    migration_strength: float | None = None
     equalization: bool = False
     power_of_two: bool = False
     bias_correction: bool = False
@@ -66,7 +67,7 @@ class Quantize(Pass):
             raise UsageError(f"group-size={self.group_size} must be 1 or more")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"percentile={self.percentile} must be over 50 and at most 100")
-        if not 0 <= self.migration_strength <= 1:
+        if self.migration_strength is not None and not 0 <= self.migration_strength <= 1:
             raise UsageError(f"migration-strength={self.migration_strength} must be from 0 to 1")
         for option in ("max_drop", "size_budget", "latency_budget"):
             value = getattr(self, option)
@@ -105,17 +106,19 @@ class Quantize(Pass):
         own: Granularity = "per-group" if self.weights in ("int4", "nf4") else "per-channel"
         return WeightForm(self.weights, own if self.granularity == "auto" else self.granularity, self.group_size)
 
+    def _activation_form(self, context: PassContext) -> ActivationForm:
+        return ActivationForm(not context.target.startswith("cpu") if self.symmetric is None else self.symmetric)
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         fit, choosing, notes = self._samples(program, context)
         floats = {name: f"ignored={entry} names it" for name, entry in ignored_nodes(program, self.ignored).items()}
         folded = self._folded(program, context, fit)
-        on_cpu = context.target.startswith("cpu")
         scheme = Scheme(
             program=folded.program,
             activations=self._activations(),
-            form=ActivationForm(not on_cpu if self.symmetric is None else self.symmetric),
+            form=self._activation_form(context),
             weight=self._weight_form(),
-            whole_sums=on_cpu,
+            whole_sums=context.target.startswith("cpu"),
             floats=floats,
         )
         if scheme.activations == "int8":
@@ -145,14 +148,15 @@ class Quantize(Pass):
 
     def _folded(self, program: Program, context: PassContext, fit: Iterable[Sample]) -> PassResult:
         """The same function with weights and values that are easier to quantize."""
-        results = [PassResult(program)]
+        results, form = [PassResult(program)], self._weight_form()
         scaling = Scaling(self.power_of_two)
         if self.equalization:
             results.append(scaling.equalized(program, context))
         now = results[-1].program
         if self.algorithm == "smoothquant":
-            results.append(scaling.smoothed(now, context, fit, self.migration_strength))
-        form = self._weight_form()
+            codes = form, self._activations(), self._activation_form(context)
+            smoothing = Smoothing(self.migration_strength, self.power_of_two, *codes)
+            results.append(smoothing.run(now, context, fit))
         if self.algorithm == "awq" and form is not None:
             results.append(scaling.searched(now, context, fit, form))
         rewrites = tuple(item for result in results for item in result.rewrites)

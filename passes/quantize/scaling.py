@@ -2,8 +2,6 @@
 
 - equalization: the ranges of weights on both sides of a pair of layers become equal, t = sqrt(r1 / r2) (Nagel et al.
   2019, arXiv 1906.04721, equation 11);
-- smoothquant: what is hard in activations goes to weights, t = max|x|^a / max|w|^(1 - a) (Xiao et al. 2022, arXiv
-  2211.10438, equation 4);
 - awq: t = mean|x|^r for the r of 0, 1/20, ..., 19/20 with the least squared error of the readers' results with their
   weights in codes (Lin et al. 2023, arXiv 2306.00978, section 3.2). r = 0 is plain rounding, so nothing gets worse on
   the rows that are kept for it.
@@ -19,7 +17,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.contract import PassContext, PassResult
-from graphopt.data.accumulators import Accumulator, Moments, Statistics
 from graphopt.data.dataset import Sample
 from graphopt.data.statistics import observe
 from graphopt.edit import Edit, GraphEditor
@@ -65,30 +62,13 @@ class Scaling:
     def equalized(self, program: Program, context: PassContext) -> PassResult:
         """Every pair of layers with equal ranges, front to back."""
         edit = Edit(program, context, "quantize")
-        for editor, fold in _each(edit):
+        for editor, fold in each_fold(edit):
             if fold.is_normed:
                 continue
+            assert fold.maker is not None
             made, read = output_rows(editor, fold.maker), input_columns(editor, fold)
             factors = torch.where((made > 0) & (read > 0), (made / read).sqrt(), 1.0)
-            apply(editor, "quantize/equalization", fold, self._usable(factors))
-        return edit.finish()
-
-    def smoothed(
-        self, program: Program, context: PassContext, samples: Iterable[Sample], strength: float
-    ) -> PassResult:
-        """SmoothQuant with migration strength `strength` wherever it folds."""
-        edit = Edit(program, context, "quantize")
-        folds = {editor.full_name(fold.value): fold for editor in edit.graphs() for fold in _folds(editor, edit)}
-        moments: dict[str, list[Accumulator]] = {name: [Moments(fold.axis)] for name, fold in folds.items()}
-        observe(program, moments, samples)
-        for editor, fold in _each(edit):
-            seen = moments[editor.full_name(fold.value)][0].result()
-            if not isinstance(seen, Statistics):
-                editor.decline("quantize/smoothquant", fold.value, "no sample reaches it")
-                continue
-            largest, read = seen.absolute_maximum, input_columns(editor, fold)
-            factors = torch.where((largest > 0) & (read > 0), largest**strength / read ** (1 - strength), 1.0)
-            apply(editor, "quantize/smoothquant", fold, self._usable(factors))
+            apply(editor, "quantize/equalization", fold, usable(factors, self.power_of_two))
         return edit.finish()
 
     def searched(
@@ -97,11 +77,14 @@ class Scaling:
         """AWQ for weights in `form`, wherever it folds between products with features last."""
         edit = Edit(program, context, "quantize")
         names = [
-            editor.full_name(fold.value) for editor in edit.graphs() for fold in _folds(editor, edit) if fold.axis == -1
+            editor.full_name(fold.value)
+            for editor in edit.graphs()
+            for fold in folds_of(editor, edit)
+            if fold.axis == -1
         ]
         rows = {name: Rows() for name in names}
         observe(program, {name: [item] for name, item in rows.items()}, samples)
-        for editor, fold in _each(edit):
+        for editor, fold in each_fold(edit):
             name = editor.full_name(fold.value)
             if name not in rows:
                 editor.decline("quantize/awq", fold.value, "its channels are not the last axis")
@@ -121,15 +104,17 @@ class Scaling:
         best, least = (0.0, torch.ones_like(size)), float("inf")
         for step in range(GRID):
             factors = size.clamp(min=SMALLEST) ** (step / GRID)
-            factors = self._usable(factors / (factors.max() * factors.min()).sqrt())
+            factors = usable(factors / (factors.max() * factors.min()).sqrt(), self.power_of_two)
             error = sum(_error(editor, reader, rows, factors, form) for reader in fold.readers)
             if error < least:
                 best, least = (step / GRID, factors), error
         return best
 
-    def _usable(self, factors: Tensor) -> Tensor:
-        clamped = factors.clamp(SMALLEST, LARGEST)
-        return power_of_two(clamped) if self.power_of_two else clamped
+
+def usable(factors: Tensor, exact: bool) -> Tensor:
+    """Within bounds, and powers of two where `exact`."""
+    clamped = factors.clamp(SMALLEST, LARGEST)
+    return power_of_two(clamped) if exact else clamped
 
 
 def _error(editor: GraphEditor, reader: Node, rows: Tensor, factors: Tensor, form: WeightForm) -> float:
@@ -148,15 +133,16 @@ def _error(editor: GraphEditor, reader: Node, rows: Tensor, factors: Tensor, for
     return float((rows.double() @ difference).square().mean())
 
 
-def _folds(editor: GraphEditor, edit: Edit) -> Iterator[Fold]:
-    return find_folds(editor, count_readers(edit.original))
+def folds_of(editor: GraphEditor, edit: Edit, insert: bool = False) -> Iterator[Fold]:
+    """Every fold of one graph of an edit that has changed nothing yet."""
+    return find_folds(editor, count_readers(edit.original), insert)
 
 
-def _each(edit: Edit) -> Iterator[tuple[GraphEditor, Fold]]:
+def each_fold(edit: Edit, insert: bool = False) -> Iterator[tuple[GraphEditor, Fold]]:
     """Every fold as it is when its turn comes: those before it have changed its constants."""
     shared = count_readers(edit.original)
     for editor in list(edit.graphs()):
-        for value in [fold.value for fold in find_folds(editor, shared)]:
-            fold = fold_at(editor, value, shared)
+        for value in [fold.value for fold in find_folds(editor, shared, insert)]:
+            fold = fold_at(editor, value, shared, insert)
             if fold is not None:
                 yield editor, fold

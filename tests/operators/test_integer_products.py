@@ -67,6 +67,15 @@ def test_images_are_padded_with_what_stands_for_zero() -> None:
     assert torch.equal(found[0], whole.float())
 
 
+def test_sides_may_be_padded_unequally() -> None:
+    x, w = codes(2, 3, 5, 6), codes(4, 3, 3, 2, dtype=torch.int8, seed=1)
+    given = (ONE, zero(131), w, ONE, None, None, None, None, None, None)
+    options = {"stride": [2, 1], "dilation": [1, 2]}
+    found = qconv(x, *given, padding=[0, 1, 2, 0], **options, **NUMBER)
+    wide = torch.nn.functional.pad(x, (1, 0, 0, 2), value=131)
+    assert torch.equal(found, qconv(wide, *given, padding=[0, 0], **options, **NUMBER))
+
+
 def test_halves_round_to_even_and_zero_points_are_added_after() -> None:
     x, w = torch.arange(8, dtype=torch.uint8)[:, None], torch.ones(1, 1, dtype=torch.int8)
     given = (ONE, None, w, ONE, None, torch.tensor(2.0), zero(7), None, None, None)

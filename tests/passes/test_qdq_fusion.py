@@ -149,6 +149,47 @@ def test_convolution_pool_and_sum() -> None:
     assert "0 at a fallback" in result.notes[-1]
 
 
+@pytest.mark.parametrize(
+    ("sides", "options", "padding"),
+    [
+        ((0, 1, 0, 1), {"stride": 2}, [0, 0, 1, 1]),
+        ((1, 1, 2, 2), {}, [2, 1]),
+        ((2, 0, 1, 0), {"padding": 1, "dilation": 2}, [2, 3, 1, 1]),
+        ((0, 1, 1, 0), {"groups": 3, "stride": 2}, [1, 0, 0, 1]),
+        ((3, 0, 0, 0), {}, None),  # further than the window reaches
+        ((-1, 0, 0, 0), {}, None),
+        ((0, 0, 0, 0, 6, 0), {"channels": 6}, None),
+    ],
+)
+def test_what_is_padded_before_a_convolution_is_its_own_padding(
+    sides: tuple[int, ...], options: dict[str, int], padding: list[int] | None
+) -> None:
+    def run(m: Quantized, x: Tensor) -> Tensor:
+        given = {name: value for name, value in options.items() if name != "channels"}
+        return m.q(F.conv2d(F.pad(m.qd(x), sides), m.w(), m.bias, **given))
+
+    module = Quantized(run, **weights(6, 12 // options.get("groups", 1), 3, 3))
+    images = torch.randn(2, 12 - options.get("channels", 0), 9, 9, generator=torch.Generator().manual_seed(0)) * 3
+    program, after, result = fused(module, images)
+    assert torch.equal(program(images)[0], after(images)[0]) and "0 at a fallback" in result.notes[-1]
+    kept = [] if padding else ["aten.constant_pad_nd"]
+    assert names(after) == ["graphopt.quantize", *kept, "graphopt.qconv"]
+    (node,) = [n for n in after.nodes() if "qconv" in str(n.target)]
+    assert node.kwargs["padding"] == (padding or [0, 0])
+
+
+def test_padding_with_a_number_that_has_a_code_is_exact(x: Tensor) -> None:
+    def run(m: Quantized, x: Tensor) -> Any:
+        ends = [m.q(F.pad(m.qd(x), (1, 2), value=value)) for value in (0.0, 3.5, 0.07, -1e9)]
+        other = m.q(F.pad(m.qd(x), (1, 2), value=0.07), "fine")  # no code of the first scale stands for it
+        return *ends, m.q(F.pad(m.qd(x[None]), (2, 1), "reflect")), other
+
+    program, after, result = fused(Quantized(run), x)
+    assert all(torch.equal(a, b) for a, b in zip(program(x), after(x), strict=True))
+    assert names(after).count("graphopt.dequantize") == 1
+    assert "pad has no form on codes" in result.notes[-1]
+
+
 def test_moves_and_chains_are_exact(x: Tensor) -> None:
     def run(m: Quantized, x: Tensor) -> Any:
         moved = m.q(m.qd(x).reshape(5, 4, 6).transpose(1, 2))
@@ -298,3 +339,19 @@ def test_narrow_bounds_are_kept(x: Tensor) -> None:
     _, after, _ = fused(module, x)
     found = after(x)[0]
     assert (int(found.min()), int(found.max())) == (3, 127)
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [(None, 120), (0.5, 130), (0.51, None)],
+)
+def test_codes_are_padded_where_one_stands_for_what_they_are_padded_with(value: float | None, code: int | None) -> None:
+    def run(m: Quantized, x: Tensor) -> Tensor:
+        return m.q(F.conv2d(F.pad(m.qd(x), (0, 1, 0, 1), "constant", value), m.w(), m.bias, stride=2))
+
+    _, after, result = fused(Quantized(run, **weights(8, 4, 3, 3)), torch.randn(2, 4, 8, 8))
+    assert ("graphopt.qconv" in names(after)) is (code is not None)
+    assert (" 0 at a fallback" in result.notes[-1]) is (code is not None)
+    for node in after.nodes():
+        if str(node.target) == "aten.constant_pad_nd.default":
+            assert node.args[2] == code

@@ -174,7 +174,8 @@ def test_verbose_counts_operators(cli: Cli) -> None:
 
 def test_what_was_taken_back_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
     from graphopt.tools.optimize import print_passes
-    from tests.test_explain import Doubling, report_of
+    from tests.test_explain import report_of
+    from tests.test_explain_taken_back import Doubling
 
     print_passes(report_of(lambda model, x: x.relu() + x.sin().relu(), Doubling()))
     assert "doubling  rolled back      2  relu  wrong on its own: " in capsys.readouterr().out

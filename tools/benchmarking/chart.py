@@ -13,6 +13,7 @@ Report = Mapping[str, Any]
 
 COLOURS = {
     "graphopt": "#0b57d0",
+    "graphopt-f32": "#8ab4f8",
     "onnxruntime": "#e8710a",
     "openvino": "#7b1fa2",
     "inductor": "#c5221f",

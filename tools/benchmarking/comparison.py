@@ -53,11 +53,16 @@ def compile_to(program: Program, folder: Path, settings: Settings) -> str:
     """The path of the artifact of `program` at O2 with its products in the dtype, for a thread for each core."""
     import graphopt
 
-    path = str(folder / "model.gopt")
-    options = settings.tuning.options()
     passes = "O2" if settings.dtype == "f32" else f"O2,mixed-precision{{dtype={settings.dtype}}}"
-    optimized = graphopt.optimize(program, passes, database=options["database"]).program
-    graphopt.compile(optimized, threads=len(settings.cores), **options).save(path)
+    optimized = graphopt.optimize(program, passes, database=settings.tuning.options()["database"]).program
+    return save_compiled(optimized, str(folder / "model.gopt"), settings)
+
+
+def save_compiled(optimized: Program, path: str, settings: Settings) -> str:
+    """`path`, with the artifact of a program as it is."""
+    import graphopt
+
+    graphopt.compile(optimized, threads=len(settings.cores), **settings.tuning.options()).save(path)
     return path
 
 

@@ -82,16 +82,17 @@ def minilm() -> Subject:
 def char_lm() -> Subject:
     from graphopt.tools.benchmarking.char_lm import case
 
-    return _trained(case(SEED), "negative perplexity")
+    return from_case(case(SEED), "negative perplexity")
 
 
 def digits_vit() -> Subject:
     from graphopt.tools.benchmarking.digits_vit import case
 
-    return _trained(case(SEED), "accuracy")
+    return from_case(case(SEED), "accuracy")
 
 
-def _trained(case: Any, name: str) -> Subject:
+def from_case(case: Any, name: str) -> Subject:
+    """A trained network, with its metric by this name as the only figure; one sample is timed."""
     from graphopt.data.metric import measure, open_metric
 
     metric = open_metric(case.metric)

@@ -16,8 +16,8 @@ from graphopt.tools.table import format_bytes, format_shape, format_table
 Array = np.ndarray[Any, Any]
 BUSY = 0.1  # share of the CPUs that others may take before no row is valid
 AGREE = 1e-3  # largest error of an output, relative to its largest value, that still counts as the same result
-AGREE_IN = {"f32": AGREE, "bf16": 5e-2}  # the same where products are of narrow numbers
-NAMES = {"f32": "float32", "bf16": "products in bfloat16"}
+AGREE_IN = {"f32": AGREE, "bf16": 5e-2, "int8": 0.5}  # the same where products are of narrow numbers
+NAMES = {"f32": "float32", "bf16": "products in bfloat16", "int8": "products of 8-bit codes"}
 
 
 def build_report(

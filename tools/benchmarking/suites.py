@@ -16,6 +16,7 @@ from graphopt.tools.benchmarking.peers import ALL, check_peers
 from graphopt.tools.output_file import check_suffix, replace_file
 from graphopt.tools.table import wants_text, write_json
 
+QUANTIZED = ("onnxruntime", "openvino")  # that take a QDQ file
 CHART = ".png"
 STDOUT = "-"
 
@@ -67,8 +68,10 @@ def check_needed(arguments: argparse.Namespace) -> None:
     try:
         import torch  # noqa: F401 - every suite captures models
 
-        if arguments.suite == "e2e":
+        if arguments.suite in ("e2e", "int8"):
             import transformers  # noqa: F401
+        if arguments.suite == "int8":
+            import onnxruntime  # noqa: F401
         if arguments.chart is not None:
             check_suffix(arguments.chart, (CHART,))
             import matplotlib  # noqa: F401
@@ -133,6 +136,19 @@ def gating_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     return networks_suite(partial(gating.run_gating, cases, settings), gating, draw_gating)
 
 
+def int8_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import int8_summary
+    from graphopt.tools.benchmarking.chart import draw_models
+    from graphopt.tools.benchmarking.int8 import NAMES, run_int8
+    from graphopt.tools.benchmarking.models import MODELS, choose_models
+
+    peers = check_peers(",".join(QUANTIZED) if arguments.against in (None, ALL) else arguments.against)
+    if others := [peer for peer in peers if peer not in QUANTIZED]:
+        raise UsageError(f"{others[0]} takes no QDQ file; --suite int8 stands beside {', '.join(QUANTIZED)}")
+    names = choose_models(arguments.models, {name: MODELS[name] for name in NAMES})
+    return networks_suite(lambda publish: run_int8(names, peers, settings, publish), int8_summary, draw_models)
+
+
 def exits_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     from graphopt.tools.benchmarking import exits
     from graphopt.tools.benchmarking.exits_cases import CASES
@@ -140,6 +156,15 @@ def exits_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
 
     cases = chosen_networks(arguments, CASES, "the whole network")
     return networks_suite(partial(exits.run_exits, cases, settings), exits, draw_exits)
+
+
+def quantization_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import quantization
+    from graphopt.tools.benchmarking.quantization_cases import CASES
+    from graphopt.tools.benchmarking.quantization_chart import draw_quantization
+
+    cases = chosen_networks(arguments, CASES, "the float32 network")
+    return networks_suite(partial(quantization.run_quantization, cases, settings), quantization, draw_quantization)
 
 
 def chosen_networks(arguments: argparse.Namespace, cases: Mapping[str, T], beside: str) -> dict[str, T]:
@@ -169,4 +194,6 @@ SUITES: Mapping[str, Callable[[argparse.Namespace, Settings], Suite]] = {
     "folding": folding_suite,
     "gating": gating_suite,
     "exits": exits_suite,
+    "int8": int8_suite,
+    "quantization": quantization_suite,
 }

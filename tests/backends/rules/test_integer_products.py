@@ -118,7 +118,7 @@ def test_sums_do_not_saturate(target: str) -> None:
 class Images(nn.Module):
     """1 x 1, strided, padded with a zero point that is not 0, dilated, grouped, depthwise; few and odd channels."""
 
-    CASES: tuple[tuple[int, int, int, Mapping[str, int]], ...] = (
+    CASES: tuple[tuple[int, int, int, Mapping[str, Any]], ...] = (
         (16, 24, 1, {}),
         (16, 8, 1, {"stride": 2}),
         (3, 16, 5, {"stride": 2, "padding": 2}),
@@ -128,6 +128,10 @@ class Images(nn.Module):
         (16, 32, 3, {"padding": 1, "groups": 4}),
         (12, 12, 3, {"padding": 1, "groups": 4}),
         (512, 40, 3, {"padding": 1}),
+        (24, 24, 3, {"padding": [0, 0, 1, 1], "stride": 2, "groups": 24}),
+        (3, 16, 3, {"padding": [0, 1, 2, 0], "stride": 2}),
+        (16, 8, 1, {"padding": [0, 0, 0, 1]}),
+        (12, 12, 3, {"padding": [2, 0, 0, 1], "groups": 4}),
     )
 
     def __init__(self) -> None:
@@ -149,7 +153,8 @@ class Images(nn.Module):
         found = []
         parameters = zip(self.weights, self.scales, self.biases, self.CASES, strict=True)
         for weight, scales, bias, (inputs, _, _, given) in parameters:
-            options = {name: [given.get(name, other)] * 2 for name, other in _DEFAULTS.items()}
+            options = {name: given.get(name, other) for name, other in _DEFAULTS.items()}
+            options = {name: value if isinstance(value, list) else [value] * 2 for name, value in options.items()}
             operands = (x[:, :inputs], self.step, self.zero, weight, scales, bias)
             result = (self.into, self.zero, None, None, None)
             found.append(qconv(*operands, *result, **options, groups=given.get("groups", 1), **BYTE))

@@ -14,11 +14,15 @@ from graphopt.contract import PassContext, PassResult
 from graphopt.data.dataset import Sample, open_data
 from graphopt.data.metric import measure, open_metric
 from graphopt.passes.quantize import Quantize
+from graphopt.passes.quantize.activations import ActivationForm
 from graphopt.passes.quantize.scaling import ROWS, Rows, Scaling
+from graphopt.passes.quantize.smoothing import Smoothing
 from graphopt.passes.quantize.weights import WeightForm
 from graphopt.program import Program
 from tests.models import program as model
 from tests.passes.checking import captured
+
+aten = torch.ops.aten
 
 
 class Block(nn.Module):
@@ -67,13 +71,20 @@ def cases() -> dict[str, Program]:
     }
 
 
-def fold(program: Program, algorithm: str, exact: bool = True, context: PassContext | None = None) -> PassResult:
+def fold(
+    program: Program,
+    algorithm: str,
+    exact: bool = True,
+    context: PassContext | None = None,
+    strength: float | None = 0.5,
+) -> PassResult:
     scaling, context = Scaling(power_of_two=exact), context or PassContext()
     samples = [Sample(tuple(program.examples))]
     if algorithm == "equalization":
         return scaling.equalized(program, context)
     if algorithm == "smoothquant":
-        return scaling.smoothed(program, context, samples, 0.5)
+        codes = WeightForm("int8", "per-channel"), "int8", ActivationForm()
+        return Smoothing(strength, exact, *codes).run(program, context, samples)
     return scaling.searched(program, context, samples, WeightForm("int4", "per-group", 16))
 
 
@@ -143,8 +154,63 @@ class Shared(nn.Module):
 
 def test_what_others_read_is_not_scaled() -> None:
     program = captured(Shared().eval(), torch.randn(3, 8))
-    for algorithm in ("equalization", "smoothquant"):
-        assert not fold(program, algorithm).rewrites
+    assert not fold(program, "equalization").rewrites
+    (only,) = fold(program, "smoothquant").rewrites
+    assert only.id == "quantize/smoothquant@layer_norm"
+
+
+class Residual(nn.Module):
+    """As in BERT: what the norm makes is read by two products and by the sum behind them."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.norm, self.q, self.k = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+        with torch.no_grad():
+            self.norm.weight[[3, 17]] = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y + self.q(y) * self.k(y)
+
+
+def residual(gain: float) -> Program:
+    torch.manual_seed(0)
+    return captured(uneven(Residual(gain), 0.1), torch.randn(4, 16, 32))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_multiplication_divides_what_a_residual_path_keeps() -> None:
+    program = residual(40.0)
+    result = fold(program, "smoothquant")
+    multiplications = [
+        [node.target for node in item.nodes()].count(aten.mul.Tensor) for item in (program, result.program)
+    ]
+    assert multiplications == [1, 2]  # one for both products
+    for inputs in (program.examples, tuple(torch.randn_like(value) * 5 for value in program.examples)):
+        assert torch.equal(result.program(*inputs)[0], program(*inputs)[0])
+    (before,), (after,) = (
+        program(*program.examples),
+        fold(program, "smoothquant", exact=False).program(*program.examples),
+    )
+    assert float((before - after).abs().max()) <= 3e-6 * float(before.abs().max())
+
+
+def test_a_multiplication_has_to_halve_the_error() -> None:
+    assert fold(residual(40.0), "smoothquant", strength=None).rewrites
+    even = fold(residual(1.0), "smoothquant", strength=None)
+    assert not even.rewrites
+    assert [item.reason for item in even.declined] == ["no strength has clearly less error than none"]
+
+
+@pytest.mark.parametrize("activations", ["int8", "dynamic-int8"])
+def test_the_searched_strength_is_about_as_good_as_the_best_that_is_given(activations: str) -> None:
+    program = outliers()
+    options = {"algorithm": "smoothquant", "activations": activations}
+    found, weak, *given = (
+        snr(run(program, **options, migration_strength=strength), program, "x")
+        for strength in (None, 0.1, 0.5, 0.7, 0.9)
+    )
+    assert found > max(given) - 1.5 and found > weak + 3
 
 
 def test_equalization_makes_ranges_equal() -> None:
