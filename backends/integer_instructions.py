@@ -43,6 +43,16 @@ def pack_codes(vectors: list[Any], dtype: str) -> Any:
     return tirx.call_pure_extern(f"{dtype}x{PACKED_LANES * len(vectors)}", name, *vectors)
 
 
+def turned(codes: Any) -> Any:
+    """64 bytes with words 0, 4, 8, 12, 1, 5 and so on beside each other: what `joined` takes from parts of 128 bits."""
+    return tirx.call_pure_extern("uint8x64", "graphopt_turn", codes)
+
+
+def joined(a: Any, b: Any, unit: int, upper: int) -> Any:
+    """Units of 1 or 2 bytes of two vectors in turn, of the lower or upper half of each 128 bits: VPUNPCK."""
+    return tirx.call_pure_extern("uint8x64", f"graphopt_join_{unit}_{upper}", a, b)
+
+
 @tirx.transform.prim_func_pass(opt_level=0)
 def round_whole(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
     """What is rounded in float32 and cast to int32 becomes a call, once loops are vectors."""
@@ -61,7 +71,9 @@ def _whole(cast: Any) -> Any:
 def integer_definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
     rounding = "".join(map(_rounding, _ROUNDED))
-    return rounding + _packing(target) + _products(target)
+    native = target.architecture in _WIDE
+    interleaving = _interleaving(native) if target.quads else ""
+    return rounding + _packing(target) + interleaving + _products(target)
 
 
 def _rounding(lanes: int) -> str:
@@ -138,6 +150,35 @@ def _clipped(dtype: str, count: int) -> tuple[list[str], str]:
         ]
         width *= 2
     return lines, joined[0]
+
+
+def _interleaving(native: bool) -> str:
+    """LLVM would merge these shuffles into twice as many, so that each is an instruction of its own."""
+    kind, turned = "<64 x i8>", [4 * (word % 4) + word // 4 for word in range(16)]
+    if native:
+        order = f"<16 x i32> <{_places(turned)}>"
+        turn = f'call {kind} asm "vpermd $1, $2, $0", "=v,v,v"({kind} %a, {order})'
+    else:
+        order = _places([4 * word + byte for word in turned for byte in range(4)])
+        turn = f"shufflevector {kind} %a, {kind} poison, <64 x i32> <{order}>"
+    parts = [f"define {kind} @graphopt_turn({kind} %a) {{\n  %turned = {turn}\n  ret {kind} %turned\n}}\n"]
+    for unit, upper in ((unit, upper) for unit in (1, 2) for upper in (0, 1)):
+        if native:
+            name = f"vpunpck{'lh'[upper]}{'bw' if unit == 1 else 'wd'}"
+            joined = f'call {kind} asm "{name} $2, $1, $0", "=v,v,v"({kind} %a, {kind} %b)'
+        else:
+            starts = [16 * part + 8 * upper + unit * place for part in range(4) for place in range(8 // unit)]
+            order = _places([start + 64 * other + n for start in starts for other in range(2) for n in range(unit)])
+            joined = f"shufflevector {kind} %a, {kind} %b, <64 x i32> <{order}>"
+        parts.append(
+            f"define {kind} @graphopt_join_{unit}_{upper}({kind} %a, {kind} %b) {{\n"
+            f"  %joined = {joined}\n  ret {kind} %joined\n}}\n"
+        )
+    return "".join(parts)
+
+
+def _places(order: list[int]) -> str:
+    return ", ".join(f"i32 {place}" for place in order)
 
 
 def _products(target: Target) -> str:

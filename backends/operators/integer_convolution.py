@@ -27,7 +27,7 @@ from graphopt.backends.operators.integer_products import (
 )
 from graphopt.backends.operators.windows import load_at, quotient
 from graphopt.backends.rules import convolution as direct
-from graphopt.backends.rules import depthwise
+from graphopt.backends.rules import depthwise, depthwise_words
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.integer_convolution import RULE, integer_convolution, pack_filter_words
 from graphopt.backends.rules.integer_gemm import words_of
@@ -57,7 +57,22 @@ def _convolution(lowering: Lowering, node: Node) -> Any:
 
 
 def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> View:
-    """In float32, where these sums of whole numbers are exact."""
+    """In words of four rows of taps where they exist, else in float32, where these sums of whole numbers are exact."""
+    target, words = lowering.target, words_of(lowering.target)
+    if depthwise_words.fits(shape_of(call.x.meta["val"]), shape_of(node.meta["val"]), target):
+        value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
+        codes = _channels_last(lowering, value, 1)
+        held = lowering.weight(call.weight, "depthwise-words", depthwise_words.pack_depthwise_words)
+        title = f"qconv_{'x'.join(map(str, call.weight.shape))}"
+        return lowering.anchored(
+            node,
+            lambda result, end: lowering.choose(
+                depthwise_words.offer(codes, held, result, end, window, title, target, zero)
+            ),
+            ending(lowering, call, zero, 1),
+            _ORDER,
+            sums="int32",
+        )
     x = _channels_last(lowering, lowering.tensor(call.x), 1)
     packed = lowering.weight(call.weight, "depthwise", depthwise.pack_depthwise)
     name = f"qconv_{'x'.join(map(str, call.weight.shape))}"

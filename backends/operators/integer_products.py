@@ -22,8 +22,9 @@ from graphopt.backends.kernel import Code, int64
 from graphopt.backends.operators.activations import FUNCTIONS
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import convert, like
+from graphopt.backends.rules.code_stores import before_clip
 from graphopt.backends.rules.gemm import Configuration
-from graphopt.backends.rules.integer_gemm import Words, before_clip, integer_gemm, offer, pack_words, words_of
+from graphopt.backends.rules.integer_gemm import Words, integer_gemm, offer, pack_words, words_of
 from graphopt.backends.values import Index, Lazy, Product, Value, View
 from graphopt.errors import CompileError
 from graphopt.operators.requantization import Factors, Requantization

@@ -18,9 +18,10 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
-from graphopt.backends.integer_instructions import PACKED, PACKED_LANES, multiply_quads, multiply_words, pack_codes
+from graphopt.backends.integer_instructions import PACKED, multiply_quads, multiply_words
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
+from graphopt.backends.rules.code_stores import packs, store_codes
 from graphopt.backends.rules.gemm import (
     Configuration,
     GemmWriter,
@@ -39,7 +40,6 @@ from graphopt.backends.values import Product, View, fused_name
 RULE = "integer-gemm"
 _RAGGED = 1.3  # time of a product of few steps whose last tile has fewer rows
 _FEW_STEPS, _FEW_SUMS = 8, 12  # words of depth of a product whose epilogue costs more, vectors of sums of its tiles
-BYTES = {"uint8": (0, 255), "int8": (-128, 127)}
 
 
 @dataclass(frozen=True)
@@ -91,41 +91,18 @@ class WordTile(RegisterTile):
 
     def _write_columns(self, r: int, columns: int, writing: Writing, begin: int = 0) -> None:
         """Codes of several vectors are narrowed together, which clips them too; other numbers one vector at a time."""
-        if self.lanes == PACKED_LANES and writing.output.dtype in BYTES:
-            for count in PACKED:
-                while columns // self.lanes - begin >= count:
-                    self._write_codes(r, begin, count, writing)
-                    begin += count
+        for count in PACKED if packs(self.kernel, writing.output) else ():
+            while columns // self.lanes - begin >= count:
+                self._write_codes(r, begin, count, writing)
+                begin += count
         super()._write_columns(r, columns, writing, begin)
 
     def _write_codes(self, r: int, begin: int, count: int, writing: Writing) -> None:
-        """`count` vectors from `begin` on."""
-        output, whole = writing.output, tirx.Ramp(int64(0), int64(1), self.lanes)
-        limits = bounds = BYTES[output.dtype]
-        codes = self.kernel.registers(count, self.lanes, dtype="int32")
-        for number in range(count):
-            with self.kernel.vectorized(self.lanes) as lane:
-                value = writing.element(
-                    r, (begin + number) * self.lanes + lane, self.values[r, begin + number, lane]
-                ).astype(output.dtype)
-                code, bounds = before_clip(value)
-                T.buffer_store(codes, code, [number, lane])
-        packed = pack_codes([codes[number, whole] for number in range(count)], output.dtype)
-        for choose, bound, limit in zip((tirx.max, tirx.min), bounds, limits, strict=True):
-            if bound != limit:
-                packed = choose(packed, tirx.Broadcast(tirx.const(bound, output.dtype), self.lanes * count))
-        place = tirx.Ramp(writing.place(r, begin * self.lanes), int64(1), self.lanes * count)
-        T.buffer_store(output.flat, packed, [place])
+        def element(vector: int, lane: Any) -> Any:
+            c = begin + vector
+            return writing.element(r, c * self.lanes + lane, self.values[r, c, lane])
 
-
-def before_clip(value: Any) -> tuple[Any, tuple[int, int]]:
-    """An int32 that becomes `value`, a byte, where it is clipped between these bounds."""
-    inner = value.value if isinstance(value, tirx.Cast) else None
-    if isinstance(inner, tirx.Min) and isinstance(inner.a, tirx.Max):
-        (code, low), high = (inner.a.a, inner.a.b), inner.b
-        if isinstance(low, tirx.IntImm) and isinstance(high, tirx.IntImm) and str(code.ty.dtype) == "int32":
-            return code, (int(low.value), int(high.value))
-    return value.astype("int32"), BYTES[str(value.ty.dtype)]
+        store_codes(self.kernel, writing.output, writing.place(r, begin * self.lanes), count, element)
 
 
 def pack_words(weight: np.ndarray, columns: int, words: Words) -> np.ndarray:

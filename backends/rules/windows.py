@@ -161,7 +161,8 @@ class Windows:
             self.place = axes_at(kernel, self.row, self.result.shape[:-2])
             first = tirx.truncdiv(task, rows) * each if shares > 1 else int64(0)
             with kernel.serial(tirx.min(each, vectors - first)) as vector:
-                self.channel = tirx.min((first + vector) * self.width, self.channels - self.width)
+                self.block = first + vector
+                self.channel = tirx.min(self.block * self.width, self.channels - self.width)
                 self.write_row_if_active()
 
     def write_row_if_active(self) -> None:
@@ -194,9 +195,12 @@ class Windows:
 
     def runs(self) -> list[_Run]:
         """The tiles of a row; none where sizes are symbolic or the borders cut too many of them in their own way."""
+        runs = self.every_run() if isinstance(self.x.shape[-2], int) and isinstance(self.outputs, int) else []
+        return runs if len(runs) <= _MOST_RUNS else []
+
+    def every_run(self) -> list[_Run]:
+        """The tiles of a row of a known size."""
         columns, outputs, pixels = self.x.shape[-2], self.outputs, self.pixels
-        if not isinstance(columns, int) or not isinstance(outputs, int):
-            return []
         runs: list[_Run] = []
         for tile in range(-(-outputs // pixels)):
             start = min(tile * pixels, outputs - pixels)
@@ -207,7 +211,7 @@ class Windows:
                 runs[-1] = _Run(last.start, last.tiles + 1, inside)
             else:
                 runs.append(_Run(start, 1, inside))
-        return runs if len(runs) <= _MOST_RUNS else []
+        return runs
 
     def taps(self) -> list[tuple[int, int]]:
         """All (pixel, tap) pairs of a tile, those that read the same element next to each other."""
@@ -301,11 +305,18 @@ class Windows:
                 self.store(value, first + pixel, self.channel + lane)
 
     def store(self, value: Any, pixel: Any, channel: Any) -> None:
+        self.output.store(self.position(pixel, channel), self.element(value, pixel, channel))
+
+    def position(self, pixel: Any, channel: Any) -> Any:
+        return (self.row * self.kernel.size(self.outputs) + pixel) * self.channels + channel
+
+    def element(self, value: Any, pixel: Any, channel: Any) -> Any:
+        """What the combined `value` becomes."""
         kernel, result = self.kernel, self.result
         row = self.row * kernel.size(self.outputs) + pixel
         kernel.define(result, lambda _: value if self.compute == result.dtype else value.astype(result.dtype))
         index = Index(result.shape, kernel.sizes, axes=(*self.place, pixel, channel), row=row, column=channel)
-        self.output.store(row * self.channels + channel, kernel.load(self.end, index.reshaped(self.end.shape)))
+        return kernel.load(self.end, index.reshaped(self.end.shape))
 
 
 def axes_at(kernel: Kernel, row: Any, shape: Sequence[Size]) -> tuple[Any, ...]:

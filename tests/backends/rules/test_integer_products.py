@@ -132,6 +132,11 @@ class Images(nn.Module):
         (3, 16, 3, {"padding": [0, 1, 2, 0], "stride": 2}),
         (16, 8, 1, {"padding": [0, 0, 0, 1]}),
         (12, 12, 3, {"padding": [2, 0, 0, 1], "groups": 4}),
+        (64, 64, 3, {"padding": 1, "groups": 64}),
+        (80, 80, 3, {"padding": [0, 0, 1, 1], "stride": 2, "groups": 80}),
+        (96, 96, 5, {"padding": [2, 1, 0, 4], "dilation": [1, 2], "groups": 96}),
+        (200, 200, 3, {"padding": [1, 2, 0, 0], "dilation": 2, "stride": [1, 2], "groups": 200}),
+        (64, 64, 1, {"groups": 64}),
     )
 
     def __init__(self) -> None:
