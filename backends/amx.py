@@ -1,14 +1,19 @@
 """AMX: matrix instructions over eight tile registers of 16 rows of 64 bytes, as functions in LLVM's own language.
 
 TDPBF16PS adds to a tile of 16 x 16 float32 the products of 16 rows of 32 bfloat16 and 32 rows of 16, two of which are
-interleaved in each row of their tile. Linux gives tiles to a process that has asked for them: the library itself asks,
-once, in the first of its kernels or in `check_machine`, which whoever opens it may call for an answer at once.
+interleaved in each row of their tile. TDPBUSD adds to one of int32 those of 16 rows of 64 uint8 and 64 rows of 16 int8,
+four of which are interleaved, without saturation (Intel SDM volume 2).
+
+Linux gives tiles to a process that has asked for them: the library itself asks, once, in the first of its kernels or in
+`check_machine`, which whoever opens it may call for an answer at once.
 
 Where the code is for a CPU without tiles, as in a trial of another machine's kernels, `amx_stand_in` has the functions.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -17,11 +22,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.amx_stand_in import stand_in
+from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.target import Target
 
 ROWS = 16  # of a tile
-DEPTH = 32  # bfloat16 numbers in a row of the left tile
-COLUMNS = 16  # float32 numbers in a row of the sums
+COLUMNS = 16  # numbers in a row of the sums
 ROW_BYTES = 64
 CONFIGURATION_BYTES = 64
 USES_TILES = "graphopt.tiles"  # attribute of functions that need `check_machine` beside them
@@ -33,6 +38,32 @@ REFUSED = (
     "this process may not use AMX tiles: Linux refused arch_prctl(ARCH_REQ_XCOMP_PERM); allow it (Linux 5.16 or newer, "
     "no seccomp filter against it), or compile for cpu:x86-64-v4-bf16"
 )
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What an instruction multiplies, stored as these bits, and the type of its sums."""
+
+    name: str
+    instruction: str
+    bits: str
+    bytes: int
+    sums: str
+
+    @property
+    def depth(self) -> int:
+        """How many there are in a row of the left tile."""
+        return ROW_BYTES // self.bytes
+
+    @property
+    def together(self) -> int:
+        """How many neighbours in depth there are for each column in a row of the right tile."""
+        return 4 // self.bytes
+
+
+BRAIN = Numbers("bfloat16", "tdpbf16ps", "uint16", 2, "float32")
+CODES = Numbers("uint8", "tdpbusd", "uint8", 1, "int32")
+NUMBERS = {BFLOAT16: BRAIN, "uint8": CODES}  # by the type of the left side
 
 
 # Statements -----------------------------------------------------------------------------------------------------------
@@ -59,9 +90,9 @@ def store(tile: int, address: Any, stride: Any) -> None:
     _call(f"store_{tile}", address, stride)
 
 
-def multiply(total: int, left: int, right: int) -> None:
+def multiply(numbers: Numbers, total: int, left: int, right: int) -> None:
     """total + left x right, of three tiles that are not the same."""
-    _call(f"multiply_{total}{left}{right}")
+    _call(f"{numbers.instruction}_{total}{left}{right}")
 
 
 def write_configuration(memory: Any, rows: dict[int, Any]) -> None:
@@ -117,7 +148,7 @@ def _native() -> str:
         "declare void @llvm.x86.tilezero(i8 immarg)",
         "declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)",
         "declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)",
-        "declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)",
+        *(f"declare void @llvm.x86.{each.instruction}(i8 immarg, i8 immarg, i8 immarg)" for each in NUMBERS.values()),
         "declare i64 @syscall(i64, ...)",
         "@graphopt_tile_answer = internal global i64 1",  # not asked yet; then 0, or -1 where it was refused
         "define i32 @graphopt_tile_refused() {",
@@ -141,9 +172,9 @@ def _native() -> str:
         lines.append(_function(f"zero_{tile}", "", [f"{call}tilezero(i8 {tile})"]))
         lines.append(_function(f"load_{tile}", "ptr %at, i64 %stride", [f"{call}tileloadd64({memory})"]))
         lines.append(_function(f"store_{tile}", "ptr %at, i64 %stride", [f"{call}tilestored64({memory})"]))
-    for total, left, right in PRODUCTS:
-        name = f"multiply_{total}{left}{right}"
-        lines.append(_function(name, "", [f"{call}tdpbf16ps(i8 {total}, i8 {left}, i8 {right})"]))
+    for each, (total, left, right) in itertools.product(NUMBERS.values(), PRODUCTS):
+        name = f"{each.instruction}_{total}{left}{right}"
+        lines.append(_function(name, "", [f"{call}{each.instruction}(i8 {total}, i8 {left}, i8 {right})"]))
     return "\n".join(lines) + "\n"
 
 

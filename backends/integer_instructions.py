@@ -1,237 +1,152 @@
 """Instructions for products of integers, as functions in LLVM's own language: `instructions` says how they get there.
 
-`multiply_quads` adds to each int32 of a vector the four products of unsigned and signed bytes of one 32-bit word each:
-VPDPBUSD, which does not saturate (Intel SDM volume 2). `multiply_words` adds the two products of signed 16-bit halves:
-VPMADDWD and an addition, exact for operands of 9 bits (VPMADDUBSW, which multiplies bytes, saturates its sums and is
-not used). Where the code is for a CPU without an instruction, the same sums are made of shifts and products of lanes.
-Sums wrap around at 32 bits everywhere.
+`multiply_quads` adds to each int32 of a vector the four products of the bytes of one 32-bit word each, which are signed
+on the right: VPDPBUSD, which does not saturate (Intel SDM volume 2), in the form of the target's vectors; USDOT and,
+where the left bytes are signed too, SDOT (Arm ARM, FEAT_I8MM and FEAT_DotProd). `multiply_words` adds the two products
+of signed 16-bit halves: VPMADDWD and an addition, exact for operands of 9 bits (VPMADDUBSW, which multiplies bytes,
+saturates its sums and is not used), or SMLAL twice. Where the code is for a CPU without an instruction, the same sums
+are made of products of lanes. Sums wrap around at 32 bits everywhere.
 
-`round_whole` puts one instruction that rounds float32 to the nearest int32, ties to even, in the place of a rounding
-and a conversion; numbers beyond int32 become anything. `pack_codes` narrows vectors of int32 to bytes: VPACKSSDW and
-VPACKUSWB or VPACKSSWB saturate, which takes the place of a clip, and one VPERMD puts the bytes in order.
+Vectors of four have functions for each lane of the left operand besides, since Arm's instructions multiply by one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import tvm
-import tvm_ffi
 from tvm import tirx
 
 from graphopt.backends.target import Target
 
 _WIDE, _HALF = ("x86-64-v4",), ("x86-64-v3", "x86-64-v4")
-_ROUNDED = (1, 2, 4, 8, 16)  # lanes of vectors that are rounded
-PACKED = (4, 2)  # vectors whose int32 become bytes at once
-PACKED_LANES = 16  # of each of them
+_NEON = 4  # lanes
 
 
-def multiply_quads(total: Any, left: Any, right: Any, lanes: int) -> Any:
-    """total + the products of the bytes of `left`, unsigned, and of `right`, signed; vectors int32, uint32, uint32."""
-    return tirx.call_pure_extern(f"int32x{lanes}", "graphopt_multiply_quads", total, left, right)
+def multiply_quads(total: Any, left: Any, right: Any, lanes: int, lane: int | None = None) -> Any:
+    """total + the products of the bytes of `left`, of the type `Target.quads`, and of `right`, int8.
+
+    Vectors int32, uint32 and uint32; with a number `lane` that one of `left` stands for all.
+    """
+    return tirx.call_pure_extern(f"int32x{lanes}", _name("quads", lane), total, left, right)
 
 
-def multiply_words(total: Any, left: Any, right: Any, lanes: int) -> Any:
-    """total + the products of the signed halves of `left` and `right`; vectors int32, uint32, uint32."""
-    return tirx.call_pure_extern(f"int32x{lanes}", "graphopt_multiply_words", total, left, right)
+def multiply_words(total: Any, left: Any, right: Any, lanes: int, lane: int | None = None) -> Any:
+    """total + the products of the signed halves of `left` and `right`, as `multiply_quads`."""
+    return tirx.call_pure_extern(f"int32x{lanes}", _name("words", lane), total, left, right)
 
 
-def pack_codes(vectors: list[Any], dtype: str) -> Any:
-    """int32 of 2 or 4 vectors of 16 lanes as one vector of `dtype`, int8 or uint8, saturated."""
-    name = f"graphopt_pack_{dtype}_{len(vectors)}"
-    return tirx.call_pure_extern(f"{dtype}x{PACKED_LANES * len(vectors)}", name, *vectors)
-
-
-def turned(codes: Any) -> Any:
-    """64 bytes with words 0, 4, 8, 12, 1, 5 and so on beside each other: what `joined` takes from parts of 128 bits."""
-    return tirx.call_pure_extern("uint8x64", "graphopt_turn", codes)
-
-
-def joined(a: Any, b: Any, unit: int, upper: int) -> Any:
-    """Units of 1 or 2 bytes of two vectors in turn, of the lower or upper half of each 128 bits: VPUNPCK."""
-    return tirx.call_pure_extern("uint8x64", f"graphopt_join_{unit}_{upper}", a, b)
-
-
-@tirx.transform.prim_func_pass(opt_level=0)
-def round_whole(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
-    """What is rounded in float32 and cast to int32 becomes a call, once loops are vectors."""
-    return function.with_body(tvm_ffi.structural_map(function.body, (tirx.Cast, _whole)))
-
-
-def _whole(cast: Any) -> Any:
-    inner, kind = cast.value, tvm.DataType(str(cast.ty.dtype))
-    if getattr(getattr(inner, "op", None), "name", "") != "tirx.round" or kind.lanes not in _ROUNDED:
-        return cast
-    if not str(cast.ty.dtype).startswith("int32") or not str(inner.ty.dtype).startswith("float32"):
-        return cast
-    return tirx.call_pure_extern(str(cast.ty.dtype), f"graphopt_whole_{kind.lanes}", inner.args[0])
+def _name(kind: str, lane: int | None) -> str:
+    return f"graphopt_multiply_{kind}" + ("" if lane is None else f"_{lane}")
 
 
 def integer_definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
-    rounding = "".join(map(_rounding, _ROUNDED))
-    native = target.architecture in _WIDE
-    interleaving = _interleaving(native) if target.quads else ""
-    return rounding + _packing(target) + interleaving + _products(target)
-
-
-def _rounding(lanes: int) -> str:
-    number, whole, suffix = "float", "i32", "i32.f32"
-    if lanes > 1:
-        number, whole, suffix = f"<{lanes} x float>", f"<{lanes} x i32>", f"v{lanes}i32.v{lanes}f32"
-    return (
-        f"declare {whole} @llvm.lrint.{suffix}({number})\n"
-        f"define {whole} @graphopt_whole_{lanes}({number} %x) {{\n"
-        f"  %whole = call {whole} @llvm.lrint.{suffix}({number} %x)\n"
-        f"  ret {whole} %whole\n}}\n"
-    )
-
-
-def _packing(target: Target) -> str:
-    if target.lanes != PACKED_LANES:
-        return ""
-    native = target.architecture in _WIDE
-    parts = [_NARROWING if native else _CLIPPING]
-    for dtype, count in ((dtype, count) for dtype in ("uint8", "int8") for count in PACKED):
-        lines, result = (_packed if native else _clipped)(dtype, count)
-        arguments = ", ".join(f"<16 x i32> %x{number}" for number in range(count))
-        parts.append(f"define <{PACKED_LANES * count} x i8> @graphopt_pack_{dtype}_{count}({arguments}) {{\n")
-        parts.append("".join(f"  {line}\n" for line in lines) + f"  ret <{PACKED_LANES * count} x i8> {result}\n}}\n")
-    return "".join(parts)
-
-
-_NARROWING = """
-declare <32 x i16> @llvm.x86.avx512.packssdw.512(<16 x i32>, <16 x i32>)
-declare <64 x i8> @llvm.x86.avx512.packuswb.512(<32 x i16>, <32 x i16>)
-declare <64 x i8> @llvm.x86.avx512.packsswb.512(<32 x i16>, <32 x i16>)
-"""
-_CLIPPING = """
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>)
-declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>)
-"""
-
-
-def _packed(dtype: str, count: int) -> tuple[list[str], str]:
-    """Each pack takes 128 bits of both operands in turn, so that words of four bytes come in columns of `count`."""
-    lines = [
-        f"%h{n} = call <32 x i16> @llvm.x86.avx512.packssdw.512(<16 x i32> %x{2 * n}, <16 x i32> %x{2 * n + 1})"
-        for n in range(count // 2)
-    ]
-    pack = "packuswb" if dtype == "uint8" else "packsswb"
-    second = "%h1" if count == 4 else "%h0"
-    order = ", ".join(f"i32 {4 * (place % 4) + place // 4}" for place in range(4 * count))
-    lines += [
-        f"%bytes = call <64 x i8> @llvm.x86.avx512.{pack}.512(<32 x i16> %h0, <32 x i16> {second})",
-        "%words = bitcast <64 x i8> %bytes to <16 x i32>",
-        f"%ordered = shufflevector <16 x i32> %words, <16 x i32> poison, <{4 * count} x i32> <{order}>",
-        f"%result = bitcast <{4 * count} x i32> %ordered to <{16 * count} x i8>",
-    ]
-    return lines, "%result"
-
-
-def _clipped(dtype: str, count: int) -> tuple[list[str], str]:
-    low, high = (0, 255) if dtype == "uint8" else (-128, 127)
-    lines = []
-    for n in range(count):
-        lines += [
-            f"%l{n} = call <16 x i32> @llvm.smax.v16i32(<16 x i32> %x{n}, <16 x i32> splat (i32 {low}))",
-            f"%c{n} = call <16 x i32> @llvm.smin.v16i32(<16 x i32> %l{n}, <16 x i32> splat (i32 {high}))",
-            f"%t{n} = trunc <16 x i32> %c{n} to <16 x i8>",
-        ]
-    joined, width = [f"%t{n}" for n in range(count)], 16
-    while len(joined) > 1:
-        order = ", ".join(f"i32 {place}" for place in range(2 * width))
-        kind, pairs = f"<{width} x i8>", list(zip(joined[::2], joined[1::2], strict=True))
-        joined = [f"%j{2 * width}_{n}" for n in range(len(pairs))]
-        lines += [
-            f"{name} = shufflevector {kind} {a}, {kind} {b}, <{2 * width} x i32> <{order}>"
-            for name, (a, b) in zip(joined, pairs, strict=True)
-        ]
-        width *= 2
-    return lines, joined[0]
-
-
-def _interleaving(native: bool) -> str:
-    """LLVM would merge these shuffles into twice as many, so that each is an instruction of its own."""
-    kind, turned = "<64 x i8>", [4 * (word % 4) + word // 4 for word in range(16)]
-    if native:
-        order = f"<16 x i32> <{_places(turned)}>"
-        turn = f'call {kind} asm "vpermd $1, $2, $0", "=v,v,v"({kind} %a, {order})'
+    lanes, kind = target.lanes, "quads" if target.quads else "words"
+    variants = [None, *range(lanes)] if lanes == _NEON else [None]
+    if kind == "words" and lanes == _NEON and target.machine == "aarch64":
+        bodies = {lane: _widening(lane) for lane in variants}
+        declaration = "declare <4 x i32> @llvm.aarch64.neon.smull.v4i32(<4 x i16>, <4 x i16>)\n"
     else:
-        order = _places([4 * word + byte for word in turned for byte in range(4)])
-        turn = f"shufflevector {kind} %a, {kind} poison, <64 x i32> <{order}>"
-    parts = [f"define {kind} @graphopt_turn({kind} %a) {{\n  %turned = {turn}\n  ret {kind} %turned\n}}\n"]
-    for unit, upper in ((unit, upper) for unit in (1, 2) for upper in (0, 1)):
-        if native:
-            name = f"vpunpck{'lh'[upper]}{'bw' if unit == 1 else 'wd'}"
-            joined = f'call {kind} asm "{name} $2, $1, $0", "=v,v,v"({kind} %a, {kind} %b)'
-        else:
-            starts = [16 * part + 8 * upper + unit * place for part in range(4) for place in range(8 // unit)]
-            order = _places([start + 64 * other + n for start in starts for other in range(2) for n in range(unit)])
-            joined = f"shufflevector {kind} %a, {kind} %b, <64 x i32> <{order}>"
-        parts.append(
-            f"define {kind} @graphopt_join_{unit}_{upper}({kind} %a, {kind} %b) {{\n"
-            f"  %joined = {joined}\n  ret {kind} %joined\n}}\n"
-        )
-    return "".join(parts)
+        declaration, body = _sums(target)
+        bodies = {lane: _word(lanes, lane) + body for lane in variants}
+    return declaration + "".join(_function(kind, lanes, *each) for each in bodies.items())
 
 
-def _places(order: list[int]) -> str:
-    return ", ".join(f"i32 {place}" for place in order)
-
-
-def _products(target: Target) -> str:
-    if target.quads:
-        return _native_quads(target.lanes) if "avx512vnni" in target.extensions else _plain(target.lanes, "quads")
-    native = target.architecture in {16: _WIDE, 8: _HALF}.get(target.lanes, ())
-    return _native_words(target.lanes) if native else _plain(target.lanes, "words")
-
-
-def _native_quads(lanes: int) -> str:
+def _function(kind: str, lanes: int, lane: int | None, body: str) -> str:
     vector = f"<{lanes} x i32>"
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    begin = f"define {vector} @{_name(kind, lane)}({vector} %total, {vector} %lanes, {vector} %right) {{\n"
+    return f"{begin}{body}  ret {vector} %sum\n}}\n"
+
+
+def _word(lanes: int, lane: int | None) -> str:
+    """`%left`: the operand itself, or one lane of it in all."""
+    vector = f"<{lanes} x i32>"
+    chosen = ", ".join(f"i32 {number if lane is None else lane}" for number in range(lanes))
+    return f"  %left = shufflevector {vector} %lanes, {vector} poison, {vector} <{chosen}>\n"
+
+
+def _sums(target: Target) -> tuple[str, str]:
+    """What is declared, and the lines that make `%sum` of `%total`, `%left` and `%right`."""
+    lanes = target.lanes
+    if target.quads:
+        name = _quads_of(target)
+        return _native_quads(lanes, name) if name else ("", sums_of_parts(lanes, 8, target.quads))
+    if target.architecture in {16: _WIDE, 8: _HALF}.get(lanes, ()):
+        return _native_words(lanes)
+    return "", sums_of_parts(lanes, 16, "int16")
+
+
+def _quads_of(target: Target) -> str | None:
+    """What LLVM calls the instruction; None where the code is for a CPU without it."""
+    name, extensions = f"llvm.x86.avx512.vpdpbusd.{32 * target.lanes}", set(target.extensions)
+    found = {
+        (16, "uint8"): (name, {"avx512vnni"}),
+        (8, "uint8"): (name, {"avxvnni", "avx512vnni"}),
+        (_NEON, "uint8"): ("llvm.aarch64.neon.usdot.v4i32.v16i8", {"i8mm"}),
+        (_NEON, "int8"): ("llvm.aarch64.neon.sdot.v4i32.v16i8", {"dotprod"}),
+    }
+    name, having = found[target.lanes, str(target.quads)]
+    return name if having & extensions else None
+
+
+def _native_quads(lanes: int, name: str) -> tuple[str, str]:
+    """Operands are words in the x86 instructions, bytes in those of Arm, whose last one may be a single lane."""
+    vector = f"<{lanes} x i32>"
+    operands = f"<{4 * lanes} x i8>" if lanes == _NEON else vector
+    first, last = ("%b", "%a") if ".sdot." in name else ("%a", "%b")  # USDOT by lane is another, which LLVM finds
     return (
-        f"declare {vector} @{name}({vector}, {vector}, {vector})\n"
-        f"{_signature('quads', lanes)}"
-        f"  %sum = call {vector} @{name}({vector} %total, {vector} %left, {vector} %right)\n"
-        f"  ret {vector} %sum\n}}\n"
+        f"declare {vector} @{name}({vector}, {operands}, {operands})\n",
+        f"  %a = bitcast {vector} %left to {operands}\n"
+        f"  %b = bitcast {vector} %right to {operands}\n"
+        f"  %sum = call {vector} @{name}({vector} %total, {operands} {first}, {operands} {last})\n",
     )
 
 
-def _native_words(lanes: int) -> str:
+def _native_words(lanes: int) -> tuple[str, str]:
+    """LLVM would add products of two steps to each other first, and keep one of them for every sum until then."""
     vector, halves = f"<{lanes} x i32>", f"<{2 * lanes} x i16>"
     name = "llvm.x86.avx512.pmaddw.d.512" if lanes == 16 else "llvm.x86.avx2.pmadd.wd"
     return (
-        f"declare {vector} @{name}({halves}, {halves})\n"
-        f"{_signature('words', lanes)}"
+        f"declare {vector} @{name}({halves}, {halves})\n",
         f"  %a = bitcast {vector} %left to {halves}\n"
         f"  %b = bitcast {vector} %right to {halves}\n"
         f"  %products = call {vector} @{name}({halves} %a, {halves} %b)\n"
-        f"  %sum = add {vector} %total, %products\n"
-        f"  ret {vector} %sum\n}}\n"
+        f'  %sum = call {vector} asm "vpaddd $2, $0, $0", "=v,0,v"({vector} %total, {vector} %products)\n',
     )
 
 
-def _plain(lanes: int, kind: str) -> str:
-    """Part after part of a word, shifted to the top of its lane and down again, by its sign where it has one."""
-    vector, bits = f"<{lanes} x i32>", 8 if kind == "quads" else 16
-    unsigned = "lshr" if kind == "quads" else "ashr"
-    lines, total = [], "%total"
-    for number in range(32 // bits):
-        up, down = f"splat (i32 {32 - bits * (number + 1)})", f"splat (i32 {32 - bits})"
+def _widening(lane: int | None) -> str:
+    """Lower halves times lower halves, then the upper ones; SMLAL multiplies by one lane, a half of one word."""
+    lines, total = ["%halves = bitcast <4 x i32> %lanes to <8 x i16>"], "%total"
+    for half, result in ((0, "%first"), (1, "%sum")):
+        chosen = ", ".join(f"i32 {2 * (number if lane is None else lane) + half}" for number in range(4))
         lines += [
-            f"%au{number} = shl {vector} %left, {up}",
-            f"%a{number} = {unsigned} {vector} %au{number}, {down}",
-            f"%bu{number} = shl {vector} %right, {up}",
-            f"%b{number} = ashr {vector} %bu{number}, {down}",
-            f"%ab{number} = mul {vector} %a{number}, %b{number}",
-            f"%sum{number} = add {vector} {total}, %ab{number}",
+            f"%a{half} = shufflevector <8 x i16> %halves, <8 x i16> poison, <4 x i32> <{chosen}>",
+            f"%down{half} = lshr <4 x i32> %right, splat (i32 {16 * half})",
+            f"%b{half} = trunc <4 x i32> %down{half} to <4 x i16>",
+            f"%ab{half} = call <4 x i32> @llvm.aarch64.neon.smull.v4i32(<4 x i16> %b{half}, <4 x i16> %a{half})",
+            f"{result} = add <4 x i32> {total}, %ab{half}",
         ]
-        total = f"%sum{number}"
-    return _signature(kind, lanes) + "".join(f"  {line}\n" for line in lines) + f"  ret {vector} {total}\n}}\n"
+        total = result
+    return "".join(f"  {line}\n" for line in lines)
 
 
-def _signature(kind: str, lanes: int) -> str:
-    vector = f"<{lanes} x i32>"
-    return f"define {vector} @graphopt_multiply_{kind}({vector} %total, {vector} %left, {vector} %right) {{\n"
+def sums_of_parts(lanes: int, bits: int, left: str) -> str:
+    """Part after part of a word, narrowed and widened again."""
+    vector, narrow = f"<{lanes} x i32>", f"<{lanes} x i{bits}>"
+    extend, lines, total = "zext" if left == "uint8" else "sext", [], "%total"
+    for number in range(32 // bits):
+        down = f"splat (i32 {bits * number})"
+        for operand, name, widen in (("%left", "a", extend), ("%right", "b", "sext")):
+            lines += [
+                f"%{name}down{number} = lshr {vector} {operand}, {down}",
+                f"%{name}part{number} = trunc {vector} %{name}down{number} to {narrow}",
+                f"%{name}{number} = {widen} {narrow} %{name}part{number} to {vector}",
+            ]
+        following = "%sum" if number == 32 // bits - 1 else f"%sum{number}"
+        lines += [
+            f"%ab{number} = mul {vector} %a{number}, %b{number}",
+            f"{following} = add {vector} {total}, %ab{number}",
+        ]
+        total = following
+    return "".join(f"  {line}\n" for line in lines)

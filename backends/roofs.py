@@ -23,7 +23,7 @@ from graphopt.backends.target import Target, resolve_target
 MULTIPLY_ADD, READ = "graphopt_multiply_add", "graphopt_read"
 MULTIPLY_PAIRS = "graphopt_multiply_bfloat16"  # where the target has an instruction for it
 MULTIPLY_TILES = "graphopt_multiply_tiles"  # where it has tiles
-TILE_OPERATIONS = len(amx.PRODUCTS) * 2 * amx.ROWS * amx.DEPTH * amx.COLUMNS  # of one round of one share
+TILE_OPERATIONS = len(amx.PRODUCTS) * 2 * amx.ROWS * amx.BRAIN.depth * amx.COLUMNS  # of one round of one share
 _READS = 8  # vectors of partial sums: independent, so that additions wait for memory only
 
 
@@ -107,7 +107,7 @@ def _multiply_tiles(target: Target) -> tirx.PrimFunc:
                 amx.configure(tirx.address_of(sizes[0]))
                 with T.serial(_int64(0), rounds):
                     for product in amx.PRODUCTS:
-                        amx.multiply(*product)
+                        amx.multiply(amx.BRAIN, *product)
                 amx.store(amx.PRODUCTS[0][0], tirx.address_of(sums[0, 0]), _int64(amx.ROW_BYTES))
                 amx.release()
                 with T.vectorized(_int64(0), _int64(target.lanes)) as lane:

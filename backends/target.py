@@ -12,6 +12,7 @@ from graphopt.runtime.features import host_features, missing
 
 # x86-64 psABI micro-architecture levels (System V ABI, section 3.1.1) as the runtime spells the flags, oldest first.
 _V3 = ("x86_64", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma")
+_V3_VNNI = (*_V3, "avx_vnni")  # Intel from Alder Lake on, AMD from Zen 5 on, also where there is no AVX-512
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _VNNI = (*_V4, "avx512_vnni")  # Intel from Cascade Lake on, AMD from Zen 4 on
 _BF16 = (*_VNNI, "avx512_bf16")  # Intel from Cooper Lake on, AMD from Zen 4 on
@@ -19,8 +20,10 @@ _AMX = (*_BF16, "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8")  # Xeons from 
 # Armv8-A with NEON, which every 64-bit Arm has, and what LLVM may use of Armv8.2-A on the core of a Jetson Orin.
 _ARMV8 = ("aarch64", "fp", "asimd")
 _ARMV8_2 = (*_ARMV8, "atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "asimddp")
+_ARMV8_6 = (*_ARMV8_2, "i8mm")  # Neoverse from V1 and N2 on, Cortex-A from A510 and A710 on
 LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu:x86-64-v3": ("x86-64-v3", _V3),
+    "cpu:x86-64-v3-vnni": ("x86-64-v3", _V3_VNNI),
     "cpu:x86-64-v4": ("x86-64-v4", _V4),
     "cpu:x86-64-v4-vnni": ("x86-64-v4", _VNNI),
     "cpu:x86-64-v4-bf16": ("x86-64-v4", _BF16),
@@ -30,15 +33,20 @@ LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),  # not LLVM's own name for it, which brings instructions without a flag here
     "cpu:aarch64": ("generic", _ARMV8),
     "cpu:cortex-a78ae": ("cortex-a78ae", _ARMV8_2),
+    "cpu:armv8.6-a": ("cortex-a78ae", _ARMV8_6),  # a core much like those, for what else LLVM knows by its name
 }
 EXTENSIONS = {  # beyond what an architecture has: the kernel's flag -> LLVM's name
+    "avx_vnni": "avxvnni",
     "avx512_bf16": "avx512bf16",
     "avx512_vnni": "avx512vnni",
     "avx512vbmi": "avx512vbmi",
     "amx_tile": "amx-tile",
     "amx_bf16": "amx-bf16",
     "amx_int8": "amx-int8",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
 }
+_QUADS = {"avx512_vnni": "uint8", "avx_vnni": "uint8", "i8mm": "uint8", "asimddp": "int8"}
 MOST_THREADS = 1024  # more CPUs than one machine has; shares of kernels beyond that are only overhead
 
 
@@ -76,9 +84,9 @@ class Target:
         return "amx_bf16" in self.features
 
     @property
-    def quads(self) -> bool:
-        """Whether one instruction multiplies unsigned by signed bytes and adds four products to an int32."""
-        return "avx512_vnni" in self.features
+    def quads(self) -> str | None:
+        """What one instruction multiplies by int8, adding four products to an int32; None where there is none."""
+        return next((dtype for feature, dtype in _QUADS.items() if feature in self.features), None)
 
     @property
     def registers(self) -> int:

@@ -13,8 +13,8 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
+from graphopt.backends.code_instructions import round_whole
 from graphopt.backends.instructions import round_natively
-from graphopt.backends.integer_instructions import round_whole
 from graphopt.backends.table_instructions import look_up_natively
 
 NAME = "graphopt-cpu"

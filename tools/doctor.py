@@ -109,7 +109,10 @@ def describe_torch() -> str:
 def describe_cpu() -> str:
     from graphopt.runtime.features import cpu_name, host_features
 
-    notable = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile", "asimd", "sve")
+    notable = (
+        *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile"),
+        *("asimd", "asimddp", "i8mm", "sve"),
+    )
     return f"{cpu_name()}: {' '.join(name for name in notable if name in host_features()) or 'no vector extensions'}"
 
 

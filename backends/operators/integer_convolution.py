@@ -114,8 +114,8 @@ def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: 
         return lowering.choose(
             Choice(
                 _workload(x, outputs, whole.shape, window, groups, padded, words.codes, end),
-                direct.configure(*shape),
-                lambda: direct.worth_timing(*shape, True),
+                direct.configure(*shape, words.temporaries),
+                lambda: direct.worth_timing(*shape, True, words.temporaries),
                 write,
             )
         )

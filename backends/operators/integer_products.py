@@ -22,6 +22,8 @@ from graphopt.backends.kernel import Code, int64
 from graphopt.backends.operators.activations import FUNCTIONS
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import convert, like
+from graphopt.backends.operators.linear import on_tiles
+from graphopt.backends.rules import amx_gemm
 from graphopt.backends.rules.code_stores import before_clip
 from graphopt.backends.rules.gemm import Configuration
 from graphopt.backends.rules.integer_gemm import Words, integer_gemm, offer, pack_words, words_of
@@ -110,6 +112,8 @@ def packed_integer_product(
 ) -> View:
     """a [..., K] in whole words times weight [N, K] of codes with the node's epilogue; `begin`, `order`: `anchored`."""
     target, words = lowering.target, words_of(lowering.target)
+    if amx_gemm.fits(target, a):
+        return lowering.anchored(node, on_tiles(lowering, a, weight, name), begin, order, sums="int32")
 
     def build(result: Product, end: Any) -> Code:
         def write(choice: Configuration) -> Code:
@@ -127,7 +131,7 @@ def stored_codes(value: Value, zero: int, words: Words) -> tuple[Value, int]:
     """The codes in the type that `words` multiply, and the zero point that is left to subtract from them."""
     if value.dtype == words.activations:
         return value, zero
-    shift = 128 if words.activations == "uint8" else -zero
+    shift = {"uint8": 128, "int8": -128}.get(words.activations, -zero)
 
     def element(kernel: Kernel, index: Index) -> Any:
         code = kernel.load(value, index).astype("int32")

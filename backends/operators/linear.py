@@ -100,7 +100,7 @@ def packed_product(
     target = lowering.target
     n, k = weight.shape
     if amx_gemm.fits(target, a):
-        return lowering.anchored(node, _on_tiles(lowering, a, weight), begin, order)
+        return lowering.anchored(node, on_tiles(lowering, a, weight, f"gemm_{n}x{k}"), begin, order)
     layout, pack = ("pairs", pack_pairs) if a.dtype == BFLOAT16 else ("gemm", pack_weight)
 
     def build(result: Product, end: Any) -> Code:
@@ -114,14 +114,14 @@ def packed_product(
     return lowering.anchored(node, build, begin, order)
 
 
-def _on_tiles(lowering: Lowering, a: View, weight: torch.Tensor) -> Callable[[Product, Any], Code]:
-    """Writes the kernel of `packed_product` for AMX."""
-    target, (n, k) = lowering.target, weight.shape
+def on_tiles(lowering: Lowering, a: View, weight: torch.Tensor, name: str) -> Callable[[Product, Any], Code]:
+    """Writes the kernel of a [..., K] times weight [N, K] for AMX."""
+    target, n = lowering.target, int(weight.shape[0])
 
     def build(result: Product, end: Any) -> Code:
         def write(choice: amx_gemm.Configuration) -> Code:
             b = lowering.weight(weight, "amx", amx_gemm.pack_tiles)
-            return amx_gemm.gemm(a, b, result, end, f"gemm_{n}x{k}", target, choice)
+            return amx_gemm.gemm(a, b, result, end, name, target, choice)
 
         return lowering.choose(amx_gemm.offer(target, a, n, end, write))
 

@@ -1,12 +1,13 @@
-"""Packed-weight product of bfloat16 on AMX tiles, with the epilogue of every other product, in the same kernel.
+"""Packed-weight product of bfloat16 or 8-bit codes on AMX tiles, with the epilogue of every other, in the same kernel.
 
-Two tiles of rows times two of columns make 32 x 32 sums in four tile registers; a step of 32 numbers of the depth loads
-two tiles of activations from where they lie and two of the weight, packed [N / 32, K / 32, 2, 16, 32] with pairs of the
-depth beside each other, for four multiplications. The sums are then stored on the stack, 4 KB, and the element-wise
-tree runs over them row by row. Each step prefetches its share of the next panel.
+Two tiles of rows times two of columns make 32 x 32 sums in four tile registers; a step of 32 bfloat16 or 64 codes of
+the depth loads two tiles of activations from where they lie and two of the weight, packed [N / 32, K / 32, 2, 16, 32]
+with pairs of the depth beside each other, or [N / 32, K / 64, 2, 16, 64] with fours, for four multiplications. The sums
+are then stored on the stack, 4 KB, and the element-wise tree runs over them row by row. Each step prefetches its share
+of the next panel.
 
 No row is computed with that does not exist: a product of fewer than 16 rows has tiles of so many, and the last tiles of
-others begin 16 rows before the end, so that some rows are computed twice and stored once. Where 32 does not divide the
+others begin 16 rows before the end, so that some rows are computed twice and stored once. Where steps do not divide the
 depth, the rest of each row is copied between zeros; a wide load would read another row's numbers, and NaN times zero is
 NaN.
 """
@@ -33,17 +34,17 @@ from graphopt.backends.tuner.record import Workload
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "amx-gemm"
-PRODUCTS = "tiles of bfloat16"
 _PANEL = 2 * amx.COLUMNS  # columns
 _BLOCK = 2 * amx.ROWS  # rows of the sums
-_STEP = _PANEL * amx.DEPTH  # numbers of a weight in one step
+_STEP = 2 * amx.ROWS * amx.ROW_BYTES  # bytes of a weight in one step
 _FEWEST_ROWS = 4  # fewer are bound by reading the weight, which vectors do as fast
 _SERIAL_BELOW = 1 << 20  # multiply-adds that are not worth the launch of threads
 _ROWS_KEPT_FROM = 64  # rows known at run time from which each thread keeps its own
 _ROWS_AWAY = 1.04  # how much longer a product takes whose rows lie in the L2 cache of another core
 _PASSED_BYTES = 512 << 10  # of the rows that all panels pass over before the next ones
 _MOST_PASSED = 1024
-_LINES = 2 * _STEP // 64  # cache lines of the weight in one step
+_LINE = 64  # bytes of a cache line
+_LINES = _STEP // _LINE  # of the weight in one step
 _SUMS, _LEFT, _RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
 
 
@@ -57,10 +58,10 @@ class Configuration:
 
 
 def fits(target: Target, a: View) -> bool:
-    """Whether a [..., K] is bfloat16 with enough rows, all equally far apart, and the target has tiles."""
+    """Whether a [..., K] is bfloat16 or uint8 with enough rows, all equally far apart, and the target has tiles."""
     rows = product(a.shape[:-1])
     enough = not isinstance(rows, int) or rows >= _FEWEST_ROWS
-    return target.amx and a.dtype == BFLOAT16 and enough and row_stride(a) is not None
+    return target.amx and a.dtype in amx.NUMBERS and enough and row_stride(a) is not None
 
 
 def row_stride(a: View) -> Size | None:
@@ -80,15 +81,16 @@ def row_stride(a: View) -> Size | None:
 
 def offer(target: Target, a: View, n: int, end: Any, write: Callable[[Configuration], Code]) -> Choice[Configuration]:
     """What may be chosen for a [..., K] times a weight [N, K], followed by the tree `end`."""
-    rows, k = product(a.shape[:-1]), int(a.shape[-1])
+    rows, k, numbers = product(a.shape[:-1]), int(a.shape[-1]), amx.NUMBERS[a.dtype]
     parameters = {"rows": size_parameter(rows), "n": n, "k": k, "contiguous": a.contiguous}
-    found = worth_timing(target, rows, n, k)
+    parameters |= {} if a.dtype == BFLOAT16 else {"dtype": a.dtype}
+    found = worth_timing(target, rows, n, k, numbers)
     return Choice(Workload.of(RULE, {**parameters, **epilogue_parameters(end)}), found[0], lambda: found, write)
 
 
-def worth_timing(target: Target, rows: Size, n: int, k: int) -> list[Configuration]:
+def worth_timing(target: Target, rows: Size, n: int, k: int, numbers: amx.Numbers) -> list[Configuration]:
     """Every share with blocks of three sizes, the least expected time first."""
-    passed = min(_MOST_PASSED, max(_ROWS_KEPT_FROM, _PASSED_BYTES // (2 * k)))
+    passed = min(_MOST_PASSED, max(_ROWS_KEPT_FROM, _PASSED_BYTES // (numbers.bytes * k)))
     costs: dict[Configuration, float] = {}
     for scale, doubt in ((1.0, 1.0), (0.5, UNUSUAL), (2.0, UNUSUAL)):
         for row_shares, panel_shares in _shares(target.threads, rows, n, k):
@@ -121,19 +123,21 @@ def _cost(choice: Configuration, rows: Size, n: int) -> float:
 def pack_tiles(weight: np.ndarray) -> np.ndarray:
     """[N, K] -> [ceil(N / 32), ceil(K / 32), 2, 16, 32]: a tile's row holds a pair of the depth for 16 columns.
 
-    Zero where N or K ends.
+    Codes are packed [ceil(N / 32), ceil(K / 64), 2, 16, 64] with fours. Zero where N or K ends.
     """
     n, k = weight.shape
-    padded = np.pad(weight, ((0, -n % _PANEL), (0, -k % amx.DEPTH)))
-    tiles = padded.reshape(-1, 2, amx.COLUMNS, padded.shape[1] // amx.DEPTH, amx.ROWS, 2)
+    wide = amx.ROW_BYTES // weight.itemsize  # numbers of a row
+    padded = np.pad(weight, ((0, -n % _PANEL), (0, -k % wide)))
+    tiles = padded.reshape(-1, 2, amx.COLUMNS, padded.shape[1] // wide, amx.ROWS, wide // amx.ROWS)
     packed = tiles.transpose(0, 3, 1, 4, 2, 5)
-    return np.ascontiguousarray(packed).reshape(*packed.shape[:4], 2 * amx.COLUMNS)
+    return np.ascontiguousarray(packed).reshape(*packed.shape[:4], wide)
 
 
 def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Target, choice: Configuration) -> Code:
     """C[row, n] = sum over k of A[row, k] B[k, n], then the element-wise tree `end` over `result`.
 
-    bfloat16 with float32 sums; `a` [..., K] as in `fits`, its last axis contiguous, `weight` packed by `pack_tiles`.
+    bfloat16 with float32 sums or, exactly, uint8 by int8 with int32 sums; `a` [..., K] as in `fits`, its last axis
+    contiguous, `weight` packed by `pack_tiles`.
     """
     rows, n, k = product(result.shape[:-1]), int(result.shape[-1]), int(a.shape[-1])
 
@@ -148,7 +152,7 @@ def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Ta
         [(end.shape, end.dtype)],
         body,
         configuration={
-            "products": PRODUCTS,
+            "products": f"tiles of {amx.NUMBERS[a.dtype].name}",
             "passed_rows": choice.passed_rows,
             "row_shares": choice.row_shares,
             "panel_shares": choice.panel_shares,
@@ -164,12 +168,14 @@ class _Gemm:
     ) -> None:
         self.kernel, self.choice = kernel, choice
         self.output, self.end, self.result = output, end, result
-        self.a, self.b = kernel.words(a.storage, "uint16"), kernel.words(weight.storage, "uint16")
+        self.numbers = numbers = amx.NUMBERS[a.dtype]
+        self.a, self.b = kernel.words(a.storage, numbers.bits), kernel.words(weight.storage, numbers.bits)
         self.offset, stride = kernel.size(a.offset), row_stride(a)
         assert stride is not None, "rows of the left side are not equally far apart"
         self.stride = int64(kernel.size(stride))
         self.panels, self.steps = (int(size) for size in weight.shape[:2])
-        self.whole, self.rest = divmod(int(a.shape[-1]), amx.DEPTH)
+        self.whole, self.rest = divmod(int(a.shape[-1]), numbers.depth)
+        self.step = _STEP // numbers.bytes  # numbers of a weight in one step
         self.row_count = product(result.shape[:-1])
         self.rows = int64(kernel.size(self.row_count))
 
@@ -200,7 +206,7 @@ class _Gemm:
             first_panel = T.bind(tirx.truncdiv(panel_share * self.panels, int64(panel_shares)))
             panels = tirx.truncdiv((panel_share + 1) * self.panels, int64(panel_shares)) - first_panel
             passed = max(1, self.choice.passed_rows // tall)
-            memory = _Memory(kernel, height, self.rest)
+            memory = _Memory(kernel, height, self.rest, self.numbers)
             self.configure(height)
             with (
                 kernel.serial(tirx.truncdiv(own + (passed - 1), int64(passed))) as at,
@@ -226,12 +232,13 @@ class _Gemm:
 class _Memory:
     """What a task keeps on the stack: a block of sums, and the rest of its rows' depth between zeros."""
 
-    def __init__(self, kernel: Kernel, height: int, rest: int) -> None:
-        self.sums = _StoredSums(kernel, Tile(height * amx.ROWS, 2))
-        self.rest = kernel.registers(height, amx.ROWS, amx.DEPTH, dtype="uint16") if rest else None
+    def __init__(self, kernel: Kernel, height: int, rest: int, numbers: amx.Numbers) -> None:
+        self.sums = _StoredSums(kernel, Tile(height * amx.ROWS, 2), numbers.sums)
+        depth, bits = numbers.depth, numbers.bits
+        self.rest = kernel.registers(height, amx.ROWS, depth, dtype=bits) if rest else None
         if self.rest is not None:
-            with kernel.serial(height) as tile, kernel.serial(amx.ROWS) as row, kernel.vectorized(amx.DEPTH) as lane:
-                T.buffer_store(self.rest, tirx.const(0, "uint16"), [tile, row, lane])
+            with kernel.serial(height) as tile, kernel.serial(amx.ROWS) as row, kernel.vectorized(depth) as lane:
+                T.buffer_store(self.rest, tirx.const(0, bits), [tile, row, lane])
 
 
 class _StoredSums(RegisterTile):
@@ -265,16 +272,16 @@ class _Block:
         gemm_, kernel, sums = self.gemm, self.kernel, self.memory.sums
         for tile in _SUMS[: 2 * self.height]:
             amx.zero(tile)
-        weights = T.bind(self.panel * (gemm_.steps * _STEP))
+        weights = T.bind(self.panel * (gemm_.steps * gemm_.step))
         positions = [T.bind(gemm_.offset + start * gemm_.stride) for start in self.starts]
         with kernel.serial(gemm_.whole) as step:
             self.prefetch(weights, step)
-            left = [tirx.address_of(gemm_.a[position + step * amx.DEPTH]) for position in positions]
-            self.multiply(left, gemm_.stride * 2, weights + step * _STEP)
+            left = [tirx.address_of(gemm_.a[position + step * gemm_.numbers.depth]) for position in positions]
+            self.multiply(left, gemm_.stride * gemm_.numbers.bytes, weights + step * gemm_.step)
         if self.memory.rest is not None:
             self.copy_rest(self.memory.rest, positions)
             left = [tirx.address_of(self.memory.rest[tile, 0, 0]) for tile in range(self.height)]
-            self.multiply(left, int64(2 * amx.DEPTH), weights + gemm_.whole * _STEP)
+            self.multiply(left, int64(amx.ROW_BYTES), weights + gemm_.whole * gemm_.step)
         for tile, start in enumerate(self.starts):
             for c in range(2):
                 row = start - self.starts[0]  # a second tile that begins early overwrites sums with the same ones
@@ -293,26 +300,26 @@ class _Block:
 
     def multiply(self, left: list[Any], stride: Any, weights: Any) -> None:
         """One step of the depth; `left` are addresses of tiles of activations."""
-        b = self.gemm.b
+        b, numbers = self.gemm.b, self.gemm.numbers
         amx.load(_LEFT[0], left[0], stride)
         for c, tile in enumerate(_RIGHT):
-            amx.load(tile, tirx.address_of(b[weights + c * amx.ROWS * amx.DEPTH]), int64(amx.ROW_BYTES))
-        amx.multiply(_SUMS[0], _LEFT[0], _RIGHT[0])
+            amx.load(tile, tirx.address_of(b[weights + c * amx.ROWS * numbers.depth]), int64(amx.ROW_BYTES))
+        amx.multiply(numbers, _SUMS[0], _LEFT[0], _RIGHT[0])
         if self.height == 2:
             amx.load(_LEFT[1], left[1], stride)
-        amx.multiply(_SUMS[1], _LEFT[0], _RIGHT[1])
+        amx.multiply(numbers, _SUMS[1], _LEFT[0], _RIGHT[1])
         if self.height == 2:
-            amx.multiply(_SUMS[2], _LEFT[1], _RIGHT[0])
-            amx.multiply(_SUMS[3], _LEFT[1], _RIGHT[1])
+            amx.multiply(numbers, _SUMS[2], _LEFT[1], _RIGHT[0])
+            amx.multiply(numbers, _SUMS[3], _LEFT[1], _RIGHT[1])
 
     def copy_rest(self, rest: Any, positions: list[Any]) -> None:
-        """The last numbers of each row, in whole parts of 16, 8, 4, 2 and 1."""
+        """The last numbers of each row, in whole parts of 32, 16, 8, 4, 2 and 1."""
         gemm_, kernel = self.gemm, self.kernel
-        begin = gemm_.whole * amx.DEPTH
+        begin = gemm_.whole * gemm_.numbers.depth
         for tile, position in enumerate(positions):
             with kernel.serial(tirx.min(int64(amx.ROWS), gemm_.rows)) as row:
                 done = 0
-                for part in (16, 8, 4, 2, 1):
+                for part in (32, 16, 8, 4, 2, 1):
                     if not gemm_.rest & part:
                         continue
                     with kernel.vectorized(part) as lane:
@@ -327,7 +334,8 @@ class _Block:
         if isinstance(gemm_.row_count, int):
             rows = min(gemm_.choice.passed_rows, -(-gemm_.row_count // gemm_.choice.row_shares))
             share = int64(-(-_LINES // -(-rows // (self.height * amx.ROWS))))
-        start = weights + (gemm_.steps * _LINES + (self.number * gemm_.steps + step) * share) * (64 // 2)
+        line_of = _LINE // gemm_.numbers.bytes  # numbers
+        start = weights + (gemm_.steps * _LINES + (self.number * gemm_.steps + step) * share) * line_of
         with self.kernel.serial(share) as line:
-            address = tirx.address_of(gemm_.b[start + line * (64 // 2)])
+            address = tirx.address_of(gemm_.b[start + line * line_of])
             T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from graphopt.backends.integer_instructions import PACKED, PACKED_LANES, pack_codes
+from graphopt.backends.code_instructions import PACKED, PACKED_LANES, pack_codes
 from graphopt.backends.kernel import Kernel, Output, int64
 
 BYTES = {"uint8": (0, 255), "int8": (-128, 127)}

@@ -91,17 +91,19 @@ def pack_planar_pairs(filters: np.ndarray, groups: int, columns: int) -> np.ndar
     return packed.view(filters.dtype).reshape(*packed.shape, 2)
 
 
-def configure(shape: Shape, filters: Shape, groups: int, window: Window, target: Target) -> Configuration:
+def configure(
+    shape: Shape, filters: Shape, groups: int, window: Window, target: Target, temporaries: int = 0
+) -> Configuration:
     """The default for outputs [N, OH, OW, O] and filters [O, C / groups, KH, KW]."""
     _, height, width, outputs = shape
     depth = int(product(filters[1:]))
     if not isinstance(height, int) or not isinstance(width, int):
-        tile = choose_tile(target, _BLOCK_PIXELS, int(outputs) // groups, apart=True)
+        tile = choose_tile(target, _BLOCK_PIXELS, int(outputs) // groups, apart=True, temporaries=temporaries)
         return Configuration(tile, _SYMBOLIC_ROWS, target.threads, 1, False)
     best: tuple[float, Configuration] | None = None
     for row_groups, panel_groups in _shares(target.threads):
         rows = _block_rows(height, width, row_groups, 1)
-        tile = choose_tile(target, rows * width, int(outputs) // groups, apart=True)
+        tile = choose_tile(target, rows * width, int(outputs) // groups, apart=True, temporaries=temporaries)
         columns = tile.vectors * target.lanes
         blocks, tiles = -(-height // rows), -(-rows * width // tile.rows)
         panels = groups * -(-(int(outputs) // groups) // columns)
@@ -115,7 +117,7 @@ def configure(shape: Shape, filters: Shape, groups: int, window: Window, target:
 
 
 def worth_timing(
-    shape: Shape, filters: Shape, groups: int, window: Window, target: Target, inner: bool
+    shape: Shape, filters: Shape, groups: int, window: Window, target: Target, inner: bool, temporaries: int = 0
 ) -> list[Configuration]:
     """Every tile with blocks of three sizes and every way to share, the least expected time first.
 
@@ -126,7 +128,7 @@ def worth_timing(
     costs: dict[Configuration, float] = {}
     for scale, (row_groups, panel_groups) in itertools.product((1, 0.5, 2), _shares(target.threads)):
         rows = _block_rows(height, width, row_groups, scale)
-        for tile in tiles(target, apart=True):
+        for tile in tiles(target, True, temporaries):
             columns = tile.vectors * target.lanes
             own_panels = -(-groups * -(-each // columns) // panel_groups)
             own_blocks, pixels = 1, _BLOCK_PIXELS

@@ -20,7 +20,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
-from graphopt.backends.integer_instructions import joined, multiply_quads, turned
+from graphopt.backends.code_instructions import joined, turned
+from graphopt.backends.integer_instructions import multiply_quads
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.code_stores import store_codes
@@ -40,7 +41,7 @@ _MOST_PIXELS = 8  # of a tile by default: each has code of its own
 def fits(x: Shape, outputs: Shape, target: Target) -> bool:
     """Whether there is a kernel for images [N, C, H, W] and outputs: enough channels, and rows of a known size."""
     known = all(isinstance(size, int) for size in (x[1], x[3], outputs[3]))
-    return target.quads and known and int(x[1]) >= CHANNELS
+    return target.quads == "uint8" and target.lanes == _LANES and known and int(x[1]) >= CHANNELS
 
 
 def pack_depthwise_words(weight: np.ndarray) -> np.ndarray:
@@ -207,8 +208,8 @@ class _WordWindows(Windows):
         lines += [lines[-1]] * (_ROWS - len(lines))
         halves = [[self.kept(joined(a, b, 1, upper)) for a, b in (lines[:2], lines[2:])] for upper in (0, 1)]
         return [
-            self.kept(tirx.reinterpret(f"uint32x{_LANES}", joined(*pair, 2, upper)))
-            for pair in halves
+            self.kept(tirx.reinterpret(f"uint32x{_LANES}", joined(a, b, 2, upper)))
+            for a, b in halves
             for upper in (0, 1)
         ]
 

@@ -67,17 +67,24 @@ class Configuration:
 
 
 @cache
-def configure(target: Target, rows: Size, n: int, k: int) -> Configuration:
+def configure(target: Target, rows: Size, n: int, k: int, temporaries: int = 0) -> Configuration:
     """The default for rows x K times K x N: the tile and shares with the least time of the longest share."""
     shares = _shares(target, rows, n, k)
-    return min(candidates(target, rows, n, k, shares), key=lambda choice: cost(target, choice, rows, n, k))
+    found = candidates(target, rows, n, k, shares, temporaries=temporaries)
+    return min(found, key=lambda choice: cost(target, choice, rows, n, k))
 
 
 def candidates(
-    target: Target, rows: Size, n: int, k: int, shares: Sequence[tuple[int, int]], scale: float = 1
+    target: Target,
+    rows: Size,
+    n: int,
+    k: int,
+    shares: Sequence[tuple[int, int]],
+    scale: float = 1,
+    temporaries: int = 0,
 ) -> Iterator[Configuration]:
     """Every tile with each of the shares; blocks and parts of panels are `scale` times what the caches suggest."""
-    for tile in tiles(target, apart=True):
+    for tile in tiles(target, True, temporaries):
         depth = _part(k, max(1, int(scale * _PANEL_BYTES) // (4 * tile.vectors * target.lanes)), tile.steps)
         for row_shares, panel_shares in shares:
             share = -(-rows // row_shares) if isinstance(rows, int) else _MOST_BLOCK_ROWS
@@ -85,13 +92,13 @@ def candidates(
             yield Configuration(tile, _part(share, most, tile.rows), depth, row_shares, panel_shares)
 
 
-def worth_timing(target: Target, rows: Size, n: int, k: int) -> list[Configuration]:
+def worth_timing(target: Target, rows: Size, n: int, k: int, temporaries: int = 0) -> list[Configuration]:
     """Candidates with blocks and parts of panels of three sizes, the least expected time first."""
     serial = [(1, 1)] if isinstance(rows, int) and rows * n * k < _SERIAL_POSSIBLE_BELOW else []
     shares = list(dict.fromkeys([*_shares(target, rows, n, k), *_every_share(target, rows), *serial]))
     costs: dict[Configuration, float] = {}
     for scale, doubt in ((1, 1.0), (0.5, UNUSUAL), (2, UNUSUAL)):
-        for choice in candidates(target, rows, n, k, shares, scale):
+        for choice in candidates(target, rows, n, k, shares, scale, temporaries):
             costs.setdefault(choice, doubt * cost(target, choice, rows, n, k))
     return sorted(costs, key=lambda choice: costs[choice])
 

@@ -1,13 +1,15 @@
 """Packed-weight product of 8-bit codes with int32 sums: the float32 product with whole words in the place of numbers.
 
-Where the target has VNNI a word is four codes: activations uint8, weights int8, one instruction for 64 products. Other
-targets multiply two 16-bit numbers a word, activations less their zero point, which is exact where a multiplication of
-bytes would saturate. The word of A is broadcast, the words of a weight are packed [N / columns, K / codes, columns,
-codes]; tiles, shares and prefetching are those of `gemm` for a depth in words.
+Where the target multiplies bytes (VNNI; SDOT and USDOT of Arm) a word is four codes: activations uint8 or, for SDOT,
+int8, weights int8, up to 64 products an instruction. Other targets multiply two 16-bit numbers a word, activations less
+their zero point, which is exact where a multiplication of bytes would saturate. The word of A is broadcast, the words
+of a weight are packed [N / columns, K / codes, columns, codes]; tiles, shares and prefetching are those of `gemm` for a
+depth in words.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +20,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
-from graphopt.backends.integer_instructions import PACKED, multiply_quads, multiply_words
+from graphopt.backends.code_instructions import PACKED
+from graphopt.backends.integer_instructions import multiply_quads, multiply_words
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.code_stores import packs, store_codes
@@ -44,12 +47,17 @@ _FEW_STEPS, _FEW_SUMS = 8, 12  # words of depth of a product whose epilogue cost
 
 @dataclass(frozen=True)
 class Words:
-    """How a target multiplies codes: `codes` of them in a 32-bit word, stored in these types."""
+    """How a target multiplies codes: `codes` of them in a 32-bit word, stored in these types.
+
+    `temporaries` as in `tiles`: without an instruction for both, a product lies in a register before it is added, and
+    NEON takes words apart.
+    """
 
     codes: int
     activations: str
     weights: str
-    multiply: Callable[[Any, Any, Any, int], Any]
+    multiply: Callable[..., Any]
+    temporaries: int = 0
 
     @property
     def products(self) -> str:
@@ -59,8 +67,8 @@ class Words:
 
 def words_of(target: Target) -> Words:
     if target.quads:
-        return Words(4, "uint8", "int8", multiply_quads)
-    return Words(2, "int16", "int16", multiply_words)
+        return Words(4, target.quads, "int8", multiply_quads)
+    return Words(2, "int16", "int16", multiply_words, 8 if target.lanes == 4 else 1)
 
 
 class WordTile(RegisterTile):
@@ -69,6 +77,19 @@ class WordTile(RegisterTile):
     def __init__(self, kernel: Kernel, tile: Tile, words: Words) -> None:
         super().__init__(kernel, tile, "int32")
         self.words = words
+
+    def _steps(self, first: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
+        """With NEON the steps of a row are one vector, whose lanes are multiplied by number."""
+        if self.lanes != self.tile.steps:
+            super()._steps(first, left, right)
+            return
+        whole = tirx.Ramp(int64(0), int64(1), self.lanes)
+        rows = [T.bind(left(r, tirx.Ramp(first, int64(1), self.lanes))) for r in range(self.tile.rows)]
+        for step, r, c in itertools.product(range(self.lanes), range(self.tile.rows), range(self.tile.vectors)):
+            total = self.words.multiply(
+                self.values[r, c, whole], rows[r], right(first + step, c, whole), self.lanes, step
+            )
+            T.buffer_store(self.values, total, [r, c, whole])
 
     def _step(self, k: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
         whole = tirx.Ramp(int64(0), int64(1), self.lanes)
@@ -163,22 +184,22 @@ def offer(target: Target, a: View, n: int, end: Any, write: Callable[[Configurat
     """What may be chosen for codes [..., K] times a weight [N, K], followed by the tree `end`."""
     words = words_of(target)
     rows, k = product(a.shape[:-1]), int(a.shape[-1]) // words.codes
-    usual = configure(target, rows, n, k) if k > _FEW_STEPS else _configure_few_steps(target, rows, n, k)
+    chosen = configure if k > _FEW_STEPS else _configure_few_steps
     parameters = {"rows": size_parameter(rows), "n": n, "k": k, "codes": words.codes, "contiguous": a.contiguous}
     return Choice(
         Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
-        usual,
-        lambda: worth_timing(target, rows, n, k),
+        chosen(target, rows, n, k, words.temporaries),
+        lambda: worth_timing(target, rows, n, k, words.temporaries),
         write,
     )
 
 
 @cache
-def _configure_few_steps(target: Target, rows: Size, n: int, k: int) -> Configuration:
+def _configure_few_steps(target: Target, rows: Size, n: int, k: int, temporaries: int) -> Configuration:
     """Tiles of fewer sums: those of few steps start before the ones before them are written, which hides latencies,
     and LLVM then keeps the panel in the registers that are left."""
-    usual = configure(target, rows, n, k)
-    every = candidates(target, rows, n, k, [(usual.row_shares, usual.panel_shares)])
+    usual = configure(target, rows, n, k, temporaries)
+    every = candidates(target, rows, n, k, [(usual.row_shares, usual.panel_shares)], temporaries=temporaries)
     small = [choice for choice in every if choice.tile.rows * choice.tile.vectors <= _FEW_SUMS]
     return min(small, key=lambda choice: _few_steps_cost(target, choice, rows, n, k))
 

@@ -50,7 +50,7 @@ class Tile:
     steps: int = 4
 
 
-def tiles(target: Target, apart: bool = False) -> Iterator[Tile]:
+def tiles(target: Target, apart: bool = False, temporaries: int = 0) -> Iterator[Tile]:
     """Every tile whose sums, a step's vectors of the right side and its next broadcasts fit the registers.
 
     `apart`: rows of the left side lie at addresses of their own. x86-64 has general registers for eleven; with 13 rows,
@@ -58,8 +58,11 @@ def tiles(target: Target, apart: bool = False) -> Iterator[Tile]:
 
     With fewer registers left each multiply-add broadcasts for itself, which costs a load each: 7 x 64 is slower than
     6 x 64 with AVX-512. With NEON the steps of a row are one vector, whose lanes are multiplied by number.
+
+    `temporaries`: registers that a multiply-add of several instructions takes besides.
     """
     spare, each_row = (3, 1) if target.lanes == 4 else (4, 0) if target.registers == 32 else (1, 0)
+    spare += temporaries
     most = _MOST_APART if apart and target.lanes != 4 else target.registers
     for vectors in range(1, _MOST_VECTORS + 1):
         for rows in range(1, min(most, (target.registers - vectors - spare) // (vectors + each_row)) + 1):
@@ -67,10 +70,12 @@ def tiles(target: Target, apart: bool = False) -> Iterator[Tile]:
 
 
 @cache
-def choose_tile(target: Target, rows: Size, columns: int, depth: int = 256, apart: bool = False) -> Tile:
+def choose_tile(
+    target: Target, rows: Size, columns: int, depth: int = 256, apart: bool = False, temporaries: int = 0
+) -> Tile:
     """The tile with the least time for a product of this size; `rows` known at run time are taken as many."""
     many = rows if isinstance(rows, int) else _MANY_ROWS
-    return min(tiles(target, apart), key=lambda tile: tile_cost(target, tile, many, columns, depth))
+    return min(tiles(target, apart, temporaries), key=lambda tile: tile_cost(target, tile, many, columns, depth))
 
 
 def tile_cost(target: Target, tile: Tile, rows: int, columns: int, depth: int) -> float:
@@ -123,14 +128,18 @@ class RegisterTile:
             with self.kernel.serial(main) as outer:
                 if before_step:
                     before_step(outer)
-                for inner in range(steps):
-                    self._step(outer * steps + inner, left, right)
+                self._steps(outer * steps, left, right)
         if isinstance(extent, int):
             for k in range(extent - extent % steps, extent):
                 self._step(int64(k), left, right)
         else:
             with self.kernel.serial(extent - main * steps) as rest:
                 self._step(main * steps + rest, left, right)
+
+    def _steps(self, first: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
+        """All steps that are written out, from `first` on."""
+        for inner in range(self.tile.steps):
+            self._step(first + inner, left, right)
 
     def _step(self, k: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
         values = self.values

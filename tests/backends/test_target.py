@@ -55,13 +55,40 @@ def test_vector_registers() -> None:
     found = {name: (target.lanes, target.registers) for name in LEVELS for target in [resolve_target(name)]}
     assert found == {
         "cpu:x86-64-v3": (8, 16),
+        "cpu:x86-64-v3-vnni": (8, 16),
         "cpu:x86-64-v4": (16, 32),
         "cpu:x86-64-v4-vnni": (16, 32),
         "cpu:x86-64-v4-bf16": (16, 32),
         "cpu:sapphirerapids": (16, 32),
         "cpu:aarch64": (4, 32),
         "cpu:cortex-a78ae": (4, 32),
+        "cpu:armv8.6-a": (4, 32),
     }
+
+
+def test_what_one_instruction_multiplies_by_int8() -> None:
+    found = {name: resolve_target(name).quads for name in LEVELS}
+    assert found == {
+        "cpu:x86-64-v3": None,
+        "cpu:x86-64-v3-vnni": "uint8",
+        "cpu:x86-64-v4": None,
+        "cpu:x86-64-v4-vnni": "uint8",
+        "cpu:x86-64-v4-bf16": "uint8",
+        "cpu:sapphirerapids": "uint8",
+        "cpu:aarch64": None,
+        "cpu:cortex-a78ae": "int8",
+        "cpu:armv8.6-a": "uint8",
+    }
+
+
+def test_vnni_without_avx512_is_code_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine like Alder Lake, on another machine's kernels too."""
+    _pretend(monkeypatch, "x86_64", {*LEVELS["cpu:x86-64-v3-vnni"][1], "gfni"})
+    target = resolve_target("cpu")
+    assert (target.name, target.architecture) == ("cpu:x86-64-v3-vnni", "x86-64-v3")
+    assert target.extensions == ("avxvnni",) and runnable(target) is target
+    here = runnable(resolve_target("cpu:x86-64-v4-vnni"))
+    assert (here.architecture, here.extensions, here.lanes) == ("x86-64-v3", ("avxvnni",), 16)
 
 
 def test_what_runs_here_keeps_the_kernels_of_its_target(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,16 +51,16 @@ def a_profile(count: int = 4, roofs: Roofs | None = ROOFS) -> Profile:
     return make_profile(times, kernels, "main", {}, 2.0 + sum(each for _, each in times.values()), roofs)
 
 
-def test_products_of_bfloat16_have_roofs_of_their_own() -> None:
+def test_products_of_narrow_numbers_have_roofs_of_their_own() -> None:
     """Each 500 operations in a second, of a peak that is known, or else of float32's."""
-    told = {"plain": "", "pairs": "pairs of bfloat16", "tiles": "tiles of bfloat16"}
+    told = {"plain": "", "pairs": "pairs of bfloat16", "tiles": "tiles of bfloat16", "codes": "tiles of uint8"}
     kernels = {
         name: KernelInfo("gemm", {"products": products} if products else {}, flops=500, bytes=1)
         for name, products in told.items()
     }
     times = dict.fromkeys(told, (1.0, 1.0))
     measured = replace(ROOFS, pairs_per_second=2000.0, tiles_per_second=8000.0)
-    for roofs, wanted in ((ROOFS, (0.5, 0.5, 0.5)), (measured, (0.5, 0.25, 0.0625))):
+    for roofs, wanted in ((ROOFS, (0.5,) * 4), (measured, (0.5, 0.25, 0.0625, 0.03125))):
         rows = make_profile(times, kernels, "main", {}, 5.0, roofs).rows
         shares = {row.kernel: row.share_of_roof for row in rows}
         assert tuple(shares[name] for name in told) == pytest.approx(wanted)

@@ -170,14 +170,15 @@ def _row(
 def _peak_of_products(kernel: KernelInfo, roofs: Roofs) -> float | None:
     """Of a kernel that multiplies bfloat16, in tiles or in vectors, or codes; None: that of multiply-adds.
 
-    VPDPBUSD multiplies four times as many numbers as a multiply-add, and as many of either start in a cycle.
+    VPDPBUSD multiplies four times as many numbers as a multiply-add, and as many of either start in a cycle; so it is
+    with tiles of codes, which hold twice as many as those of bfloat16.
     """
     products = str(kernel.configuration.get("products", ""))
     if products.startswith("4 codes"):
         return 4 * roofs.flops_per_second
-    if "bfloat16" not in products:
-        return None
-    return roofs.tiles_per_second if products.startswith("tiles") else roofs.pairs_per_second
+    if products.startswith("tiles"):
+        return roofs.tiles_per_second and roofs.tiles_per_second * (2 if "uint8" in products else 1)
+    return roofs.pairs_per_second if "bfloat16" in products else None
 
 
 def nearest_roof(work: Work, seconds: float, roofs: Roofs, weights: float) -> tuple[str, float] | None:

@@ -1,8 +1,8 @@
 /* AMX on a CPU without it: preloaded into a process, it carries out each AMX instruction that the CPU does not know.
 
 Such an instruction raises SIGILL. The handler decodes it, does to memory and to tiles of the thread what the manual says
-(Intel SDM volume 2: LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBF16PS), and goes on behind it. What the
-CPU would refuse ends the process with a message: sizes beyond the palette, tiles without a configuration, matrices that
+(Intel SDM volume 2: LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBF16PS, TDPBUSD), and goes on behind it.
+What the CPU would refuse ends the process with a message: sizes beyond the palette, tiles without a configuration, matrices that
 do not fit, an operand twice. arch_prctl grants or, where AMX_EMULATOR_REFUSES is set, refuses the tiles. The number of
 multiplications goes to stderr as the process ends. */
 #define _GNU_SOURCE
@@ -79,11 +79,28 @@ static float widened(const uint8_t* row, int number) {
   return flushed(x);
 }
 
-static void multiply(Tile* total, const Tile* left, const Tile* right) {
+static void begin_product(const Tile* total, const Tile* left, const Tile* right) {
   require(total != left && total != right && left != right, "an operand stands twice");
   require(total->rows == left->rows && total->bytes == right->bytes && left->bytes == 4 * right->rows,
           "the sizes of the tiles do not fit");
   multiplications++;
+}
+
+/* TDPBUSD: unsigned bytes of the left tile times signed ones of the right; sums wrap around. */
+static void multiply_codes(Tile* total, const Tile* left, const Tile* right) {
+  begin_product(total, left, right);
+  for (int m = 0; m < total->rows; m++) {
+    uint32_t sums[16];
+    memcpy(sums, total->row[m], total->bytes);
+    for (int k = 0; k < left->bytes; k++)
+      for (int n = 0; n < total->bytes / 4; n++)
+        sums[n] += (uint32_t)(left->row[m][k] * (int8_t)right->row[k / 4][4 * n + k % 4]);
+    memcpy(total->row[m], sums, total->bytes);
+  }
+}
+
+static void multiply(Tile* total, const Tile* left, const Tile* right) {
+  begin_product(total, left, right);
   int columns = total->bytes / 4, depth = left->bytes / 4;
   float a[32], b[16][32];
   for (int k = 0; k < depth; k++)
@@ -141,7 +158,7 @@ static void handle(int signal_, siginfo_t* info, void* context) {
   greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
   const uint8_t* at = (const uint8_t*)registers[REG_RIP];
   int known = at[0] == 0xc4 && (at[1] & 31) == 2 && !(at[2] & 0x84);
-  if (!known || (at[3] != 0x49 && at[3] != 0x4b && at[3] != 0x5c)) {
+  if (!known || (at[3] != 0x49 && at[3] != 0x4b && at[3] != 0x5c && at[3] != 0x5e)) {
     signal(SIGILL, SIG_DFL);
     return;
   }
@@ -154,6 +171,9 @@ static void handle(int signal_, siginfo_t* info, void* context) {
   if (opcode == 0x5c && direct && prefix == REPEAT) {
     at++;
     multiply(tile_of(first), tile_of(second), tile_of(third));
+  } else if (opcode == 0x5e && direct && prefix == OPERAND) {
+    at++;
+    multiply_codes(tile_of(first), tile_of(second), tile_of(third));
   } else if (opcode == 0x4b && !direct && (*at & 7) == 4 && prefix != NONE) {
     uint8_t* place = address_of(&at, registers, x, b, &stride);
     if (prefix == REPEAT) store(tile_of(first), place, stride);

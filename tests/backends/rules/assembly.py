@@ -30,7 +30,7 @@ def functions(text: str) -> dict[str, tuple[str, ...]]:
 def _lines(text: str) -> Iterator[str]:
     for line in text.splitlines():
         line = re.split(r"\s+(?:#|//)", line)[0].rstrip()
-        if re.match(r"\.LBB\w+:|\t[a-z]", line):
+        if re.match(r"\.LBB\w+:|\t[a-z{]", line):
             yield line
 
 

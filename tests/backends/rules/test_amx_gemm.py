@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,24 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.backends import cpu, roofs
+from graphopt.backends import roofs
 from graphopt.backends.amx import REFUSED
-from graphopt.backends.linker import find_linker
-from graphopt.backends.rules.amx_gemm import PRODUCTS, RULE, pack_tiles, row_stride
-from graphopt.backends.target import LEVELS, Target, resolve_target, runnable
+from graphopt.backends.rules.amx_gemm import RULE, pack_tiles, row_stride
+from graphopt.backends.target import resolve_target
 from graphopt.backends.values import View
 from graphopt.capture import capture
-from graphopt.compile import Artifact, _trial, prepare
-from graphopt.database import open_store
+from graphopt.compile import Artifact
 from graphopt.program import Program
 from graphopt.runtime.features import host_features
 from graphopt.runtime.library import ffi, open_kernels
 from graphopt.runtime.tensors import aligned_copy
 from tests import models
+from tests.backends.amx_runs import AMX, LACKING, LEVEL, built, products_of, run_child, without_tiles
 from tests.backends.conftest import Cases
 from tests.backends.rules.test_pairs import Epilogues, Linears, narrow
 
 F = nn.functional
-LEVEL = "cpu:sapphirerapids"
-AMX = {"amx_tile", "amx_bf16", "amx_int8"}
-HERE = Path(__file__).parent
-LACKING = sorted(set(LEVELS[LEVEL][1]) - AMX - host_features())
-
-
-def products_of(artifact: Artifact) -> list[tuple[str, Any]]:
-    """(rule, what it multiplies) of every kernel that multiplies matrices."""
-    (variant,) = artifact.manifest.variants
-    kernels = variant.kernels.values()
-    return [(each.rule, each.configuration.get("products")) for each in kernels if "gemm" in each.rule]
+PRODUCTS = "tiles of bfloat16"
 
 
 def program_of(cases: Mapping[str, Any] | nn.Module, inputs: tuple[Tensor, ...], dynamic: Any = None) -> Program:
@@ -127,7 +115,7 @@ def test_rows_have_one_distance_or_vectors_multiply() -> None:
 def test_packing() -> None:
     """A tile's row k holds numbers 2 k and 2 k + 1 of the depth of each of 16 columns; zeros beyond the weight."""
     n, k = 40, 50
-    weight = np.arange(1, n * k + 1, dtype=np.float32).reshape(n, k)
+    weight = np.arange(1, n * k + 1, dtype=np.uint16).reshape(n, k)
     packed = pack_tiles(weight)
     assert packed.shape == (2, 2, 2, 16, 32)
     for column, depth in ((0, 0), (17, 5), (39, 49), (8, 33)):
@@ -138,44 +126,6 @@ def test_packing() -> None:
 
 
 # Machine code ---------------------------------------------------------------------------------------------------------
-def built(program: Program) -> tuple[Artifact, Artifact]:
-    """The artifact, unchecked, and the same with functions in place of the instructions."""
-    compilation = prepare(program, LEVEL, threads=2)
-    module = compilation.lower(open_store(None))
-    artifact = compilation.assemble(module)
-    return artifact, _trial(artifact, cpu.build(module.module, without_tiles(compilation.target)))
-
-
-def without_tiles(target: Target) -> Target:
-    """The same kernels as code for this machine, whether it has tiles or not."""
-    here = runnable(target)
-    return replace(here, extensions=tuple(each for each in here.extensions if not each.startswith("amx")))
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if LACKING:
-        pytest.skip(f"this CPU lacks {', '.join(LACKING)}")
-    if AMX & host_features():
-        pytest.skip("this CPU has AMX, so nothing needs to be emulated")
-    command = find_linker()
-    if command is None:
-        pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("amx") / "emulator.so"
-    flags = ["-O2", "-mavx2", "-mfma", "-ffp-contract=off", "-shared", "-fPIC", "-o", str(library)]
-    done = subprocess.run([*command, *flags, str(HERE / "amx_emulator.c"), "-ldl"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
-
-
-def run_child(artifact: Artifact, folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    artifact.save(folder / "model.gopt")
-    results = folder / "results.npz"
-    command = [sys.executable, str(HERE / "amx_child.py"), str(folder / "model.gopt"), str(results)]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300), results
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "dynamic"), [(9, False), (9, True), (35, False), (35, True)])
 def test_the_machine_code_gives_the_bits_of_its_stand_in(

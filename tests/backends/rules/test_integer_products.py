@@ -24,7 +24,7 @@ from graphopt.operators import integer_products  # noqa: F401
 qlinear, qconv = torch.ops.graphopt.qlinear, torch.ops.graphopt.qconv
 BYTE, NUMBER = {"dtype": torch.uint8}, {"dtype": torch.float32}
 QUADS = "cpu:x86-64-v4-bf16"
-KINDS = ["cpu:x86-64-v3", "cpu:x86-64-v4", QUADS, "cpu:aarch64"]
+KINDS = ["cpu:x86-64-v3", "cpu:x86-64-v3-vnni", "cpu:x86-64-v4", QUADS, "cpu:aarch64", "cpu:cortex-a78ae"]
 
 
 def codes(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 0) -> Tensor:
@@ -185,9 +185,10 @@ def test_convolutions_of_any_batch() -> None:
 
 
 def test_the_target_says_how_codes_are_multiplied() -> None:
-    found = {name: words_of(resolve_target(name)).codes for name in LEVELS}
-    assert found["cpu:x86-64-v4-vnni"] == 4 and found["cpu:x86-64-v4"] == found["cpu:x86-64-v3"] == 2
-    assert found["cpu:aarch64"] == 2
+    found = {name: words_of(resolve_target(name)).products for name in LEVELS}
+    assert found["cpu:x86-64-v4-vnni"] == found["cpu:x86-64-v3-vnni"] == found["cpu:armv8.6-a"] == "4 codes of uint8"
+    assert found["cpu:cortex-a78ae"] == "4 codes of int8"
+    assert found["cpu:x86-64-v4"] == found["cpu:x86-64-v3"] == found["cpu:aarch64"] == "2 codes of int16"
 
 
 def test_packing_keeps_words_together() -> None:
