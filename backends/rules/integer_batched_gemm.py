@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -270,11 +271,13 @@ class _IntegerBatched(Batched):
         bits = 32 // self.codes
         total: Any = None
         for number in range(count):
-            code = left[place + number].astype(f"uint{bits}").astype("uint32")
+            read = left[place + number]
+            lanes = tvm.DataType(str(read.ty.dtype)).lanes
+            many = "" if lanes == 1 else f"x{lanes}"
+            code = read.astype(f"uint{bits}{many}").astype(f"uint32{many}")
             if number:
                 shift: Any = tirx.const(bits * number, "uint32")
-                lanes = getattr(place, "lanes", None)
-                code = code << (shift if lanes is None else tirx.Broadcast(shift, lanes))
+                code = code << (shift if lanes == 1 else tirx.Broadcast(shift, lanes))
             total = code if total is None else total | code
         return total
 
