@@ -36,15 +36,19 @@ class Configuration:
     row_shares: int  # shares of the rows of each batch between threads, each with its own copy of the panel
 
 
-def configure(target: Target, batch: Size, rows: Size, columns: Size, depth: Size) -> Configuration:
+def configure(
+    target: Target, batch: Size, rows: Size, columns: Size, depth: Size, temporaries: int = 0
+) -> Configuration:
     """The default: rows are shared out only where batches and panels are fewer than threads."""
     wide = columns if isinstance(columns, int) else _MANY_COLUMNS
-    tile = choose_tile(target, rows, wide, depth if isinstance(depth, int) else 256)
+    tile = choose_tile(target, rows, wide, depth if isinstance(depth, int) else 256, temporaries=temporaries)
     tasks = batch * -(-wide // (tile.vectors * target.lanes)) if isinstance(batch, int) else target.threads
     return Configuration(tile, 1 if tasks >= target.threads else target.threads)
 
 
-def worth_timing(target: Target, batch: Size, rows: Size, columns: Size, depth: Size) -> list[Configuration]:
+def worth_timing(
+    target: Target, batch: Size, rows: Size, columns: Size, depth: Size, temporaries: int = 0
+) -> list[Configuration]:
     """Every tile, with rows shared out or not, the least expected time first."""
     usual = configure(target, batch, rows, columns, depth).row_shares
     many = rows if isinstance(rows, int) else _MANY_COLUMNS
@@ -52,7 +56,7 @@ def worth_timing(target: Target, batch: Size, rows: Size, columns: Size, depth: 
     k = depth if isinstance(depth, int) else 256
     costs = {
         Configuration(tile, shares): tile_cost(target, tile, many, wide, k) * (1 if shares == usual else UNUSUAL)
-        for tile in tiles(target)
+        for tile in tiles(target, temporaries=temporaries)
         for shares in dict.fromkeys((1, target.threads))
     }
     return sorted(costs, key=lambda choice: costs[choice])

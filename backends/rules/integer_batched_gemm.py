@@ -59,8 +59,8 @@ def offer(operands: Operands, result: Product, end: Any, name: str, target: Targ
     }
     return Choice(
         Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
-        configure(target, *sizes),
-        lambda: worth_timing(target, *sizes),
+        configure(target, *sizes, words.temporaries),
+        lambda: worth_timing(target, *sizes, words.temporaries),
         lambda choice: integer_batched_gemm(operands, result, end, name, target, choice),
     )
 

@@ -248,7 +248,7 @@ def test_products_of_two_activations(target: str, zeros: tuple[int, int]) -> Non
     module, operands = MatrixProducts(types, zeros), operands_of(types)
     artifact, _ = compiled(module, (operands,), target)
     assert "integer-batched-gemm" in rules(artifact) and "generic" not in rules(artifact)
-    if target == "cpu:aarch64":  # compiling has compared it
+    if "x86" not in target:  # compiling has compared it
         return
     session = artifact.session()
     flat = [x for pair in operands for x in pair]
