@@ -71,5 +71,5 @@ int main(void) {
   for (unsigned number = 0; number < sizeof(READ) / sizeof(*READ); number++)
     if (fread(READ[number]->data, WIDTH(READ[number]), COUNT(READ[number]), stdin) != COUNT(READ[number])) exit(5);
   CALLS;
-  return fwrite((&WRITE)->data, 4, COUNT(&WRITE), stdout) != COUNT(&WRITE);
+  return fwrite((&WRITE)->data, WIDTH(&WRITE), COUNT(&WRITE), stdout) != COUNT(&WRITE);
 }

@@ -1,4 +1,4 @@
-"""Code for 64-bit Arm, run in an emulator: the numbers of a small model with a kernel of most rules.
+"""Code for 64-bit Arm, run in an emulator: a small model with a kernel of most rules, and exact sums of codes.
 
 The kernels are linked to a driver without TVM's runtime, which has no build for the emulator's machine here.
 """
@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,22 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.backends import cpu
+from graphopt.backends.rules.integer_gemm import words_of
 from graphopt.backends.target import resolve_target
 from graphopt.capture import capture
+from graphopt.program import Program
 from tests.backends.rules.assembly import functions, kernel_functions
+from tests.backends.rules.test_integer_products import NUMBER, codes, frozen, qconv, qlinear
 
 EMULATOR = "qemu-aarch64"
+CPUS = {"cpu:aarch64": "cortex-a53", "cpu:cortex-a78ae": "cortex-a76", "cpu:armv8.6-a": "max"}  # with no more than that
 DRIVER = Path(__file__).with_name("aarch64_driver.c")
 F = nn.functional
+
+
+def with_emulator(test: Callable[..., None]) -> Callable[..., None]:
+    test = pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"needs {EMULATOR} (Debian: qemu-user)")(test)
+    return pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs the package ziglang")(test)
 
 
 class Small(nn.Module):
@@ -48,30 +57,80 @@ class Small(nn.Module):
         return torch.softmax(torch.tanh(self.head((x + y).mean(1))), -1)
 
 
+class Sums(nn.Module):
+    """int32 sums of codes as float32: tails of rows, columns and depth, as far from 0 as they can be, and windows."""
+
+    SHAPES = ((1, 1), (3, 15), (33, 47), (512, 48), (130, 97))
+    WINDOWS = ((16, 24, 1, 1, 0, 1), (3, 16, 5, 2, 2, 1), (16, 33, 3, 1, 1, 1), (16, 32, 3, 1, 1, 4))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([frozen(codes(n, k, dtype=torch.int8, seed=k)) for k, n in self.SHAPES])
+        self.deep = nn.ParameterList([frozen(torch.full((3, 65536), w).to(torch.int8)) for w in (127, -127, -128)])
+        self.filters = nn.ParameterList(
+            [
+                frozen(codes(outputs, inputs // groups, size, size, dtype=torch.int8, seed=size))
+                for inputs, outputs, size, _, _, groups in self.WINDOWS
+            ]
+        )
+        self.register_buffer("one", torch.tensor(1.0))
+        self.register_buffer("zero", torch.tensor(101, dtype=torch.int32))
+
+    def forward(self, x: Tensor, full: Tensor, image: Tensor) -> Tensor:
+        zero, rest = self.zero.to(x.dtype), (self.one, None, *(None,) * 5)
+        found = [qlinear(x[:, : w.shape[1]], self.one, zero, w, *rest, **NUMBER) for w in self.weights]
+        found += [qlinear(full, self.one, None, w, *rest, **NUMBER) for w in self.deep]
+        for filters, (inputs, _, _, stride, pad, groups) in zip(self.filters, self.WINDOWS, strict=True):
+            window = {"stride": [stride] * 2, "padding": [pad] * 2, "dilation": [1, 1], "groups": groups}
+            found.append(qconv(image[:, :inputs], self.one, zero, filters, *rest, **window, **NUMBER))
+        return torch.cat([each.flatten() for each in found])
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"needs {EMULATOR} (Debian: qemu-user)")
-@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs the package ziglang")
+@with_emulator
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("level", CPUS)
+def test_sums_of_codes_in_an_emulator(level: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Bit for bit those of the specification."""
+    furthest = 255 if dtype == torch.uint8 else -128
+    inputs = (codes(7, 512, dtype=dtype), torch.full((5, 65536), furthest).to(dtype), codes(2, 16, 9, 11, dtype=dtype))
+    program = graphopt.optimize(capture(Sums().eval(), inputs), "O1", target=level).program
+    result, lowered = emulated(program, level, inputs, tmp_path)
+    found = {(kernel.rule, kernel.configuration.get("products")) for kernel in lowered.kernels.values()}
+    products = words_of(resolve_target(level)).products
+    assert {("integer-gemm", products), ("integer-convolution", products)} <= found
+    np.testing.assert_array_equal(np.frombuffer(result, np.float32), program.graph_module(*inputs)[0].numpy())
+
+
+@pytest.mark.slow
+@with_emulator
 @pytest.mark.parametrize("passes", ["O0", "mixed-precision{dtype=fp16}"])
-@pytest.mark.parametrize("level", ["cpu:aarch64", "cpu:cortex-a78ae"])
+@pytest.mark.parametrize("level", CPUS)
 def test_a_small_model_in_an_emulator(level: str, passes: str, tmp_path: Path) -> None:
     """In float32, and with weights in float16 that are widened as they are read."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 17, 13)
     program = graphopt.optimize(capture(Small().eval(), (x,)), passes, target=level).program
-    target = resolve_target(level, threads=2)
-    lowered = cpu.lower({"main": program}, target)
+    found, lowered = emulated(program, level, (x,), tmp_path)
     assert len({kernel.rule for kernel in lowered.kernels.values()}) >= 5
-    cpu.generate(lowered.module, target).mod.imports[0].write_to_file(str(tmp_path / "kernels.o"), "o")
-    arrays = [x.numpy(), *(lowered.weights[name] for name in lowered.arguments["main"])]
-    assert any(array.dtype == np.float16 for array in arrays) == (passes != "O0")
-    (tmp_path / "calls.h").write_text("\n".join(written_calls(lowered.module["main"])))
-    driver = built_driver(tmp_path)
-    data = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
-    done = subprocess.run([EMULATOR, driver], input=data, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
-    result = np.frombuffer(done.stdout, np.float32).reshape(2, 7)
+    assert any(array.dtype == np.float16 for array in lowered.weights.values()) == (passes != "O0")
+    result = np.frombuffer(found, np.float32).reshape(2, 7)
     exact = program.graph_module(x)[0]
     assert np.abs(result - exact.detach().numpy()).max() < 1e-6
+
+
+def emulated(program: Program, level: str, inputs: Sequence[Tensor], folder: Path) -> tuple[bytes, cpu.Module]:
+    """The bytes of the program's result on a CPU that has what the level asks for, and what ran there."""
+    target = resolve_target(level, threads=2)
+    lowered = cpu.lower({"main": program}, target)
+    cpu.generate(lowered.module, target).mod.imports[0].write_to_file(str(folder / "kernels.o"), "o")
+    arrays = [*(x.numpy() for x in inputs), *(lowered.weights[name] for name in lowered.arguments["main"])]
+    (folder / "calls.h").write_text("\n".join(written_calls(lowered.module["main"])))
+    driver = built_driver(folder)
+    data = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+    done = subprocess.run([EMULATOR, "-cpu", CPUS[level], driver], input=data, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout, lowered
 
 
 def test_weights_in_float16_are_widened_and_summed_in_float32() -> None:
@@ -108,9 +167,9 @@ def built_driver(folder: Path) -> Path:
 def written_calls(main: Any) -> Iterator[str]:
     """calls.h: a buffer for each variable of the function, and its kernel calls in order."""
     yield "#define COUNT(t) ({ size_t n = 1; for (int i = 0; i < (t)->ndim; i++) n *= (t)->shape[i]; n; })"
-    yield "#define TENSOR(name, bits, rank, ...) \\"
+    yield "#define TENSOR(name, kind, bits, rank, ...) \\"
     yield "  static int64_t name##_shape[] = {__VA_ARGS__}; \\"
-    yield "  static DLTensor name = {name##_data, {kDLCPU, 0}, rank, {kDLFloat, bits, 1}, name##_shape, NULL, 0};"
+    yield "  static DLTensor name = {name##_data, {kDLCPU, 0}, rank, {kind, bits, 1}, name##_shape, NULL, 0};"
     names: dict[Any, str] = {}
     calls = []
     for parameter in main.params:
@@ -133,10 +192,10 @@ def written_calls(main: Any) -> Iterator[str]:
 
 
 def tensor(name: str, kind: Any, same: str = "") -> Iterator[str]:
-    sizes = [int(size) for size in kind.shape.values]
-    width = np.dtype(str(kind.dtype)).itemsize
+    sizes, dtype = [int(size) for size in kind.shape.values], np.dtype(str(kind.dtype))
+    width, code = dtype.itemsize, {"f": "kDLFloat", "i": "kDLInt", "u": "kDLUInt"}[dtype.kind]
     if same:
         yield f"#define {name}_data {same}_data"
     else:
         yield f"static _Alignas(64) char {name}_data[{prod(sizes) * width}];"
-    yield f"TENSOR({name}, {8 * width}, {len(sizes)}, {', '.join(map(str, sizes))})"
+    yield f"TENSOR({name}, {code}, {8 * width}, {len(sizes)}, {', '.join(map(str, sizes))})"
