@@ -19,6 +19,7 @@ from graphopt.backends.operators import (
     convolution,
     creation,
     distances,
+    dynamic_products,
     dynamic_quantization,
     embedding_bags,
     gating,
@@ -73,6 +74,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **grid_sampling.TABLE,
     **embedding_bags.TABLE,
     **gating.TABLE,
+    **dynamic_products.TABLE,
     **dynamic_quantization.TABLE,
     **control_flow.TABLE,
 }

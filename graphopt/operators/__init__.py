@@ -2,6 +2,7 @@
 
 from graphopt.operators import (
     codebooks,
+    dynamic_products,
     dynamic_quantization,
     gating,
     integer_elements,
@@ -12,6 +13,7 @@ from graphopt.operators import (
 
 __all__ = [
     "codebooks",
+    "dynamic_products",
     "dynamic_quantization",
     "gating",
     "integer_elements",

@@ -382,6 +382,23 @@ def fuse_pair(editor: GraphEditor, node: Node, rule: str, constants: Constants) 
     return None
 
 
+def fuse_matrices(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bool:
+    """A matrix product of codes that no quantize follows, as numbers."""
+    if node.target not in _MATRICES:
+        return False
+    rounded = only_user(node, lambda user: user.target is QUANTIZE or clip_of(user) is not None)
+    operands = [codes_of(editor, each) for each in node.args[:2]]
+    a, b = operands
+    if rounded is not None or a is None or b is None or _too_deep(a, b):
+        return False
+
+    def build(builder: Builder) -> list[Node]:
+        given = [part for codes in (a, b) for part in constants.of(builder, codes)]
+        return [builder.call(graphopt.qmatmul.default, *given, None, None, dtype=torch.float32)]
+
+    return editor.replace(rule, [node], build)
+
+
 def _too_deep(a: Codes, b: Codes) -> str | None:
     depth = shape_key(a.node.meta["val"])[-1]
     if isinstance(depth, int) and depth * a.largest * b.largest <= _MOST:

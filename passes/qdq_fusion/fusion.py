@@ -28,11 +28,13 @@ from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Edit, GraphEditor
 from graphopt.errors import PassError
 from graphopt.passes.qdq_fusion.codes import QUANTIZE, Constants
+from graphopt.passes.qdq_fusion.dynamic import fuse_dynamic_product
 from graphopt.passes.qdq_fusion.elements import (
     drop_guard,
     fold_constant,
     fuse_choice,
     fuse_function,
+    fuse_matrices,
     fuse_pair,
     make_unsigned,
     move,
@@ -70,6 +72,8 @@ class _Fusing:
         """In order of execution, so that what a node reads has been rewritten."""
         if node.target in PRODUCTS and self._product(node):
             return
+        if fuse_matrices(self.editor, node, f"{self.name}/pair-of-codes", self.constants):
+            return
         if drop_guard(self.editor, node, f"{self.name}/guard"):
             return
         if move(self.editor, node, f"{self.name}/move", self.constants) or node.target is not QUANTIZE:
@@ -83,6 +87,8 @@ class _Fusing:
 
     def _product(self, node: Node) -> bool:
         try:
+            if fuse_dynamic_product(self.editor, node, f"{self.name}/product", self.weights):
+                return True
             return fuse_product(self.editor, node, f"{self.name}/product", self.constants, self.weights)
         except Refused as refused:
             self.reasons[node] = str(refused)

@@ -9,7 +9,7 @@ is added to the sums, any other one to the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,10 +80,7 @@ def fuse_product(editor: GraphEditor, node: Node, rule: str, constants: Constant
     name = LINEARS[node.target][0] if node.target in LINEARS else "input"
     if (x := codes_of(editor, argument(node, name))) is None:
         raise Refused("its input is not dequantized from 8-bit codes with one constant scale")
-    weight = _weight(editor, node, seen)
-    depth = weight.codes[0].numel()
-    if depth > _DEEPEST:
-        raise Refused(f"sums of {depth} products of codes may not fit int32")
+    weight = weight_of(editor, node, seen)
     options = _options(node)
     if options:
         x, options["padding"] = _outside(x, node, options)
@@ -141,8 +138,10 @@ def _both(numbers: Any) -> list[int]:
     return each * 2 if len(each) == 1 else each
 
 
-def _weight(editor: GraphEditor, node: Node, seen: dict[Any, Weight]) -> Weight:
-    """The codes of a constant weight as int8 less their zero points."""
+def weight_of(
+    editor: GraphEditor, node: Node, seen: dict[Any, Weight], numbers: Sequence[torch.dtype] = (torch.float32,)
+) -> Weight:
+    """The codes of a constant weight as int8 less their zero points; `numbers`: types of its scales."""
     name = LINEARS[node.target][1] if node.target in LINEARS else "weight"
     transposed = node.target in LINEARS and node.target is not aten.linear.default
     source = argument(node, name)
@@ -152,7 +151,7 @@ def _weight(editor: GraphEditor, node: Node, seen: dict[Any, Weight]) -> Weight:
     codes, scale, zero = (None if each is None else editor.constant_value(each) for each in given)
     if codes is None or scale is None or (given[2] is not None and zero is None):
         raise Refused("its weight is computed")
-    if codes.dtype not in BYTES or argument(source, "block") or scale.dtype != torch.float32:
+    if codes.dtype not in BYTES or argument(source, "block") or scale.dtype not in numbers:
         raise Refused("its weight is no 8-bit codes with float32 scales for outputs")
     if node.target in LINEARS and codes.dim() != 2:
         raise Refused(f"its weight has {codes.dim()} axes")
@@ -169,28 +168,43 @@ def _weight(editor: GraphEditor, node: Node, seen: dict[Any, Weight]) -> Weight:
         if int(whole.min()) < -128 or int(whole.max()) > 127:
             raise Refused("its weight's codes less their zero point do not fit int8")
         whole = whole.to(torch.int8)
+        depth = whole[0].numel() if not transposed else whole.shape[0]
+        if depth > _DEEPEST:
+            raise Refused(f"sums of {depth} products of codes may not fit int32")
         seen[key] = Weight((whole.t() if transposed else whole).contiguous(), scale.detach())
     return seen[key]
 
 
 def _bias(editor: GraphEditor, node: Node, x: Codes, weight: Weight) -> tuple[Tensor | None, Tensor | None]:
     """The bias as float32 numbers, and as int32 in steps of the sums where it is stored so."""
-    name = LINEARS[node.target][2] if node.target in LINEARS else "bias"
-    if node.target is aten.addmm.default and (argument(node, "alpha") != 1 or argument(node, "beta") != 1):
-        raise Refused("it scales its product or its bias")
-    source = argument(node, name) if name else None
-    if source is None:
+    number, source = bias_of(editor, node, weight), _bias_source(node)
+    if number is None or not isinstance(source, Node):
         return None, None
-    number = constant_number(editor, source)
-    if number is None or number.dtype != torch.float32 or number.shape != weight.codes.shape[:1]:
-        raise Refused("its bias is not one constant for each output")
     if _counts_in_steps(editor, source):
         codes, scale = (editor.constant_value(argument(source, each)) for each in ("x", "scale"))
         assert codes is not None and scale is not None
         wanted = x.scale.double() * weight.scale.double()
         if codes.dtype == torch.int32 and bool(((scale.double() / wanted - 1).abs() < _BIAS_SCALE).all()):
             return number, codes.detach()
-    return number.detach(), None
+    return number, None
+
+
+def _bias_source(node: Node) -> Any:
+    name = LINEARS[node.target][2] if node.target in LINEARS else "bias"
+    return argument(node, name) if name else None
+
+
+def bias_of(editor: GraphEditor, node: Node, weight: Weight) -> Tensor | None:
+    """The bias as float32 numbers. Raises Refused for one that is not a constant for each output."""
+    if node.target is aten.addmm.default and (argument(node, "alpha") != 1 or argument(node, "beta") != 1):
+        raise Refused("it scales its product or its bias")
+    source = _bias_source(node)
+    if source is None:
+        return None
+    number = constant_number(editor, source)
+    if number is None or number.dtype != torch.float32 or number.shape != weight.codes.shape[:1]:
+        raise Refused("its bias is not one constant for each output")
+    return number.detach()
 
 
 def _counts_in_steps(editor: GraphEditor, source: Node) -> bool:

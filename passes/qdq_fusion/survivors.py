@@ -1,8 +1,9 @@
 """Conversions that are left after fusion: which, and why each is.
 
 Some belong where they are: codes are made of the program's inputs and become its outputs, and operators that are
-computed in float32 on purpose, such as a mean, stand between conversions. A conversion at any other operator is a
-fallback: a product that is computed in float32 although its operands are codes.
+computed in float32 on purpose, such as a mean, stand between conversions. So do operators without a weight of codes
+that read a number which the program never made a code of. A conversion at any other operator is a fallback: a product
+that is computed in float32 although its operands are codes.
 
 Softmax and norms over the last axis are left between conversions as well, but those are not left over: one kernel reads
 codes, computes in float32 and writes codes. They are counted apart, and only where nothing else reads the numbers.
@@ -88,12 +89,42 @@ def _origin(source: Node) -> Node:
     return source
 
 
+def _reads_codes_alone(node: Node) -> bool:
+    """Whether all that an operator computes with stands for codes, but for constants, or its weight does: it could
+    use the codes."""
+    origins = [_origin(source) for source in node.all_input_nodes]
+    if any(source.target is DEQUANTIZE and not _is_computed(source) for source in origins):
+        return True
+    computed = [source for source in origins if source.target is not DEQUANTIZE and _is_computed(source)]
+    return len(computed) < len(origins) and not any(_is_number(source) for source in computed)
+
+
+def _is_number(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _is_computed(node: Node) -> bool:
+    """From the program's inputs."""
+    seen, pending = {node}, [node]
+    while pending:
+        each = pending.pop()
+        if each.op == "placeholder":
+            return True
+        pending += [source for source in each.all_input_nodes if source not in seen]
+        seen.update(pending)
+    return False
+
+
 def _of(node: Node, beside: Node, reasons: Mapping[Node, str]) -> Survivor:
     if beside.op in ("placeholder", "output"):
         return Survivor(node, f"the program's {'input' if beside.op == 'placeholder' else 'output'} is numbers", False)
     name = str(beside.target).removesuffix(".default") if beside.op == "call_function" else beside.name
+    codes_alone = _reads_codes_alone(beside)
     if (reason := reasons.get(node) or reasons.get(beside)) is not None:
-        return Survivor(node, f"{name}: {reason}", True)
+        return Survivor(node, f"{name}: {reason}", codes_alone)
+    if not codes_alone:
+        return Survivor(node, f"{name} reads numbers that were never codes", False)
     if beside.target in (QUANTIZE, DEQUANTIZE):
         return Survivor(node, "the conversion beside it has other parameters", True)
     integer = isinstance(beside.target, OpOverload) and beside.target.namespace == "graphopt"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from graphopt.capture.raising.attention import RaiseAttention
 from graphopt.capture.raising.composites import RaiseComposites
+from graphopt.capture.raising.decomposed_quantization import RaiseDecomposedQuantization
 from graphopt.capture.raising.gelu import RaiseGelu
 from graphopt.capture.raising.layer_norm import RaiseLayerNorm
 from graphopt.capture.raising.recurrent import RaiseRecurrent, settled
@@ -22,8 +23,8 @@ def raised(program: Program) -> Program:
 
 
 def raised_from_torch(program: Program) -> Program:
-    """The same and recurrent layers, but for attention, which a program from PyTorch keeps as it was written."""
-    return _after(settled(_after(program, RaiseRecurrent())), *_COMPOSITES)
+    """The same, recurrent layers and quantization, but for attention, which PyTorch's programs keep as written."""
+    return _after(settled(_after(program, RaiseRecurrent())), RaiseDecomposedQuantization(), *_COMPOSITES)
 
 
 def _after(program: Program, *steps: Pass) -> Program:

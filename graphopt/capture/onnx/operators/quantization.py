@@ -137,17 +137,8 @@ def dynamic_quantize_linear(op: Operation, value: Present) -> tuple[Tensor, Tens
 
 
 def dynamically_quantized(op: Operation, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    low, high = (
-        op.call(aten.clamp.default, op.call(packet.default, value, list(range(value.ndim)), False), *bounds)
-        for packet, bounds in ((aten.amin, (None, 0.0)), (aten.amax, (0.0, None)))
-    )
-    width = op.call(aten.sub.Tensor, high, low)
-    scale = op.call(aten.div.Tensor, width, 255.0)
-    scale = op.call(aten.masked_fill.Scalar, scale, op.call(aten.eq.Scalar, width, 0.0), 1.0)
-    exact = op.call(aten.neg.default, op.call(aten.div.Tensor, low, scale))
-    whole = op.call(aten.round.default, op.call(aten.clamp.default, exact, 0.0, 255.0))
-    zero = op.cast(whole, torch.uint8)
-    return quantized(op, value, scale, zero), scale, zero
+    codes, scale, zero = op.parts(torch.ops.graphopt.dynamic_quantize.default, value)
+    return codes, scale, zero
 
 
 @operator("QLinearMatMul")
