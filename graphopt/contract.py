@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from graphopt.data.metric import Metric
     from graphopt.instance import Instance
     from graphopt.program import Program
+    from graphopt.race import Race
 
 Preserves = Literal["exact", "quantized", "approximate"]
 
@@ -66,6 +67,19 @@ class TradeOff:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of a program that a pass measured without its rewrites and with them, and whether they stay.
+
+    `nodes` are the operators that the rewrites are about, none for the whole program; seconds are medians of a run.
+    """
+
+    nodes: tuple[str, ...]
+    seconds_without: float
+    seconds_with: float
+    kept: bool
+
+
+@dataclass(frozen=True)
 class Timing:
     """Median seconds of one run on the target, over `rounds` runs."""
 
@@ -91,7 +105,7 @@ class PassContext:
 
     `allow` is asked with the id of each rewrite before it is made; a pass is deterministic, so running it again with
     some ids refused takes exactly those rewrites back. A pass learns from `data.fit` only. `measure` returns None where
-    no device is at hand.
+    no device is at hand. `race` is there with `keep_if_faster`, for a pass that measures its own parts.
     """
 
     target: str = "cpu"
@@ -101,13 +115,15 @@ class PassContext:
     progress: Callable[[str, int, int], None] = _silent
     allow: Callable[[str], bool] = _allow_all
     measure: Callable[[Program], Timing | None] = _no_device
+    race: Race | None = None
 
 
 @dataclass(frozen=True)
 class PassResult:
     """The new program, where it differs from the old one, where it could have differed, and remarks.
 
-    `trade_offs` are other settings that were tried and measured beside the one that was taken, for a chart.
+    `trade_offs` are other settings that were tried and measured beside the one that was taken, for a chart; `regions`
+    are the parts that the pass raced itself.
     `instances` are the rewrites as small programs, old and new, in the order in which they were made: what has one is
     checked on its own, anything else by leaving out rewrites until the whole program is right.
     """
@@ -119,6 +135,7 @@ class PassResult:
     near_misses: tuple[NearMiss, ...] = ()
     instances: tuple[Instance, ...] = ()
     trade_offs: tuple[TradeOff, ...] = ()
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,8 +144,8 @@ class Pass(ABC):
 
     `name` is kebab-case and equals the file's stem with dashes. `preserves` is what the caller may rely on: `exact`
     (rounding only), `quantized` (the rounding the pass is there to introduce), `approximate` (needs data and metric).
-    `measured` is whether `keep_if_faster` holds it to a measurement: not where it only takes work away. `unrecorded` is
-    a clause for explanations: what it means that the account says nothing of a node.
+    `measured` is whether `keep_if_faster` holds it to a measurement: not where it only takes work away, or races its
+    parts itself. `unrecorded` is a clause for explanations: what it means that the account says nothing of a node.
     """
 
     name: ClassVar[str]

@@ -75,7 +75,7 @@ class Pipeline:
 
     def _step(self, checker: Checker, item: Pass, program: Program, place: str) -> tuple[Program, PassReport]:
         start = time.perf_counter()
-        checked = checker.run(item, program, self.context, place)
+        checked = checker.run(item, program, replace(self.context, race=self.race), place)
         slower: tuple[Slower, ...] = ()
         if self.race is not None and item.measured:
             self.context.progress(f"{item.name}: measuring", 0, 1)
@@ -103,6 +103,7 @@ class Pipeline:
             error=checked.error,
             errors=dict(checked.errors),
             trade_offs=result.trade_offs,
+            regions=result.regions,
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphopt.analysis.storage import stored_weights
-from graphopt.contract import Declined, NearMiss, Rewrite, TradeOff
+from graphopt.contract import Declined, NearMiss, Region, Rewrite, TradeOff
 from graphopt.matcher import operator_name
 from graphopt.program import Program, full_name
 
@@ -73,7 +73,7 @@ class PassReport:
     rewrite on its own by id; None and no entry where nothing was measured. `created` gives the operator of every node
     that the pass made, `removed` the names of those that it took away, `starts_at` the operators at which its rules
     look for a match (empty: at any), `unrecorded` what it means that nothing is said of a node, `trade_offs` the
-    settings that the pass measured.
+    settings and `regions` the parts that the pass measured.
     """
 
     name: str
@@ -95,6 +95,7 @@ class PassReport:
     removed: tuple[str, ...] = ()
     unrecorded: str = ""
     trade_offs: tuple[TradeOff, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     @property
     def nodes_before(self) -> int:
@@ -120,7 +121,8 @@ class PassReport:
         kept = {key: value for key, value in self.to_json().items() if key != "seconds"}
         points = [{**item, "seconds": None} for item in kept["trade_offs"]]
         slower = [{"ids": list(item.ids), "rule": item.rule} for item in self.slower]
-        return {**kept, "slower": slower, "trade_offs": points}
+        regions = [{"nodes": list(item.nodes), "kept": item.kept} for item in self.regions]
+        return {**kept, "slower": slower, "trade_offs": points, "regions": regions}
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ SIGNATURES = {
     "FitOptions": "(optimizer='adamw', learning_rate, weight_decay, schedule='constant', clip_norm=None, steps=None, "
     "epochs=None, accumulate=1, evaluate_every=None, patience=None, seed=0)",
     "Distillation": "(kind='mse', outputs=(), temperature, task=None, task_weight, features=())",
-    "PassContext": "(target='cpu', data=None, metric=None, seed=0, progress, allow, measure)",
-    "PassResult": "(program, rewrites=(), declined=(), notes=(), near_misses=(), instances=(), trade_offs=())",
+    "PassContext": "(target='cpu', data=None, metric=None, seed=0, progress, allow, measure, race=None)",
+    "PassResult": "(program, rewrites=(), declined=(), notes=(), near_misses=(), instances=(), trade_offs=(), "
+    "regions=())",
     "Rewrite": "(id, rule, before, after)",
     "Declined": "(rule, node, reason)",
     "Timing": "(seconds, rounds)",

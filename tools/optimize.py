@@ -149,6 +149,8 @@ def print_passes(report: dict[str, Any]) -> None:
             print(f"{item['name']}: {note}")
         if points := item["trade_offs"]:
             print(f"\n{format_table(trade_off_rows(points, report['metric']))}\n")
+        if regions := item["regions"]:
+            print(f"\n{format_table(region_rows(regions))}\n")
     print(f"nodes  {report['nodes_before']} -> {report['nodes_after']}")
     for note in report["notes"]:
         print(f"note   {note}")
@@ -169,6 +171,23 @@ def trade_off_rows(points: list[dict[str, Any]], metric: dict[str, Any] | None) 
             "ms": "" if item["seconds"] is None else f"{item['seconds'] * 1e3:.3f}",
         }
         for item in points
+    ]
+
+
+def region_rows(regions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a region that a pass raced; those that were measured as one are one row."""
+    groups: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    for item in regions:
+        groups.setdefault((item["seconds_without"], item["seconds_with"]), []).append(item)
+    return [
+        {
+            "region": ", ".join(items[0]["nodes"]) or "the whole program",
+            "times": len(items),
+            "ms without": f"{without * 1e3:.4f}",
+            "ms with": f"{with_ * 1e3:.4f}",
+            "": "kept" if items[0]["kept"] else "taken back",
+        }
+        for (without, with_), items in groups.items()
     ]
 
 

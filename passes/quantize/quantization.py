@@ -20,13 +20,14 @@ from typing import Any, Literal
 
 import torch
 
-from graphopt.contract import Pass, PassContext, PassResult, TradeOff
+from graphopt.contract import Pass, PassContext, PassResult, Region, TradeOff
 from graphopt.data.dataset import Dataset, Sample
 from graphopt.errors import UsageError
 from graphopt.passes.quantize.activations import ActivationForm
 from graphopt.passes.quantize.budget import for_bytes, for_seconds
 from graphopt.passes.quantize.calibration import Calibration
 from graphopt.passes.quantize.correction import corrected_biases
+from graphopt.passes.quantize.gate import gated
 from graphopt.passes.quantize.guard import guarded
 from graphopt.passes.quantize.ignoring import ignored_nodes
 from graphopt.passes.quantize.placement import STARTS
@@ -45,6 +46,7 @@ class Quantize(Pass):
 
     name = "quantize"
     preserves = "quantized"
+    measured = False  # a program of pairs says nothing of the time that codes take: `gate` races the regions
     weights: Literal["int8", "int4", "nf4", "fp8", "none"] = "int8"
     activations: Literal["auto", "int8", "dynamic-int8", "none"] = "auto"
     granularity: Literal["auto", "per-tensor", "per-channel", "per-group"] = "auto"
@@ -124,13 +126,18 @@ class Quantize(Pass):
         if scheme.activations == "int8":
             scheme = self._calibrated(scheme, fit)
         scheme, told, trade_offs = self._within_bounds(scheme, program, choosing, context)
+        regions: tuple[Region, ...] = ()
+        if context.race is not None:
+            raced = gated(scheme, context.race, context)
+            scheme, regions = raced.scheme, raced.regions
         if self.bias_correction:
             scheme = replace(scheme, biases=corrected_biases(scheme, fit))
         if any(node.target is _BATCH_NORM for node in program.nodes()):
             notes.append(
                 "a batch norm stands behind products, so that their results are not taken as codes; run O2 first"
             )
-        return _joined(program, folded, scheme.write(context), (*notes, *told), trade_offs)
+        result = _joined(program, folded, scheme.write(context), (*notes, *told), trade_offs)
+        return replace(result, regions=regions)
 
     def _samples(self, program: Program, context: PassContext) -> tuple[Iterable[Sample], Dataset | None, list[str]]:
         """What ranges are taken from, the data in two parts where something is chosen by the second, and notes."""

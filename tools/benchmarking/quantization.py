@@ -36,7 +36,8 @@ def measure_case(case: QuantizationCase, settings: Settings) -> dict[str, Any]:
     with progress(f"{case.title}: building"):
         subject = case.build()
     held_out = open_data(subject.data, subject.program).held_out
-    rows, programs = [], []
+    rows: list[dict[str, Any]] = []
+    programs = []
     for form, passes in zip(FORMS, (FLOAT, case.passes), strict=True):
         with progress(f"{case.title}: {passes}"):
             data = subject.data if form == "quantized" else None

@@ -83,8 +83,8 @@ def fold(
     if algorithm == "equalization":
         return scaling.equalized(program, context)
     if algorithm == "smoothquant":
-        codes = WeightForm("int8", "per-channel"), "int8", ActivationForm()
-        return Smoothing(strength, exact, *codes).run(program, context, samples)
+        weight = WeightForm("int8", "per-channel")
+        return Smoothing(strength, exact, weight, "int8", ActivationForm()).run(program, context, samples)
     return scaling.searched(program, context, samples, WeightForm("int4", "per-group", 16))
 
 
