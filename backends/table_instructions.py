@@ -22,15 +22,22 @@ _LANES = (4, 8, 16, 32, 64)  # of the vectors of codes that have a function
 
 @tirx.transform.prim_func_pass(opt_level=0)
 def look_up_natively(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
-    """A vector of elements of 256 bytes, wherever they lie, becomes a call, once loops are vectors."""
-    return function.with_body(tvm_ffi.structural_map(function.body, (tvm.ir.TensorLoad, _called)))
+    """A vector of elements of 256 bytes that are only read becomes a call, once loops are vectors."""
+    written: list[Any] = []
+    tvm_ffi.structural_walk(function.body, (tirx.BufferStore, lambda store: written.append(store.buffer.data)))
+
+    def called(load: Any) -> Any:
+        return load if any(load.source.data.same_as(data) for data in written) else _called(load)
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (tvm.ir.TensorLoad, called)))
 
 
 def _called(load: Any) -> Any:
     buffer, index = load.source, load.indices[0]
     lanes = tvm.DataType(str(index.ty.dtype)).lanes
     whole = len(buffer.shape) == 1 and isinstance(buffer.shape[0], tirx.IntImm) and int(buffer.shape[0]) == ENTRIES
-    if not whole or str(buffer.dtype) not in _BYTES or lanes not in _LANES or isinstance(index, tirx.Ramp):
+    apart = not isinstance(index, (tirx.Ramp, tirx.Broadcast))
+    if not whole or str(buffer.dtype) not in _BYTES or lanes not in _LANES or not apart:
         return load
     cast = isinstance(index, tirx.Cast) and str(index.value.ty.dtype) == f"uint8x{lanes}"
     codes = index.value if cast else index.astype(f"uint8x{lanes}")
