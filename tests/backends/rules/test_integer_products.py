@@ -92,27 +92,34 @@ def test_every_tail_of_rows_columns_and_depth(target: str, dtype: torch.dtype) -
 
 
 class Deep(nn.Module):
-    """The sum furthest from 0 that int32 has to hold, in parts of a panel."""
+    """The sums furthest from 0 that int32 has to hold, in parts of a panel and under windows."""
 
-    def __init__(self, sign: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.full((3, 65536), sign).to(torch.int8))
+        weights = [torch.full((3, 65536), weight).to(torch.int8) for weight in (127, -127, -128)]
+        self.weights = nn.ParameterList(map(frozen, weights))
+        self.filters = nn.ParameterList(frozen(weight.view(-1, 4096, 4, 4)) for weight in weights)
         self.register_buffer("one", torch.tensor(1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = qlinear(x, self.one, None, self.weight, self.one, None, *(None,) * 5, **NUMBER)
-        return result
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        rest = (self.one, None, *(None,) * 5)
+        window = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+        found = []
+        for weight, filters in zip(self.weights, self.filters, strict=True):
+            found.append(qlinear(x, self.one, None, weight, *rest, **NUMBER))
+            found.append(qconv(x.view(-1, 4096, 4, 4), self.one, None, filters, *rest, **window, **NUMBER))
+        return tuple(found)
 
 
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", [*KINDS, "cpu:sapphirerapids"])
 def test_sums_do_not_saturate(target: str) -> None:
     """Pairs of 255 * 127 leave 16 bits, in which VPMADDUBSW adds them."""
-    x = torch.full((2, 65536), 255, dtype=torch.uint8)
-    for sign in (127, -128):
-        program = capture(Deep(sign), (x,))
-        artifact = graphopt.compile(program, target=target, threads=2)
-        assert artifact.report["errors"]["main"] < 1e-7
-        assert float(program(x)[0].max()) == np.float32(255 * sign * 65536)
+    x = torch.full((5, 65536), 255, dtype=torch.uint8)
+    artifact, program = compiled(Deep(), (x,), target)
+    assert rules(artifact) >= {"amx-gemm" if resolve_target(target).amx else "integer-gemm", "integer-convolution"}
+    assert artifact.report["errors"]["main"] == 0
+    sums = [255 * weight * 65536 for weight in (127, -127, -128) for _ in range(2)]
+    assert [{int(number) for number in each.flatten()} for each in program(x)] == [{wanted} for wanted in sums]
 
 
 class Images(nn.Module):
