@@ -7,15 +7,16 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphopt.arrays import array_of
+from graphopt.arrays import array_of, tensor_of
 from graphopt.artifact.write import write_artifact
+from graphopt.checking.operators_alone import alone, compare
 from graphopt.checking.output_check import check_session
 from graphopt.database import Database, hardware_of, open_store
 from graphopt.errors import UsageError
@@ -64,6 +65,7 @@ def compile(
     tune: float | None = None,
     database: Database = None,
     threads: int | None = None,
+    check_operators: bool = False,
 ) -> Artifact:
     """Lower one program, or several by entry name, for `target`; `threads` is how many share a kernel's work.
 
@@ -73,7 +75,9 @@ def compile(
 
     The result is run on the examples and on inputs drawn from each input's domain, at the example's sizes, at 1 and at
     primes. Where this machine cannot run the target's code, the same kernels are built for this machine and run in its
-    place, and the report says so: `graphopt run --check` on the target is still to be done. Raises VerificationError
+    place, and the report says so: `graphopt run --check` on the target is still to be done. `check_operators` compares
+    every operator on 8-bit codes alone, too, fed what PyTorch feeds it on the examples: codes may differ by one, and
+    only close to a half. It takes a second compilation, and memory for all operands at once. Raises VerificationError
     where the result is not what the program computes, CompileError where a node has no lowering or code generation
     fails, UsageError for arguments that cannot be used, WriteError where the store cannot be written.
     """
@@ -91,6 +95,8 @@ def compile(
     report = dict(artifact.report)
     report["checked_on"] = chosen.name if here is chosen else f"{here.machine} {here.architecture}, not on the target"
     report["errors"] = {name: check.error for name, check in checks.items()}
+    if check_operators:
+        report["operators"] = compilation.compare_operators(store)
     report["unchecked"] = {name: list(check.unchecked) for name, check in checks.items() if check.unchecked}
     return replace(artifact, report=report)
 
@@ -118,6 +124,22 @@ class Compilation:
     def trial(self, artifact: Artifact, module: Any) -> Artifact:
         """The artifact of this module if this machine can run it, else one with the same kernels built for it."""
         return artifact if self.here is self.target else _trial(artifact, self.backend.build(module.module, self.here))
+
+    def compare_operators(self, store: Any) -> dict[str, Any]:
+        """What came of the operators on codes of every entry that has some. Raises VerificationError."""
+        found = {}
+        for name, program in self.entries.items():
+            if (parts := alone(program)) is None:
+                continue
+            given = parts.program
+            compilation = replace(self, entries={name: given}, stages={}, functions={name: given})
+            module = compilation.lower(store)
+            session = compilation.trial(compilation.assemble(module), module).session()
+            feed = {spec.name: array_of(value) for spec, value in zip(given.inputs, given.examples, strict=True)}
+            arrays = session.run(None, feed, entry=name)
+            results = [tensor_of(each, spec.dtype) for each, spec in zip(arrays, given.outputs, strict=True)]
+            found[name] = {**asdict(compare(parts, results)), "left_out": list(parts.left_out)}
+        return found
 
     def lower(self, store: Any, hardware: Any = None) -> Any:
         """The backend's module, its kernels as the store knows them to be best on this hardware, by default here."""

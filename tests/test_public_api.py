@@ -12,7 +12,7 @@ SIGNATURES = {
     "capture": "(source, example_inputs=None, *, dynamic_shapes=None, name=None, limits)",
     "optimize": "(program, passes, *, data=None, metric=None, verify='numeric', keep_if_faster=False, target='cpu', "
     "database=None, threads=None, seed=0, strict=False)",
-    "compile": "(programs, target='cpu', *, tune=None, database=None, threads=None)",
+    "compile": "(programs, target='cpu', *, tune=None, database=None, threads=None, check_operators=False)",
     "fit": "(program, data, *, train, loss=None, teacher=None, estimators=None, options=None, checkpoint=None, "
     "resume=False, progress=None)",
     "load": "(path, threads=None, verify='full')",

@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="MODEL.gopt", required=True, help=help)
     parser.add_argument("--target", help="see `graphopt list-targets` (default cpu)")
     parser.add_argument("--threads", type=int, help="threads to cut work for (default: one for each CPU)")
+    help = "compare every operator on 8-bit codes alone, too; takes a second compilation"
+    parser.add_argument("--check-operators", action="store_true", help=help)
     add_pass_choice(parser)
     add_tuning_options(parser, "your own, see graphopt tune")
     add_json_option(parser)
@@ -44,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         result = graphopt.optimize(program, [step.item for step in recipe.passes], **settings)
     with progress(f"compiling for {target}"):
         tuning = Tuning(arguments.tune, arguments.database)
-        artifact = graphopt.compile(result.program, target, threads=arguments.threads, **tuning.options())
+        options = {"threads": arguments.threads, "check_operators": arguments.check_operators, **tuning.options()}
+        artifact = graphopt.compile(result.program, target, **options)
         interrupt.check()
         artifact.save(arguments.output)
     report = {**result.report.to_json(), "artifact": summarize(artifact, arguments.output)}
@@ -66,6 +69,7 @@ def summarize(artifact: Any, path: str) -> dict[str, Any]:
         "bytes": size_on_disk(path),
         "target": report["target"],
         "checked_on": report["checked_on"],
+        **({"operators": dict(report["operators"])} if "operators" in report else {}),
         "kernels": dict(report["kernels"]),
         "tuned": list(report["tuned"]),
         "notes": list(report["notes"]),
@@ -93,6 +97,13 @@ def print_artifact(artifact: dict[str, Any]) -> None:
         print(f"  slow: {item['kernel']} ({item['reason']}), for {', '.join(item['nodes']) or 'no node'}")
     for note in artifact["notes"]:
         print(f"  note: {note}")
+    for entry, found in artifact.get("operators", {}).items():
+        compared = (
+            f"{found['operators']} operators on codes are right alone, {found['flipped']} of {found['codes']} codes"
+        )
+        print(f"check  {entry}: {compared} on the other side of a half")
+        for reason in found["left_out"]:
+            print(f"  left out: {reason}")
     print(f"size  {format_bytes(artifact['bytes'])}")
     if artifact["checked_on"] != artifact["target"]:
         name = Path(artifact["path"]).name

@@ -27,7 +27,7 @@ _FACTOR = 16.0
 _SHARE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _FLIPS = 4.0  # times what is worth a rounding of codes that is close to a half, see `close_rounding`
 _STEPS = 2  # calls that a program with state is followed for
-_FAULT = "this is a fault of graphopt's lowering, please report it"
+FAULT = "this is a fault of graphopt's lowering, please report it"
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,18 @@ def _compare(
     if result.shape != eager.shape or result.dtype != eager.dtype:
         raise VerificationError(
             f"{where} is {result.dtype} {list(result.shape)} where PyTorch gives {eager.dtype} {list(eager.shape)}; "
-            f"{_FAULT}"
+            f"{FAULT}"
         )
     reference = reference if eager.is_floating_point() else eager
     error, scale = largest_error(result, reference), magnitude(reference)
-    allowed = _FACTOR * largest_error(eager, reference) + _SHARE.get(eager.dtype, 0.0) * scale + flips
+    allowed = allowed_error(eager, reference) + flips
     if not error <= allowed:
         raise VerificationError(
-            f"{where} is off by {error:.3g} where {allowed:.3g} is allowed, so nothing is saved; {_FAULT}"
+            f"{where} is off by {error:.3g} where {allowed:.3g} is allowed, so nothing is saved; {FAULT}"
         )
     return error / scale if scale else error
+
+
+def allowed_error(eager: torch.Tensor, reference: torch.Tensor) -> float:
+    """How far a compiled result may be from `reference`, where PyTorch gives `eager`."""
+    return _FACTOR * largest_error(eager, reference) + _SHARE.get(eager.dtype, 0.0) * magnitude(reference)
