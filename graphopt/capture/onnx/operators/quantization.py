@@ -97,7 +97,7 @@ def parameters(
         return _alone(op, scale), None if zero is None else _alone(op, zero), {}
     if not block and scale.ndim != 1:
         raise op.refuse(f"a scale with {scale.ndim} axes needs a block_size")
-    axis = op.axis(axis, value.ndim)
+    axis = 0 if value.ndim == 1 else op.axis(axis, value.ndim)  # the default, 1, is written for vectors too
     return scale, zero, {"axis": axis, "block": block} if block else {"axis": axis}
 
 
