@@ -8,6 +8,7 @@ VPACKUSWB or VPACKSSWB saturate, which takes the place of a clip, and one VPERMD
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import tvm
@@ -31,6 +32,11 @@ def pack_codes(vectors: list[Any], dtype: str) -> Any:
 def turned(codes: Any) -> Any:
     """64 bytes with words 0, 4, 8, 12, 1, 5 and so on beside each other: what `joined` takes from parts of 128 bits."""
     return tirx.call_pure_extern("uint8x64", "graphopt_turn", codes)
+
+
+def beside(parts: list[Any]) -> Any:
+    """2 or 4 vectors of bytes as one of 64."""
+    return tirx.call_pure_extern("uint8x64", f"graphopt_beside_{len(parts)}", *parts)
 
 
 def joined(a: Any, b: Any, unit: int, upper: int) -> Any:
@@ -136,6 +142,10 @@ def _clipped(dtype: str, count: int) -> tuple[list[str], str]:
     return lines, joined[0]
 
 
+def _places(order: Iterable[int]) -> str:
+    return ", ".join(f"i32 {place}" for place in order)
+
+
 def _interleaving(native: bool) -> str:
     """LLVM would merge these shuffles into twice as many, so that each is an instruction of its own."""
     kind, turned = "<64 x i8>", [4 * (word % 4) + word // 4 for word in range(16)]
@@ -158,8 +168,18 @@ def _interleaving(native: bool) -> str:
             f"define {kind} @graphopt_join_{unit}_{upper}({kind} %a, {kind} %b) {{\n"
             f"  %joined = {joined}\n  ret {kind} %joined\n}}\n"
         )
-    return "".join(parts)
+    return "".join(parts) + _BESIDE
 
 
-def _places(order: list[int]) -> str:
-    return ", ".join(f"i32 {place}" for place in order)
+_BESIDE = f"""
+define <64 x i8> @graphopt_beside_2(<32 x i8> %a, <32 x i8> %b) {{
+  %all = shufflevector <32 x i8> %a, <32 x i8> %b, <64 x i32> <{_places(range(64))}>
+  ret <64 x i8> %all
+}}
+define <64 x i8> @graphopt_beside_4(<16 x i8> %a, <16 x i8> %b, <16 x i8> %c, <16 x i8> %d) {{
+  %ab = shufflevector <16 x i8> %a, <16 x i8> %b, <32 x i32> <{_places(range(32))}>
+  %cd = shufflevector <16 x i8> %c, <16 x i8> %d, <32 x i32> <{_places(range(32))}>
+  %all = shufflevector <32 x i8> %ab, <32 x i8> %cd, <64 x i32> <{_places(range(64))}>
+  ret <64 x i8> %all
+}}
+"""

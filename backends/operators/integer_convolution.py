@@ -62,7 +62,9 @@ def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> Vi
     if depthwise_words.fits(shape_of(call.x.meta["val"]), shape_of(node.meta["val"]), target):
         value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
         codes = _channels_last(lowering, value, 1)
-        held = lowering.weight(call.weight, "depthwise-words", depthwise_words.pack_depthwise_words)
+        outputs = int(node.meta["val"].shape[3])
+        packing = lambda array: depthwise_words.pack_depthwise_words(array, outputs)  # noqa: E731
+        held = lowering.weight(call.weight, f"depthwise-words-{outputs}", packing)
         title = f"qconv_{'x'.join(map(str, call.weight.shape))}"
         return lowering.anchored(
             node,

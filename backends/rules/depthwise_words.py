@@ -5,13 +5,16 @@ and eight interleavings. A column of words serves every pixel that has it under 
 multiplication for each vector. A pixel of 3 x 3 taps costs 3 multiplications and 3 shuffles a vector of 16 channels,
 where float32 takes 9 multiply-adds and 12 conversions.
 
-What lies outside of x has the code that stands for 0. Channels are taken 64 at a time, the last ones of a pixel again
-where 64 does not divide their number. Weights lie as the words they multiply, for each of these blocks.
+What lies outside of x has the code that stands for 0. Channels are taken 64 at a time. The last 32 or 16 share a vector
+with those of one or three other pixels, which lie in the next parts of the row; some are computed twice where they are
+no whole block. Weights lie as the words they multiply, for each of these blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,13 +23,13 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
-from graphopt.backends.code_instructions import joined, turned
+from graphopt.backends.code_instructions import beside, joined, turned
 from graphopt.backends.integer_instructions import multiply_quads
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.code_stores import store_codes
 from graphopt.backends.rules.depthwise import RULE
-from graphopt.backends.rules.windows import Configuration, Window, Windows, configure, worth_timing
+from graphopt.backends.rules.windows import Configuration, Window, Windows, axes_at, configure, worth_timing
 from graphopt.backends.sizes import Shape, product
 from graphopt.backends.target import Target
 from graphopt.backends.tuner.record import Workload
@@ -35,22 +38,53 @@ from graphopt.backends.values import Product, View, fused_name
 CHANNELS = 64  # of a block
 _ROWS, _LANES = 4, 16  # rows of taps in a word, words of a vector
 _VECTORS = CHANNELS // _LANES
+_WIDTHS = (16, 32, 64)  # channels of a block
 _MOST_PIXELS = 8  # of a tile by default: each has code of its own
+
+
+@dataclass(frozen=True)
+class Block:
+    """`width` channels from `start` on, beside those of other pixels in vectors of 64 bytes."""
+
+    start: int
+    width: int
+
+    @property
+    def together(self) -> int:
+        """Pixels in a vector."""
+        return CHANNELS // self.width
+
+
+def blocks(channels: int, outputs: int) -> list[Block]:
+    """Blocks of 64 channels, then smaller ones; rows of `outputs` pixels have to hold as many as share a vector."""
+    found = [Block(start, CHANNELS) for start in range(0, channels - CHANNELS + 1, CHANNELS)]
+    start = CHANNELS * len(found)
+    usable = [width for width in _WIDTHS if width <= channels and CHANNELS // width <= outputs]
+    while start < channels:
+        rest = channels - start
+        width = next((width for width in usable if width >= rest), usable[-1])
+        found.append(Block(min(start, channels - width), width))
+        start += width
+    return found
 
 
 def fits(x: Shape, outputs: Shape, target: Target) -> bool:
     """Whether there is a kernel for images [N, C, H, W] and outputs: enough channels, and rows of a known size."""
     known = all(isinstance(size, int) for size in (x[1], x[3], outputs[3]))
-    return target.quads == "uint8" and target.lanes == _LANES and known and int(x[1]) >= CHANNELS
+    wide = known and any(w <= int(x[1]) and CHANNELS // w <= int(outputs[3]) for w in _WIDTHS)
+    return target.quads == "uint8" and target.lanes == _LANES and wide
 
 
-def pack_depthwise_words(weight: np.ndarray) -> np.ndarray:
-    """int8 [C, 1, KH, KW] -> [blocks, KW, ceil(KH / 4), 64, 4], with zeros under rows that do not exist."""
+def pack_depthwise_words(weight: np.ndarray, outputs: int) -> np.ndarray:
+    """int8 [C, 1, KH, KW] -> [blocks, KW, ceil(KH / 4), 64, 4], with zeros under rows that do not exist.
+
+    Those of smaller blocks repeat for each pixel of a vector.
+    """
     channels, _, rows, columns = weight.shape
     padded = np.pad(weight[:, 0], ((0, 0), (0, -rows % _ROWS), (0, 0)))
     words = padded.reshape(channels, -1, _ROWS, columns).transpose(3, 1, 0, 2)
-    starts = [min(first, channels - CHANNELS) for first in range(0, channels, CHANNELS)]
-    return np.stack([words[:, :, start : start + CHANNELS] for start in starts])
+    every = blocks(channels, outputs)
+    return np.stack([np.tile(words[:, :, b.start : b.start + b.width], (1, 1, b.together, 1)) for b in every])
 
 
 def offer(
@@ -71,16 +105,16 @@ def offer(
     }
     return Choice(
         Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
-        Configuration(_pixels(int(result.shape[-2])), usual.channel_shares),
+        Configuration(_pixels(int(result.shape[-2]), 1), usual.channel_shares),
         lambda: [choice for choice in worth_timing(result.shape, window, target) if choice.pixels <= 2 * _MOST_PIXELS],
         lambda choice: _depthwise_words(x, weight, result, end, window, name, target, zero, choice),
     )
 
 
-def _pixels(outputs: int) -> int:
-    """As many as a tile may have, such that few are computed twice at the end of a row."""
-    most = min(outputs, _MOST_PIXELS)
-    return min(range(most, most // 2, -1), key=lambda pixels: (-(-outputs // pixels) * pixels, -pixels))
+def _pixels(outputs: int, together: int, most: int = _MOST_PIXELS) -> int:
+    """As many vectors as a tile may have, such that few pixels are computed twice at the end of a row."""
+    most = min(outputs // together, most)
+    return min(range(most, most // 2, -1), key=lambda n: (-(-outputs // (n * together)) * n, -n))
 
 
 def _depthwise_words(
@@ -131,12 +165,36 @@ class _WordWindows(Windows):
         zero: int,
     ) -> None:
         super().__init__(kernel, x, window, result, end, output, choice=choice)
-        self.width, self.zero = CHANNELS, zero
+        self.zero = zero
+        self.blocks = blocks(int(result.shape[-1]), int(result.shape[-2]))
         self.weights = kernel.words(weight.storage, "uint32")
         self.words = -(-window.taps[0] // _ROWS)
 
     def write_blocks(self) -> None:
-        self.write(0, lambda step: None)
+        """Tasks are rows x shares of the blocks of 64 channels; the last share has the smaller ones too."""
+        kernel, shares = self.kernel, self.choice.channel_shares
+        whole = [block for block in self.blocks if block.width == CHANNELS]
+        rows = kernel.size(product(self.result.shape[:-2]))
+        each = -(-len(whole) // shares)
+        with kernel.parallel(shares * rows) as task:
+            self.row = tirx.truncmod(task, rows) if shares > 1 else task
+            self.place = axes_at(kernel, self.row, self.result.shape[:-2])
+            share = tirx.truncdiv(task, rows) if shares > 1 else int64(0)
+            if whole:
+                first = share * each
+                with kernel.serial(tirx.min(int64(each), len(whole) - first)) as number:
+                    last = self.channels - CHANNELS  # of a pixel's channels, where 64 do not divide them
+                    self.write_block(whole[0], first + number, tirx.min((first + number) * CHANNELS, last))
+            with T.If(share == shares - 1) if shares > 1 else nullcontext(), T.Then() if shares > 1 else nullcontext():
+                for number, block in enumerate(self.blocks[len(whole) :]):
+                    self.write_block(block, int64(len(whole) + number), int64(block.start))
+
+    def write_block(self, block: Block, number: Any, channel: Any) -> None:
+        """One row of outputs of a block, the `number`-th one, of channels from `channel` on."""
+        self.block, self.number, self.channel = block, number, T.bind(channel)
+        self.vectors = _pixels(int(self.outputs), block.together, self.choice.pixels)
+        self.pixels = self.vectors * block.together
+        self.write_row()
 
     def write_row(self) -> None:
         """Tiles with all rows of taps inside of x, which most are, know that."""
@@ -170,16 +228,16 @@ class _WordWindows(Windows):
                 self.write_tile(tile * self.pixels + run.start, run.taps)
 
     def write_tile(self, first: Any, taps: Sequence[tuple[int, int]]) -> None:
-        """Columns of words from left to right; a pixel is stored once its last one has been multiplied."""
-        sums = self.kernel.registers(self.pixels, _VECTORS, _LANES, dtype="int32")
+        """Columns of words from left to right; a vector's pixels are stored once its last one has been multiplied."""
+        sums = self.kernel.registers(self.vectors, _VECTORS, _LANES, dtype="int32")
         whole = tirx.Ramp(int64(0), int64(1), _LANES)
         corner = first * self.window.strides[1] - self.window.pads[1]
+        inside = {self.window.covers(*pair) for pair in taps}
         column, words = -1, list[list[Any]]()
-        for pixel, tap in self.taps():
+        for pixel, tap in ((pixel, tap) for pixel, tap in self.taps() if pixel < self.vectors):
             at = self.window.covers(pixel, tap)
             if at != column:
-                exists = any(self.window.covers(*pair) == at for pair in taps)
-                column, words = at, self.column(corner + at, exists) if exists or self.zero else []
+                column, words = at, self.column(corner, at, inside)
             for vector in range(_VECTORS):
                 total = tirx.Broadcast(tirx.const(0, "int32"), _LANES) if tap == 0 else sums[pixel, vector, whole]
                 for number, word in enumerate(words):
@@ -187,19 +245,28 @@ class _WordWindows(Windows):
                     total = multiply_quads(total, word[vector], weight, _LANES)
                 T.buffer_store(sums, total, [pixel, vector, whole])
             if tap == self.window.taps[1] - 1:
-                self.finish_pixel(sums, pixel, first + pixel)
+                for part in range(self.block.together):
+                    self.finish_pixel(sums, pixel, part, first + (part * self.vectors + pixel))
 
-    def column(self, column: Any, inside: bool) -> list[list[Any]]:
-        """The words of one column of x: for each four rows of taps the vectors of a block of channels."""
-        outside = tirx.Broadcast(tirx.const(self.zero, "uint8"), CHANNELS)
-        if not inside:
+    def column(self, corner: Any, at: int, inside: set[int]) -> list[list[Any]]:
+        """The words of a column of x and of those where the other pixels of a vector have theirs: for each four rows of
+        taps the vectors of a block. None where all are outside and stand for 0 with the code 0."""
+        width, stride = self.block.width, self.kernel.size(self.x.strides[2])
+        columns = [at + part * self.vectors * self.window.strides[1] for part in range(self.block.together)]
+        exist = [column in inside for column in columns]
+        if not any(exist):
             word = tirx.Broadcast(tirx.const(int(np.full(_ROWS, self.zero, "uint8").view("<u4")[0]), "uint32"), _LANES)
-            return [[word] * _VECTORS] * self.words
-        stride = self.kernel.size(self.x.strides[2])
+            return [[word] * _VECTORS] * self.words if self.zero else []
+        outside = tirx.Broadcast(tirx.const(self.zero, "uint8"), width)
         codes = []
         for place, exists in self.rows:
-            read = self.data[tirx.Ramp(place + column * stride, int64(1), CHANNELS)]
-            codes.append(read if self.all_inside else tirx.Select(exists, read, outside))
+            parts = [
+                self.data[tirx.Ramp(place + (corner + column) * stride, int64(1), width)] if there else outside
+                for column, there in zip(columns, exist, strict=True)
+            ]
+            read = parts[0] if len(parts) == 1 else beside(parts)
+            none = tirx.Broadcast(tirx.const(self.zero, "uint8"), CHANNELS)
+            codes.append(read if self.all_inside else tirx.Select(exists, read, none))
         return [self.interleaved(codes[first : first + _ROWS]) for first in range(0, len(codes), _ROWS)]
 
     def interleaved(self, rows: list[Any]) -> list[Any]:
@@ -207,11 +274,8 @@ class _WordWindows(Windows):
         lines = [self.kept(turned(row)) for row in rows]
         lines += [lines[-1]] * (_ROWS - len(lines))
         halves = [[self.kept(joined(a, b, 1, upper)) for a, b in (lines[:2], lines[2:])] for upper in (0, 1)]
-        return [
-            self.kept(tirx.reinterpret(f"uint32x{_LANES}", joined(a, b, 2, upper)))
-            for a, b in halves
-            for upper in (0, 1)
-        ]
+        words = (joined(a, b, 2, upper) for a, b in halves for upper in (0, 1))
+        return [self.kept(tirx.reinterpret(f"uint32x{_LANES}", word)) for word in words]
 
     def kept(self, value: Any) -> Any:
         """The vector in a register of its own."""
@@ -223,16 +287,20 @@ class _WordWindows(Windows):
 
     def weight_place(self, tap: int, number: int, vector: int) -> Any:
         block = self.window.taps[1] * self.words * CHANNELS
-        return self.block * block + (tap * self.words + number) * CHANNELS + vector * _LANES
+        return self.number * block + (tap * self.words + number) * CHANNELS + vector * _LANES
 
-    def finish_pixel(self, sums: Any, pixel: int, at: Any) -> None:
-        """The epilogue of one pixel, and the store."""
+    def finish_pixel(self, sums: Any, vector: int, part: int, at: Any) -> None:
+        """The epilogue of one pixel of a vector, and the store."""
+        count = _VECTORS // self.block.together
 
-        def element(vector: int, lane: Any) -> Any:
-            return self.element(sums[pixel, vector, lane], at, self.channel + vector * _LANES + lane)
+        def total(number: int, lane: Any) -> Any:
+            return sums[vector, part * count + number, lane]
 
-        if store_codes(self.kernel, self.output, self.position(at, self.channel), _VECTORS, element):
+        def element(number: int, lane: Any) -> Any:
+            return self.element(total(number, lane), at, self.channel + number * _LANES + lane)
+
+        if store_codes(self.kernel, self.output, self.position(at, self.channel), count, element):
             return
-        for vector in range(_VECTORS):
+        for number in range(count):
             with self.kernel.vectorized(_LANES) as lane:
-                self.store(sums[pixel, vector, lane], at, self.channel + vector * _LANES + lane)
+                self.store(total(number, lane), at, self.channel + number * _LANES + lane)

@@ -161,8 +161,7 @@ class Windows:
             self.place = axes_at(kernel, self.row, self.result.shape[:-2])
             first = tirx.truncdiv(task, rows) * each if shares > 1 else int64(0)
             with kernel.serial(tirx.min(each, vectors - first)) as vector:
-                self.block = first + vector
-                self.channel = tirx.min(self.block * self.width, self.channels - self.width)
+                self.channel = tirx.min((first + vector) * self.width, self.channels - self.width)
                 self.write_row_if_active()
 
     def write_row_if_active(self) -> None:

@@ -144,6 +144,9 @@ class Images(nn.Module):
         (96, 96, 5, {"padding": [2, 1, 0, 4], "dilation": [1, 2], "groups": 96}),
         (200, 200, 3, {"padding": [1, 2, 0, 0], "dilation": 2, "stride": [1, 2], "groups": 200}),
         (64, 64, 1, {"groups": 64}),
+        (32, 32, 3, {"padding": 1, "groups": 32}),
+        (56, 56, 3, {"padding": [1, 0, 1, 2], "stride": 2, "groups": 56}),
+        (112, 112, 3, {"padding": 1, "groups": 112}),
     )
 
     def __init__(self) -> None:
@@ -189,6 +192,41 @@ def test_convolutions_of_any_batch() -> None:
         program.outputs, artifact.session().run(None, {"x": array_of(x)}), program(x), strict=True
     ):
         assert torch.equal(tensor_of(array, spec.dtype), wanted), spec.name
+
+
+class Summed(nn.Module):
+    """A convolution whose codes are added to others, with scales of powers of two, so that many numbers are halves."""
+
+    def __init__(self, step: float, zeros: tuple[int, int, int], bounds: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("weight", codes(72, 20, 1, 1, dtype=torch.int8) % 8)
+        self.bounds = {"qmin": bounds[0], "qmax": bounds[1], "dtype": torch.uint8}
+        for name, scale in (("coarse", 0.5), ("fine", 0.25), ("step", step)):
+            self.register_buffer(name, torch.tensor(scale))
+        for name, zero in zip(("x_zero", "y_zero", "sum_zero"), zeros, strict=True):
+            self.register_buffer(name, torch.tensor(zero, dtype=torch.uint8))
+
+    def forward(self, x: Tensor, added: Tensor) -> Tensor:
+        x, added = x.permute(0, 3, 1, 2), added.permute(0, 3, 1, 2)
+        result = (self.step, self.y_zero, None, None, None)
+        options = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+        y = qconv(x, self.coarse, self.x_zero, self.weight, self.fine, None, *result, **options, **self.bounds)
+        given = (y, self.coarse, self.y_zero, added, self.fine, self.x_zero, self.coarse, self.sum_zero)
+        total: Tensor = torch.ops.graphopt.qadd(*given, **self.bounds)
+        return total.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "zeros", "bounds"),
+    [(32.0, (131, 117, 99), (0, 255)), (16.0, (0, 0, 7), (7, 201)), (1e-9, (128, 3, 250), (0, 255))],
+)
+def test_sums_of_codes_end_the_product_before_them(step: float, zeros: Any, bounds: Any) -> None:
+    """With the smallest step numbers leave int32 before they are clipped."""
+    inputs = (codes(2, 5, 7, 20), codes(2, 5, 7, 72, seed=4))
+    artifact, program = compiled(Summed(step, zeros, bounds), inputs, "cpu")
+    assert rules(artifact) == {"integer-gemm"}
+    feed = dict(zip(("x", "added"), map(array_of, inputs), strict=True))
+    assert np.array_equal(artifact.session().run(None, feed)[0], array_of(program(*inputs)[0]))
 
 
 def test_the_target_says_how_codes_are_multiplied() -> None:
