@@ -27,18 +27,20 @@ def look_up_natively(function: tirx.PrimFunc, _module: tvm.IRModule, _context: A
     tvm_ffi.structural_walk(function.body, (tirx.BufferStore, lambda store: written.append(store.buffer.data)))
 
     def called(load: Any) -> Any:
-        return load if any(load.source.data.same_as(data) for data in written) else _called(load)
+        found = _called(load)
+        return load if found is None or any(load.source.data.same_as(data) for data in written) else found
 
     return function.with_body(tvm_ffi.structural_map(function.body, (tvm.ir.TensorLoad, called)))
 
 
 def _called(load: Any) -> Any:
+    """What stands for a vector of entries of a table; None for any other load."""
     buffer, index = load.source, load.indices[0]
     lanes = tvm.DataType(str(index.ty.dtype)).lanes
     whole = len(buffer.shape) == 1 and isinstance(buffer.shape[0], tirx.IntImm) and int(buffer.shape[0]) == ENTRIES
     apart = not isinstance(index, (tirx.Ramp, tirx.Broadcast))
     if not whole or str(buffer.dtype) not in _BYTES or lanes not in _LANES or not apart:
-        return load
+        return None
     cast = isinstance(index, tirx.Cast) and str(index.value.ty.dtype) == f"uint8x{lanes}"
     codes = index.value if cast else index.astype(f"uint8x{lanes}")
     start = tirx.address_of(tirx.BufferLoad(buffer, [tirx.const(0, "int32")]))

@@ -259,8 +259,8 @@ def number_of(code: Any, zero: int) -> Any:
         origin, cast = int(inner.b.value), inner.a
     if isinstance(cast, tirx.Cast) and getattr(getattr(cast.value, "op", None), "name", "") == "tirx.round":
         low, high = (like(cast.value, bound - origin) for bound in bounds)
-        whole = cast.value
-        whole = tirx.Select(whole > low, whole, low)
+        whole = T.bind(cast.value)
+        whole = T.bind(tirx.Select(whole > low, whole, low))
         whole = tirx.Select(whole < high, whole, high)
         return whole + like(whole, origin - zero) if origin != zero else whole
     whole = code.astype("int32")
