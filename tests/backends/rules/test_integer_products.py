@@ -81,7 +81,7 @@ class Linears(nn.Module):
 
 
 @pytest.mark.parametrize("target", [k if k == QUADS else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.int8, marks=pytest.mark.slow)])
 def test_every_tail_of_rows_columns_and_depth(target: str, dtype: torch.dtype) -> None:
     for rows, dynamic in ((7, None), (67, {"x": {0: "rows"}, "added": {0: "rows"}})):
         inputs = (codes(rows, 384, dtype=dtype), codes(rows, 97, seed=9))
