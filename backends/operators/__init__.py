@@ -28,6 +28,7 @@ from graphopt.backends.operators import (
     integer_convolution,
     integer_elements,
     integer_products,
+    integer_sums,
     linear,
     normalization,
     padding,
@@ -48,6 +49,7 @@ ELEMENT_WISE: dict[Any, Callable[..., Any]] = {
     **activations.TABLE,
     **quantization.TABLE,
     **integer_elements.TABLE,
+    **integer_sums.TABLE,
 }
 
 OPERATORS: dict[Any, Callable[..., Any]] = {

@@ -138,7 +138,7 @@ def _without(result: View, axes: list[int], shape: Shape) -> View:
     return View(result.storage, shape, tuple(result.strides[axis] for axis in kept))
 
 
-def _as_node(node: Node, result: View, axes: list[int]) -> View:
+def as_node(node: Node, result: View, axes: list[int]) -> View:
     return _without(result, axes, shape_of(node.meta["val"]))
 
 
@@ -154,7 +154,7 @@ def _reduced(
     """The node's reduction; where all that reads it leads to whole rows again, one kernel reduces and writes these."""
     together = lowering.row_epilogue(node, value.shape) if _by_rows(lowering, value, axes, dtype) else []
     if not together:
-        return _as_node(node, reduce(lowering, value, axes, dtype, combine, finish), axes)
+        return as_node(node, reduce(lowering, value, axes, dtype, combine, finish), axes)
     result = Product(shape_of(node.meta["val"]), dtype)
     lowering.env[node] = end = result
     steps: list[tuple[Product, Lazy]] = []
@@ -243,7 +243,7 @@ def _arg_extreme(combine: str) -> Callable[[Lowering, Node], View]:
         best = reduce(lowering, value, axes, value.dtype, combine)
         positions = _first_position(lowering, value, best, axes)
         return (
-            _as_node(node, positions, axes)
+            as_node(node, positions, axes)
             if given["dim"] is not None
             else whole(positions.storage, shape_of(node.meta["val"]))
         )
@@ -368,7 +368,7 @@ def _logical(combine: str) -> Callable[[Lowering, Node], Any]:
             return convert(convert(kernel.load(value, index), "bool"), "uint8")
 
         truth = Lazy(value.shape, "uint8", (value,), element, flat=True)
-        flag = _as_node(node, reduce(lowering, truth, axes, "uint8", combine), axes)
+        flag = as_node(node, reduce(lowering, truth, axes, "uint8", combine), axes)
         return Lazy(
             flag.shape, dtype, (flag,), lambda kernel, index: convert(kernel.load(flag, index), dtype), flat=True
         )

@@ -7,6 +7,7 @@ from graphopt.operators import (
     gating,
     integer_elements,
     integer_products,
+    integer_sums,
     quantization,
     recurrent,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "gating",
     "integer_elements",
     "integer_products",
+    "integer_sums",
     "quantization",
     "recurrent",
 ]

@@ -3,7 +3,8 @@
 Before: y = quantize(linear(dequantize(x), dequantize(w), b))        After: y = qlinear(x, w, b)
 
 Fused are linears, matrix products and convolutions of codes by constant weights with bias, residual, activation and
-clip, with or without a quantize behind them; sums, products and matrix products of two activations; chains of
+clip, with or without a quantize behind them; sums, products and matrix products of two activations; sums and means over
+axes; chains of
 element-wise operators on one of them; and everything that only moves elements, through which dequantize is pushed until
 it meets a quantize or a product. Rewritten codes differ from the program's by at most one, where the number before
 rounding lies within float32's error of a half; moves, pairs and tables are exact.
@@ -41,6 +42,7 @@ from graphopt.passes.qdq_fusion.elements import (
     quantize_early,
 )
 from graphopt.passes.qdq_fusion.products import PRODUCTS, Refused, Weight, fuse_product
+from graphopt.passes.qdq_fusion.sums import fuse_sum
 from graphopt.passes.qdq_fusion.survivors import Survivor, from_codes_to_codes, survivors
 from graphopt.program import Program
 
@@ -78,9 +80,12 @@ class _Fusing:
             return
         if move(self.editor, node, f"{self.name}/move", self.constants) or node.target is not QUANTIZE:
             return
-        if not fuse_function(self.editor, node, self.name) and not fuse_choice(
-            self.editor, node, f"{self.name}/choice"
-        ):
+        fused = (
+            fuse_function(self.editor, node, self.name)
+            or fuse_choice(self.editor, node, f"{self.name}/choice")
+            or fuse_sum(self.editor, node, f"{self.name}/sum", self.constants)
+        )
+        if not fused:
             reason = fuse_pair(self.editor, node, f"{self.name}/pair-of-codes", self.constants)
             if reason is not None:
                 self.reasons[node] = reason
