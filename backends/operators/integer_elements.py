@@ -68,7 +68,7 @@ def _add(lowering: Lowering, node: Node) -> Lazy:
 
     def expression(a: Any, b: Any) -> Any:
         a, b = (number_of(x, zero) for x, zero in zip((a, b), pair.zeros, strict=True))
-        return codes_of(a * like(a, left) + b * like(b, right), pair.into, 255 * (left + right))
+        return codes_of(a * like(a, left) + b * like(b, right), pair.into, 255 * (abs(left) + abs(right)))
 
     types = [DTYPES[given[name].meta["val"].dtype] for name in ("a", "b")]
     return element_wise(lowering, node, [given["a"], given["b"]], expression, types)

@@ -5,7 +5,7 @@ the type of the codes; no zero point is 0) for each operand and the result, whic
 qmax) of `dtype`, halves to even. v is made of the float32 constants p = a_scale / scale, q = b_scale / scale and r =
 a_scale * b_scale / scale, divided in float64, and of differences from the zero points:
 
-- qadd: v = a p + b q, where the product that is added is not rounded;
+- qadd: v = a p + b q, where the product that is added is not rounded; a negative b_scale subtracts;
 - qmul: v = a b r, with an exact product of integers;
 - qmatmul: v = (sum of a b) r, with exact sums in int32.
 

@@ -66,7 +66,11 @@ REARRANGEMENTS = frozenset(
 )
 """Moves whose result has every element of their operand once."""
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int})
-_PAIRS = {aten.add.Tensor: graphopt.qadd.default, aten.mul.Tensor: graphopt.qmul.default}
+_PAIRS = {
+    aten.add.Tensor: graphopt.qadd.default,
+    aten.sub.Tensor: graphopt.qadd.default,
+    aten.mul.Tensor: graphopt.qmul.default,
+}
 _MATRICES = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 _CHOICES: Mapping[Any, tuple[str, str, str]] = {  # the condition, what is taken where it holds and where it does not
     aten.where.self: ("condition", "self", "other"),
@@ -369,8 +373,8 @@ def fuse_pair(editor: GraphEditor, node: Node, rule: str, constants: Constants) 
         return None
     if source.target in _MATRICES and (reason := _too_deep(operands[0], operands[1])):
         return reason
-    if source.target is aten.add.Tensor and argument(source, "alpha") != 1:
-        return "it multiplies one of its terms"
+    if _PAIRS.get(source.target) is graphopt.qadd.default:
+        operands[1] = _term(source, operands[1])
     target = _PAIRS.get(source.target, graphopt.qmatmul.default)
 
     def build(builder: Builder) -> list[Node]:
@@ -380,6 +384,12 @@ def fuse_pair(editor: GraphEditor, node: Node, rule: str, constants: Constants) 
 
     editor.replace(rule, [node], build, inner=[*inner, source])
     return None
+
+
+def _term(node: Node, codes: Codes) -> Codes:
+    """What a sum or difference adds: the second operand times alpha, which its scale takes."""
+    factor = float(argument(node, "alpha")) * (-1 if node.target is aten.sub.Tensor else 1)
+    return Codes(codes.node, codes.scale * factor, codes.zero)
 
 
 def fuse_matrices(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bool:

@@ -1,9 +1,9 @@
 """Conversions that are left after fusion: which, and why each is.
 
 Some belong where they are: codes are made of the program's inputs and become its outputs, and operators that are
-computed in float32 on purpose, such as a windowed average, stand between conversions. So do operators without a weight of codes
-that read a number which the program never made a code of. A conversion at any other operator is a fallback: a product
-that is computed in float32 although its operands are codes.
+computed in float32 on purpose, such as an average of windows, stand between conversions. So do operators without a
+weight of codes that read a number which the program never made a code of. A conversion at any other operator is a
+fallback: a product that is computed in float32 although its operands are codes.
 
 Softmax and norms over the last axis are left between conversions as well, but those are not left over: one kernel reads
 codes, computes in float32 and writes codes. They are counted apart, and only where nothing else reads the numbers.

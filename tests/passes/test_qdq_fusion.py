@@ -210,6 +210,19 @@ def test_codes_of_constants_are_constants(x: Tensor) -> None:
     assert names(after) == ["graphopt.quantize", "graphopt.qadd"]
 
 
+def test_differences_and_multiples_are_sums_of_other_scales(x: Tensor) -> None:
+    def run(m: Quantized, x: Tensor) -> Any:
+        a, b = m.qd(x), m.qd(x.flip(0), "fine")
+        return m.q(a - b, "wide"), m.q(torch.relu(torch.add(a, b, alpha=3)), "wide"), m.q(b - a, "fine")
+
+    program, after, _ = fused(Quantized(run), x)
+    assert names(after).count("graphopt.qadd") == 3 and "graphopt.dequantize" not in names(after)
+    wanted, found, session = program(x), after(x), graphopt.compile(after, threads=1).session()
+    for array, a, b in zip(session.run(None, {"inputs.0": x.numpy()}), found, wanted, strict=True):
+        assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 0.1
+        assert torch.equal(torch.from_numpy(array), a)
+
+
 def test_signed_codes_become_unsigned(x: Tensor) -> None:
     def run(m: Quantized, x: Tensor) -> Tensor:
         signed = {"qmin": -128, "qmax": 127}
