@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -77,7 +78,7 @@ def evaluate(node: Node, mode: FakeTensorMode, changed: Mapping[Node, Any] | Non
 
     args, kwargs = map_arg((node.args, node.kwargs), value)
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), enable_python_dispatcher():  # without it, padding makes numbers of open sizes
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:  # fake kernels raise anything: the caller turns this one into a refusal
         reason = next(iter(str(error).strip().splitlines()), repr(error)).strip("'")

@@ -126,16 +126,29 @@ def _(
 ) -> Tensor:  # fmt: skip
     into = Requantization(scale, zero_point, activation, qmin, qmax, dtype, reciprocal)
     _check(x, weight, weight_scale, residual, residual_scale, into)
-    shape = _convolved(x.float(), weight.float(), stride, padding, dilation, groups).shape
-    return x.new_empty(shape, dtype=dtype)
+    if x.shape[1] != weight.shape[1] * groups:
+        raise UsageError(f"{groups} groups of {weight.shape[1]} channels do not fit {x.shape[1]} of the input")
+    above, left, below, right = _on_each_side(padding)
+    sizes = [
+        (size + around - step * (taps - 1) - 1) // by + 1
+        for size, around, step, taps, by in zip(
+            x.shape[2:], (above + below, left + right), dilation, weight.shape[2:], stride, strict=True
+        )
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes), dtype=dtype)
 
 
 def _convolved(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
-    above, left, below, right = (*padding, *padding) if len(padding) == 2 else padding
+    above, left, below, right = _on_each_side(padding)
     wide = F.pad(x, (left, right, above, below))
     return F.conv2d(wide, weight, None, list(stride), 0, list(dilation), groups)
+
+
+def _on_each_side(padding: Sequence[int]) -> Sequence[int]:
+    """Above, left, below and right."""
+    return (*padding, *padding) if len(padding) == 2 else padding
 
 
 def _check(

@@ -210,6 +210,25 @@ def test_codes_of_constants_are_constants(x: Tensor) -> None:
     assert names(after) == ["graphopt.quantize", "graphopt.qadd"]
 
 
+def test_sizes_that_vary_stay_so() -> None:
+    def run(m: Quantized, images: Tensor) -> Tensor:
+        y = m.qd(F.conv2d(F.pad(m.qd(images), (0, 1, 2, 1)), m.w(), m.bias, stride=2))
+        return m.q(m.qd(F.max_pool2d(y, 2)).mean((2, 3)), "fine")
+
+    images = torch.randn(2, 4, 12, 12)
+    module = Quantized(run, **weights(8, 4, 3, 3))
+    program = graphopt.capture(module, (images,), dynamic_shapes={"inputs.0": {0: "batch"}})
+    result = QDQFusion(fail_on_fallback=True).run(program, PassContext(target="cpu"))
+    assert names(result.program) == ["graphopt.quantize", "graphopt.qconv", "aten.max_pool2d", "graphopt.qsum"]
+    sizes = [str(node.meta["val"].shape[0]) for node in result.program.nodes() if node.op == "call_function"]
+    assert len(set(sizes)) == 1 and not sizes[0].isdigit()
+    session = graphopt.compile(result.program, threads=1).session()
+    for batch in (1, 5):
+        some = torch.randn(batch, 4, 12, 12)
+        (found,) = session.run(None, {"inputs.0": some.numpy()})
+        assert torch.equal(torch.from_numpy(found), result.program(some)[0])
+
+
 def test_differences_and_multiples_are_sums_of_other_scales(x: Tensor) -> None:
     def run(m: Quantized, x: Tensor) -> Any:
         a, b = m.qd(x), m.qd(x.flip(0), "fine")
