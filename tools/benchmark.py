@@ -92,7 +92,9 @@ def check_combination(arguments: argparse.Namespace) -> None:
             if getattr(arguments, option) is not None:
                 raise UsageError(f"--{option} belongs to --suite; leave it out, or use --json for one model's figures")
     elif arguments.suite != "e2e" and arguments.dtype != "f32":
-        raise UsageError(f"--suite {arguments.suite} is measured in float32; --dtype belongs to --suite e2e or a MODEL")
+        raise UsageError(
+            f"--suite {arguments.suite} has a dtype of its own; --dtype belongs to --suite e2e or a MODEL, leave it out"
+        )
     elif arguments.source or arguments.dynamic or arguments.examples or arguments.size or arguments.shape:
         raise UsageError(
             "a suite brings its own models and inputs; leave out --model, --dynamic, --examples, --size and --shape"

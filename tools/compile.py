@@ -97,6 +97,8 @@ def print_artifact(artifact: dict[str, Any]) -> None:
         print(f"  slow: {item['kernel']} ({item['reason']}), for {', '.join(item['nodes']) or 'no node'}")
     for note in artifact["notes"]:
         print(f"  note: {note}")
+    if artifact.get("operators") == {}:
+        print("check  no operator is on codes: there is nothing to compare alone")
     for entry, found in artifact.get("operators", {}).items():
         compared = (
             f"{found['operators']} operators on codes are right alone, {found['flipped']} of {found['codes']} codes"

@@ -106,4 +106,4 @@ def test_images_are_noise_of_several_scales() -> None:
 def test_what_is_refused(cli: Cli) -> None:
     cli("benchmark", "--suite", "int8", "--against", "inductor").refused("inductor takes no QDQ file", "onnxruntime")
     cli("benchmark", "--suite", "int8", "--models", "gpt2").refused("unknown model 'gpt2'")
-    cli("benchmark", "--suite", "int8", "--dtype", "bf16").refused("--dtype")
+    cli("benchmark", "--suite", "int8", "--dtype", "bf16").refused("has a dtype of its own")

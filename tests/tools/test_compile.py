@@ -61,6 +61,11 @@ def test_wrong_options(cli: Cli, tmp_path: Path, words: tuple[str, ...], expecte
     assert not list(tmp_path.iterdir())
 
 
+def test_comparing_operators_on_codes_that_are_not_there_is_said(cli: Cli) -> None:
+    outcome = cli("compile", TINY, "-o", "m.gopt", "--check-operators")
+    assert outcome.code == 0 and "no operator is on codes: there is nothing to compare alone" in outcome.out
+
+
 def command(output: Path, model: str = TINY) -> list[str]:
     return [sys.executable, "-m", "graphopt", "compile", model, "-o", str(output)]
 
