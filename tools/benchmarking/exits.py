@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import PassError
+from graphopt.tools.benchmarking import networks
 from graphopt.tools.benchmarking.comparison import Settings
 from graphopt.tools.benchmarking.exits_cases import ExitCase, ExitSubject, Feed
-from graphopt.tools.benchmarking.networks import TURN, Network, Publish, Report, run_networks
-from graphopt.tools.benchmarking.report import format_machine
+from graphopt.tools.benchmarking.networks import TURN, Network, Publish, Report, format_tables, run_networks
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
@@ -218,7 +218,7 @@ def format_model(model: Report) -> str:
 
 
 def format_suite(report: Report) -> str:
-    lines = [f"{format_machine(report)}; medians of {report['rounds']} turns of {report['turn_seconds']:g} s"]
+    lines = [networks.format_suite(report)]
     for title, points in by_title(report).items():
         if len(points) > 1 and all(point["target"] is None for point in points):
             lost, one, many = (
@@ -242,13 +242,4 @@ def by_title(report: Report) -> dict[str, list[Report]]:
 
 
 def format_markdown(report: Report) -> str:
-    parts = []
-    for model in report["models"]:
-        if "failed" in model:
-            continue
-        table = rows(model)
-        columns = list(table[0])
-        head = [f"| {' | '.join(['model', *(name.strip() for name in columns)])} |", f"|{'---|' * (len(columns) + 1)}"]
-        body = [f"| {model['title']} | {' | '.join(str(row[name]) for name in columns)} |" for row in table]
-        parts.append("\n".join([*head, *body]))
-    return "\n\n".join([*parts, format_suite(report)]) + "\n"
+    return format_tables(report, rows, format_suite(report))

@@ -8,6 +8,7 @@ from typing import Any
 from graphopt.errors import GraphoptError
 from graphopt.runtime.features import cpu_name
 from graphopt.tools.benchmarking.comparison import Settings
+from graphopt.tools.benchmarking.report import format_machine
 
 TURN = 0.1  # seconds; all sides of a network take turns in one process
 
@@ -34,3 +35,21 @@ def run_networks(suite: str, networks: Iterable[Network], settings: Settings, pu
             measured = {"failed": " ".join(str(e).split())}
         report["models"].append({**about, **measured})
         publish(report)
+
+
+def format_suite(report: Report) -> str:
+    return f"{format_machine(report)}; medians of {report['rounds']} turns of {report['turn_seconds']:g} s"
+
+
+def format_tables(report: Report, rows: Callable[[Report], list[dict[str, Any]]], closing: str) -> str:
+    """A table of the rows of each network that was measured, and what is said of all of them."""
+    parts = []
+    for model in report["models"]:
+        if "failed" in model:
+            continue
+        table = rows(model)
+        columns = list(table[0])
+        head = [f"| {' | '.join(['model', *(name.strip() for name in columns)])} |", f"|{'---|' * (len(columns) + 1)}"]
+        body = [f"| {model['title']} | {' | '.join(str(row[name]) for name in columns)} |" for row in table]
+        parts.append("\n".join([*head, *body]))
+    return "\n\n".join([*parts, closing]) + "\n"

@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 from graphopt.tools.benchmarking.comparison import Settings
-from graphopt.tools.benchmarking.networks import Network, Publish, Report, run_networks
+from graphopt.tools.benchmarking.networks import Network, Publish, Report, format_suite, format_tables, run_networks
 from graphopt.tools.benchmarking.quantization_cases import FLOAT, QuantizationCase
-from graphopt.tools.benchmarking.report import format_machine
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_bytes, format_table
 
@@ -98,18 +97,5 @@ def format_model(model: Report) -> str:
     )
 
 
-def format_suite(report: Report) -> str:
-    return f"{format_machine(report)}; medians of {report['rounds']} turns of {report['turn_seconds']:g} s"
-
-
 def format_markdown(report: Report) -> str:
-    parts = []
-    for model in report["models"]:
-        if "failed" in model:
-            continue
-        table = rows(model)
-        columns = list(table[0])
-        head = [f"| {' | '.join(['model', *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
-        body = [f"| {model['title']} | {' | '.join(str(row[name]) for name in columns)} |" for row in table]
-        parts.append("\n".join([*head, *body]))
-    return "\n\n".join([*parts, format_suite(report)]) + "\n"
+    return format_tables(report, rows, format_suite(report))
