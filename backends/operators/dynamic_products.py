@@ -22,6 +22,7 @@ from graphopt.backends.operators.integer_products import (
     packed_integer_product,
     stored_codes,
 )
+from graphopt.backends.operators.shifted_weights import Shifted, missing_of_rows
 from graphopt.backends.rules.integer_gemm import words_of
 from graphopt.backends.values import Index, Lazy, View
 
@@ -35,6 +36,10 @@ def _dynamic_linear(lowering: Lowering, node: Node) -> View:
     weight, scale, bias = held["weight"], held["weight_scale"], held["bias"]
     words = words_of(lowering.target)
     value, shift = stored_codes(lowering.tensor(given["x"]), 0, words)
+    shifted, missing = Shifted.of(weight), None
+    if shifted.shift is not None:
+        value = lowering.view(value)
+        missing = missing_of_rows(lowering, shifted.shift, value, 0)
     a = in_whole_words(lowering, value, words.codes)
     step, zero = (lowering.view(given[name]) for name in ("x_scale", "x_zero_point"))
     totals = lowering.weight(weight.to(torch.int64).sum(1).to(torch.int32))
@@ -56,14 +61,16 @@ def _dynamic_linear(lowering: Lowering, node: Node) -> View:
             low = of_row(zero).astype("int32")
             low = low + like(low, shift) if shift else low
             total = kernel.load(result, index).astype("int32") - low * each(totals)
+            total = total if missing is None else total + missing.at(kernel, index)
             number = total.astype("float32") * (of_row(step) * each(factor))
             return number if added is None else number + each(added)
 
         read = [value for value in (step, zero, totals, factor, added) if isinstance(value, View)]
+        read += [missing.shift, missing.sums] if missing else []
         return Lazy(result.shape, "float32", (result, *read), element, name="dequantize")
 
     n, k = weight.shape
-    return packed_integer_product(lowering, node, a, weight, begin, f"dynamic_qlinear_{n}x{k}")
+    return packed_integer_product(lowering, node, a, shifted.codes, begin, f"dynamic_qlinear_{n}x{k}")
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

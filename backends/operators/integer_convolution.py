@@ -18,6 +18,7 @@ from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
 from graphopt.backends.kernel import Code
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.integer_products import (
+    FURTHEST,
     Call,
     ending,
     in_whole_words,
@@ -25,6 +26,7 @@ from graphopt.backends.operators.integer_products import (
     stored_codes,
     to_words,
 )
+from graphopt.backends.operators.shifted_weights import missing_of_windows
 from graphopt.backends.operators.windows import load_at, quotient
 from graphopt.backends.rules import convolution as direct
 from graphopt.backends.rules import depthwise, depthwise_words
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from graphopt.backends.lowering import Lowering
 
 _ORDER = (0, 3, 1, 2)  # of the result's axes in what is stored, [N, OH, OW, O]
-_EXACT_TAPS = 514  # below which sums of products of 9 and 8 bits are exact in float32
+_EXACT = 2**24  # below which whole numbers are exact in float32
 
 
 def _convolution(lowering: Lowering, node: Node) -> Any:
@@ -49,7 +51,7 @@ def _convolution(lowering: Lowering, node: Node) -> Any:
     strides, pads, dilations = (tuple(int(n) for n in given[name]) for name in ("stride", "padding", "dilation"))
     window = Window(tuple(call.weight.shape[2:]), strides, pads[:2], dilations)  # shapes say how far it goes on
     groups, inputs, words = int(given["groups"]), int(call.weight.shape[1]), words_of(lowering.target)
-    if groups > 1 and inputs == 1 and groups == call.weight.shape[0] and np.prod(window.taps) < _EXACT_TAPS:
+    if groups > 1 and inputs == 1 and groups == call.weight.shape[0] and _exact_in_float(call.weight):
         return _depthwise(lowering, node, call, window)
     if groups > 1 and inputs % words.codes:
         return _generic(lowering, node, call, window, groups)
@@ -59,7 +61,8 @@ def _convolution(lowering: Lowering, node: Node) -> Any:
 def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> View:
     """In words of four rows of taps where they exist, else in float32, where these sums of whole numbers are exact."""
     target, words = lowering.target, words_of(lowering.target)
-    if depthwise_words.fits(shape_of(call.x.meta["val"]), shape_of(node.meta["val"]), target):
+    narrow = call.weight.dtype == torch.int8
+    if narrow and depthwise_words.fits(shape_of(call.x.meta["val"]), shape_of(node.meta["val"]), target):
         value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
         codes = _channels_last(lowering, value, 1)
         outputs = int(node.meta["val"].shape[3])
@@ -71,7 +74,7 @@ def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> Vi
             lambda result, end: lowering.choose(
                 depthwise_words.offer(codes, held, result, end, window, title, target, zero)
             ),
-            ending(lowering, call, zero, 1),
+            ending(lowering, call, call.weight, zero, 1),
             _ORDER,
             sums="int32",
         )
@@ -83,22 +86,32 @@ def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> Vi
         lambda result, end: lowering.choose(
             depthwise.offer(x, packed, result, end, window, name, lowering.target, call.zero)
         ),
-        ending(lowering, call, 0, 1),
+        ending(lowering, call, call.weight, 0, 1),
         _ORDER,
         sums="float32",
     )
+
+
+def _exact_in_float(weight: torch.Tensor) -> bool:
+    """Whether sums of products of codes less a zero point and these are, however they are added up."""
+    largest = 128 if weight.dtype == torch.int8 else 255
+    return int(np.prod(weight.shape[1:])) * FURTHEST * largest < _EXACT
 
 
 def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: int, padded: bool) -> View:
     target, words = lowering.target, words_of(lowering.target)
     value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
     x = _channels_last(lowering, value, words.codes)
-    filters, name = call.weight, f"qconv_{'x'.join(map(str, call.weight.shape))}"
-    begin = ending(lowering, call, zero, 1)
+    filters, name = call.shifted.codes, f"qconv_{'x'.join(map(str, call.weight.shape))}"
+    missing, shift, shape = None, call.shifted.shift, shape_of(node.meta["val"])
+    if shift is not None:
+        channels = int(call.weight.shape[1]) * groups
+        missing = missing_of_windows(lowering, shift, x, zero, channels, groups, window, shape)
+    begin = ending(lowering, call, filters, zero, 1, missing)
     if window.taps == (1, 1) == window.strides and groups == 1 and not padded and x.contiguous:
         return packed_integer_product(lowering, node, x, filters.flatten(1), begin, name, _ORDER)
     whole = filters if groups > 1 else to_words(filters, words)  # channels beside each other in whole words
-    outputs = tuple(shape_of(node.meta["val"])[axis] for axis in inverse(_ORDER))
+    outputs = tuple(shape[axis] for axis in inverse(_ORDER))
     depth = (whole.shape[0], whole.shape[1] // words.codes, *whole.shape[2:])
 
     def build(result: Product, end: Any) -> Code:
@@ -112,12 +125,12 @@ def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: 
             plain = direct.Direct(x, packed, outputs, window, groups, padded, choice)
             return integer_convolution(plain, zero, result, end, name, target)
 
-        shape = (outputs, depth, groups, window, target)
+        given = (outputs, depth, groups, window, target)
         return lowering.choose(
             Choice(
                 _workload(x, outputs, whole.shape, window, groups, padded, words.codes, end),
-                direct.configure(*shape, words.temporaries),
-                lambda: direct.worth_timing(*shape, True, words.temporaries),
+                direct.configure(*given, words.temporaries),
+                lambda: direct.worth_timing(*given, True, words.temporaries),
                 write,
             )
         )
@@ -172,7 +185,7 @@ def _generic(lowering: Lowering, node: Node, call: Call, window: Window, groups:
 
     depth = tuple(int(size) for size in filters.shape[1:])
     sums = reduce_generic(lowering, "qconv", shape, "int32", depth, (x, filters), element, "sum")
-    return ending(lowering, call, 0, 1)(sums)
+    return ending(lowering, call, call.weight, 0, 1)(sums)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {torch.ops.graphopt.qconv.default: _convolution}

@@ -23,6 +23,7 @@ from graphopt.backends.operators.activations import FUNCTIONS
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import convert, like
 from graphopt.backends.operators.linear import on_tiles
+from graphopt.backends.operators.shifted_weights import Missing, Shifted, missing_of_rows
 from graphopt.backends.rules import amx_gemm
 from graphopt.backends.rules.code_stores import before_clip
 from graphopt.backends.rules.gemm import Configuration
@@ -45,11 +46,12 @@ _CONSTANTS = (
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A product of codes: its constants, and the residual as a value."""
+    """A product of codes: its constants, and the residual as a value; `shifted` is what kernels multiply."""
 
     x: Any
     zero: int
     weight: Tensor
+    shifted: Shifted
     bias: Tensor | None
     factors: Factors
     into: Requantization
@@ -71,6 +73,7 @@ class Call:
             given["x"],
             zero_of(held["x_zero_point"]),
             held["weight"],
+            Shifted.of(held["weight"]),
             None if bias is None or bias.is_floating_point() else bias,
             factors,
             into,
@@ -96,9 +99,15 @@ def zero_of(zero: Tensor | None) -> int:
 def _linear(lowering: Lowering, node: Node) -> View:
     call, words = Call.of(lowering, node), words_of(lowering.target)
     value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
+    codes, shift = call.shifted.codes, call.shifted.shift
+    missing = None
+    if shift is not None:
+        value = lowering.view(value)
+        missing = missing_of_rows(lowering, shift, value, zero)
     a = in_whole_words(lowering, value, words.codes)
-    n, k = call.weight.shape
-    return packed_integer_product(lowering, node, a, call.weight, ending(lowering, call, zero, -1), f"qlinear_{n}x{k}")
+    n, k = codes.shape
+    begin = ending(lowering, call, codes, zero, -1, missing)
+    return packed_integer_product(lowering, node, a, codes, begin, f"qlinear_{n}x{k}")
 
 
 def packed_integer_product(
@@ -171,12 +180,15 @@ def _widened(value: Value, width: int) -> Lazy:
     return Lazy((*value.shape[:-1], width), value.dtype, (value,), element, name="pad")
 
 
-def ending(lowering: Lowering, call: Call, zero: int, axis: int) -> Callable[[Any], Lazy]:
+def ending(
+    lowering: Lowering, call: Call, weight: Tensor, zero: int, axis: int, missing: Missing | None = None
+) -> Callable[[Any], Lazy]:
     """From int32 sums of stored codes, less `zero` each, to the node's result: numbers or codes of it.
 
-    `axis` is that of the outputs.
+    `weight` is what codes were multiplied by, `missing` what is added where that is not the call's. `axis` is that of
+    the outputs.
     """
-    sums = call.weight.flatten(1).to(torch.int64).sum(1) * -zero
+    sums = weight.flatten(1).to(torch.int64).sum(1) * -zero
     total = sums if call.bias is None else sums + call.bias
     offset = lowering.weight(total.to(torch.int32)) if bool((total != 0).any()) else None
     factors, into = call.factors, call.into
@@ -194,6 +206,7 @@ def ending(lowering: Lowering, call: Call, zero: int, axis: int) -> Callable[[An
 
             number = kernel.load(result, index)
             number = number if offset is None else number.astype("int32") + each(offset)
+            number = number if missing is None else number + missing.at(kernel, index)
             number = number.astype("float32") * each(factor)
             number = number if bias is None else number + each(bias)
             if call.residual is not None:
@@ -204,7 +217,8 @@ def ending(lowering: Lowering, call: Call, zero: int, axis: int) -> Callable[[An
                 number = _in_steps(FUNCTIONS[into.activation](T.bind(number)), into)
             return number if into.scale is None else convert(codes_of(number, into, largest), dtype)
 
-        read = [value for value in (offset, factor, bias, call.residual) if isinstance(value, (View, Lazy))]
+        given = (offset, factor, bias, call.residual, *((missing.shift, missing.sums) if missing else ()))
+        read = [value for value in given if isinstance(value, (View, Lazy))]
         words = [name if into.activation is None else f"{into.activation.replace('-', '_')}_{name}"]
         words += [] if call.residual is None else ["add"]
         return Lazy(result.shape, dtype, (result, *read), element, name="_".join(reversed(words)))

@@ -2,8 +2,8 @@
 
 The function here is the specification. x holds uint8 or int8 codes with one scale and zero point, of no axes, or one
 for each row, of x's shape with a last axis of 1: what graphopt::dynamic_quantize gives. `weight` holds int8 codes whose
-zero point is 0, with a float32 scale or one for each output. Sums are as in `integer_products`: int32, exact, wrapped
-around. The number is then
+zero point is 0, or int16 as in `integer_products`, with a float32 scale or one for each output. Sums are as there:
+int32, exact, wrapped around. The number is then
 
     total * (x_scale * weight_scale) + bias
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UsageError
+from graphopt.operators.integer_products import check_range, check_type
 from graphopt.operators.requantization import multiply_add
 
 
@@ -43,6 +44,7 @@ def dynamic_qlinear(
     UsageError for operands that do not fit.
     """
     _check(x, x_scale, x_zero_point, weight, weight_scale)
+    check_range(weight)
     centered = x.to(torch.int32) - x_zero_point.to(torch.int32)
     total = (centered.double() @ weight.double().t()).to(torch.int64).to(torch.int32)
     factor = x_scale * weight_scale
@@ -66,7 +68,8 @@ def _(
 def _check(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
     if x.dtype not in (torch.uint8, torch.int8) or x_zero_point.dtype != x.dtype:
         raise UsageError(f"products of codes take 8 bits and zero points of their type, not {x.dtype}")
-    if weight.dtype != torch.int8 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+    check_type(weight)
+    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise UsageError(f"a weight of {weight.dtype} {list(weight.shape)} does not fit rows of {x.shape[-1]} codes")
     if weight_scale.ndim > 1 or (weight_scale.ndim == 1 and weight_scale.shape[0] != weight.shape[0]):
         raise UsageError(f"scales of shape {list(weight_scale.shape)} do not fit {weight.shape[0]} outputs")

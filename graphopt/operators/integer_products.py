@@ -1,9 +1,11 @@
 """graphopt::qlinear and graphopt::qconv: products of 8-bit codes with exact sums, then numbers or codes again.
 
 The functions here are the specification. x holds uint8 or int8 codes with one scale and zero point, `weight` int8 codes
-whose zero point is 0, with one scale or one for each output. Sums of (x - x_zero_point) * weight are int32 and exact;
-with more than 65,793 products, which 8 bits could take beyond it, they wrap around. An int32 `bias` counts in steps of
-x_scale * weight_scale and is added to them; a float32 one is added to the numbers.
+whose zero point is 0, with one scale or one for each output. Codes of weights less a zero point other than 0 may not
+fit int8: `weight` is int16 then, from -255 to 255, and those of one output lie at most 255 apart. Sums of
+(x - x_zero_point) * weight are int32 and exact; with more than 65,793 products, which 8 bits could take beyond it, they
+wrap around. An int32 `bias` counts in steps of x_scale * weight_scale and is added to them; a float32 one is added to
+the numbers.
 
 `requantization` says what becomes of the sums. `residual` holds codes, uint8 or int8, of what is added, with a scale
 and zero point of its own. Scales are float32, zero points of the type of their codes; shape () unless said otherwise.
@@ -57,6 +59,7 @@ def qlinear(
     """
     into = Requantization(scale, zero_point, activation, qmin, qmax, dtype, reciprocal)
     _check(x, weight, weight_scale, residual, residual_scale, into)
+    check_range(weight)
     sums = _centered(x, x_zero_point) @ weight.double().t()
     factors = Factors.of(x_scale, weight_scale, bias, residual_scale, into)
     return requantized(_whole(sums, bias, -1), factors, residual, _zero(residual_zero_point), into, -1)
@@ -111,6 +114,7 @@ def qconv(
     """
     into = Requantization(scale, zero_point, activation, qmin, qmax, dtype, reciprocal)
     _check(x, weight, weight_scale, residual, residual_scale, into)
+    check_range(weight)
     sums = _convolved(_centered(x, x_zero_point), weight.double(), stride, padding, dilation, groups)
     factors = Factors.of(x_scale, weight_scale, bias, residual_scale, into)
     return requantized(_whole(sums, bias, 1), factors, residual, _zero(residual_zero_point), into, 1)
@@ -156,8 +160,7 @@ def _check(
     into: Requantization,
 ) -> None:  # fmt: skip
     into.check()
-    if weight.dtype != torch.int8:
-        raise UsageError(f"weights of integer products are int8 codes with the zero point 0, not {weight.dtype}")
+    check_type(weight)
     for codes in (x, residual):
         if codes is not None and codes.dtype not in (torch.uint8, torch.int8):
             raise UsageError(f"integer products take codes of 8 bits, not {codes.dtype}")
@@ -165,6 +168,26 @@ def _check(
         raise UsageError(f"scales of shape {list(weight_scale.shape)} do not fit {weight.shape[0]} outputs")
     if (residual is None) != (residual_scale is None):
         raise UsageError("a residual and its scale belong together; give both or none")
+
+
+def check_type(weight: Tensor) -> None:
+    """Raise UsageError for a weight of another type than products of codes take."""
+    if weight.dtype not in (torch.int8, torch.int16):
+        raise UsageError(
+            f"weights of integer products are int8 codes with the zero point 0, or int16, not {weight.dtype}"
+        )
+
+
+def check_range(weight: Tensor) -> None:
+    """Raise UsageError for int16 that are no 8-bit codes less a zero point for each output."""
+    if weight.dtype == torch.int8 or not weight.numel():
+        return
+    low, high = weight.flatten(1).int().aminmax(dim=1)
+    if int(low.min()) < -255 or int(high.max()) > 255 or int((high - low).max()) > 255:
+        raise UsageError(
+            "int16 weights of integer products are 8-bit codes less a zero point for each output: give numbers from "
+            "-255 to 255, at most 255 apart in one output"
+        )
 
 
 def _centered(x: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -43,7 +43,7 @@ LINEARS: Mapping[Any, tuple[str, str, str | None]] = {
 }
 CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding})
 PRODUCTS = frozenset({*LINEARS, *CONVOLUTIONS})
-_DEEPEST = 65793  # products of 8-bit codes that int32 holds the sum of, whatever they are
+_LARGEST_SUM = 2**31 - 1  # that int32 holds
 _BIAS_SCALE = 1e-5  # relative difference between a bias's scale and that of the sums that is rounding
 _CLIPS: Mapping[Any, tuple[Any, Any]] = {
     aten.relu.default: (0.0, None),
@@ -55,7 +55,7 @@ _CLIPS: Mapping[Any, tuple[Any, Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """int8 codes [N, ...] with the zero point 0; `scale` is () or [N]."""
+    """Codes [N, ...] less their zero points, int8 where it holds them, else int16; `scale` is () or [N]."""
 
     codes: Tensor
     scale: Tensor
@@ -141,7 +141,7 @@ def _both(numbers: Any) -> list[int]:
 def weight_of(
     editor: GraphEditor, node: Node, seen: dict[Any, Weight], numbers: Sequence[torch.dtype] = (torch.float32,)
 ) -> Weight:
-    """The codes of a constant weight as int8 less their zero points; `numbers`: types of its scales."""
+    """The codes of a constant weight less their zero points; `numbers`: types of its scales."""
     name = LINEARS[node.target][1] if node.target in LINEARS else "weight"
     transposed = node.target in LINEARS and node.target is not aten.linear.default
     source = argument(node, name)
@@ -165,13 +165,12 @@ def weight_of(
             whole = whole - (
                 zero if axis is None else zero.reshape([-1 if n == axis else 1 for n in range(codes.dim())])
             )
-        if int(whole.min()) < -128 or int(whole.max()) > 127:
-            raise Refused("its weight's codes less their zero point do not fit int8")
-        whole = whole.to(torch.int8)
-        depth = whole[0].numel() if not transposed else whole.shape[0]
-        if depth > _DEEPEST:
+        whole = (whole.t() if transposed else whole).contiguous()
+        fits = int(whole.min()) >= -128 and int(whole.max()) <= 127
+        depth = whole[0].numel()
+        if depth * 255 * (128 if fits else 255) > _LARGEST_SUM:
             raise Refused(f"sums of {depth} products of codes may not fit int32")
-        seen[key] = Weight((whole.t() if transposed else whole).contiguous(), scale.detach())
+        seen[key] = Weight(whole.to(torch.int8 if fits else torch.int16), scale.detach())
     return seen[key]
 
 

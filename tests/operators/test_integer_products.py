@@ -42,6 +42,15 @@ def test_sums_are_those_of_integers(dtype: torch.dtype) -> None:
     assert torch.equal(found, (torch.tensor(rows) + bias).float())
 
 
+def test_weights_that_no_int8_holds() -> None:
+    x, w = codes(3, 17), codes(5, 17, seed=1).to(torch.int16) - torch.tensor([[0], [255], [100], [128], [3]]).short()
+    rows = [[sum((int(a) - 99) * int(b) for a, b in zip(row, out, strict=True)) for out in w] for row in x]
+    assert torch.equal(linear(x, zero(99), w), torch.tensor(rows).float())
+    for codes_of_no_byte in ([[256, 1]], [[-256, -1]], [[-128, 128]]):
+        with pytest.raises(UsageError, match="at most 255 apart in one output"):
+            linear(x[:, :2], None, torch.tensor(codes_of_no_byte).short())
+
+
 @pytest.mark.parametrize("sign", [127, -127, -128])
 def test_the_deepest_sum_that_int32_holds(sign: int) -> None:
     depth = 65536
