@@ -70,6 +70,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     **reduction.TABLE,
     **convolution.TABLE,
     **pooling.TABLE,
+    **integer_sums.POOLS,
     **resampling.TABLE,
     **columns.TABLE,
     **distances.TABLE,
@@ -99,6 +100,7 @@ STRAIGHT = frozenset(
         _aten.contiguous,
         torch.ops.graphopt.qadd,
         torch.ops.graphopt.qmul,
+        torch.ops.graphopt.qdiv,
         torch.ops.graphopt.table256,
     )
     for overload in (getattr(packet, name) for name in packet.overloads())

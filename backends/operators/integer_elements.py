@@ -1,4 +1,4 @@
-"""graphopt::qadd, qmul and table256 as element-wise expressions, and graphopt::qmatmul of two computed tensors.
+"""graphopt::qadd, qmul, qdiv and table256 as element-wise expressions, and graphopt::qmatmul of two computed tensors.
 
 `qmatmul` of matrices is a product of integers of its own; vectors and depths known at run time take the generic kernel.
 """
@@ -33,7 +33,7 @@ from graphopt.backends.rules.integer_batched_gemm import Operands
 from graphopt.backends.rules.integer_gemm import words_of
 from graphopt.backends.sizes import shape_of
 from graphopt.backends.values import Index, Lazy, Product, Value
-from graphopt.operators.integer_elements import product_factor, quotients
+from graphopt.operators.integer_elements import product_factor, quotient_factor, quotients
 from graphopt.operators.requantization import Requantization
 
 if TYPE_CHECKING:
@@ -84,6 +84,19 @@ def _multiply(lowering: Lowering, node: Node) -> Lazy:
         return codes_of(number * like(number, factor), pair.into, 255 * 255 * factor)
 
     return element_wise(lowering, node, [given["a"], given["b"]], expression, "int32")
+
+
+def _divide(lowering: Lowering, node: Node) -> Lazy:
+    pair, given = _Pair.of(lowering, node), arguments(node)
+    assert pair.into.scale is not None
+    factor = float(quotient_factor(pair.a_scale, pair.b_scale, pair.into.scale))
+
+    def expression(a: Any, b: Any) -> Any:
+        a, b = (number_of(x, zero) for x, zero in zip((a, b), pair.zeros, strict=True))
+        return codes_of(a * like(a, factor) / b, pair.into)
+
+    types = [DTYPES[given[name].meta["val"].dtype] for name in ("a", "b")]
+    return element_wise(lowering, node, [given["a"], given["b"]], expression, types)
 
 
 def _table(lowering: Lowering, node: Node) -> Lazy:
@@ -169,6 +182,7 @@ _graphopt = torch.ops.graphopt
 TABLE: dict[Any, Callable[..., Any]] = {
     _graphopt.qadd.default: _add,
     _graphopt.qmul.default: _multiply,
+    _graphopt.qdiv.default: _divide,
     _graphopt.table256.default: _table,
 }
 PRODUCTS: dict[Any, Callable[..., Any]] = {_graphopt.qmatmul.default: _matmul}

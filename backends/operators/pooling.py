@@ -33,7 +33,7 @@ _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _BYTES = (torch.uint8, torch.int8)  # codes, whose largest is found as that of floats is
 
 
-def _window(size: Any, stride: Any, padding: Any, dilation: Any, spatial: int) -> Window:
+def window_of(size: Any, stride: Any, padding: Any, dilation: Any, spatial: int) -> Window:
     each = (tuple(each_axis(value, spatial)) for value in (size, stride or size, padding, dilation))
     return Window(*each)
 
@@ -42,14 +42,14 @@ def _max_pool(spatial: int) -> Lower:
     def lower(lowering: Lowering, node: Node) -> View:
         x, size, stride, padding, dilation, _ = arguments(node).values()
         if not node.meta["val"].is_floating_point() and node.meta["val"].dtype not in _BYTES:
-            window = _window(size, stride, padding, dilation, spatial)
+            window = window_of(size, stride, padding, dilation, spatial)
             return _pool_of_integers(lowering, lowering.view(x), shape_of(node.meta["val"]), window, "max")
-        view, window = _image(lowering, node, x, spatial), _window(size, stride, padding, dilation, spatial)
+        view, window = image_of(lowering, node, x, spatial), window_of(size, stride, padding, dilation, spatial)
 
         def build(result: Product, end: Any) -> Code:
             return rule.pool(view, result, end, window, "max", f"max_pool{spatial}d", lowering.target)
 
-        return lowering.anchored(node, build, order=_order(_rank(node), spatial))
+        return lowering.anchored(node, build, order=order_of(rank_of(node), spatial))
 
     return lower
 
@@ -59,14 +59,14 @@ def _max_pool_with_positions(spatial: int) -> Lower:
 
     def lower(lowering: Lowering, node: Node) -> tuple[View, View | None]:
         x, size, stride, padding, dilation, _ = arguments(node).values()
-        window, shape = _window(size, stride, padding, dilation, spatial), shape_of(node.meta["val"][0])
+        window, shape = window_of(size, stride, padding, dilation, spatial), shape_of(node.meta["val"][0])
         read = any(user.args[1] == 1 for user in node.users)
         if not node.meta["val"][0].is_floating_point():
             plain = lowering.view(x)
             best = _pool_of_integers(lowering, plain, shape, window, "max")
             return best, _positions(lowering, plain, best, window) if read else None
-        view = _image(lowering, node, x, spatial)
-        order = _order(len(shape), spatial)
+        view = image_of(lowering, node, x, spatial)
+        order = order_of(len(shape), spatial)
         result = Product(tuple(shape[axis] for axis in inverse(order)), view.dtype)
         code = rule.pool(view, result, result, window, "max", f"max_pool{spatial}d", lowering.target)
         best = permuted(lowering.call(code)[0], order)
@@ -123,16 +123,16 @@ def _average_pool(spatial: int) -> Lower:
 
     def lower(lowering: Lowering, node: Node) -> View | Lazy:
         x, size, stride, padding, ceil, include, *divisor = arguments(node).values()
-        window, lead = _window(size, stride, padding, 1, spatial), _rank(node) - spatial
+        window, lead = window_of(size, stride, padding, 1, spatial), rank_of(node) - spatial
         whole = not node.meta["val"].is_floating_point()
-        view = lowering.view(x) if whole else _image(lowering, node, x, spatial)
+        view = lowering.view(x) if whole else image_of(lowering, node, x, spatial)
         extents = view.shape[lead:] if whole else view.shape[lead - 1 : -1]
         if divisor and divisor[0]:
             count: int | Covered = int(divisor[0])
         elif not ceil and (include or not any(window.pads)):
             count = int(product(window.taps))
         else:
-            count = _covered(window, extents, bool(include), lead)
+            count = covered_by(window, extents, bool(include), lead)
         if whole:
             total = _pool_of_integers(lowering, view, shape_of(node.meta["val"]), window, "sum")
             return _over(total, count, extents)
@@ -140,12 +140,14 @@ def _average_pool(spatial: int) -> Lower:
         def build(result: Product, end: Any) -> Code:
             return rule.pool(view, result, end, window, "sum", f"avg_pool{spatial}d", lowering.target)
 
-        return lowering.anchored(node, build, lambda total: _over(total, count, extents), _order(_rank(node), spatial))
+        return lowering.anchored(
+            node, build, lambda total: _over(total, count, extents), order_of(rank_of(node), spatial)
+        )
 
     return lower
 
 
-def _covered(window: Window, extents: Shape, include: bool, lead: int) -> Covered:
+def covered_by(window: Window, extents: Shape, include: bool, lead: int) -> Covered:
     """Elements of a window inside the input, with the padding that a window covers or without."""
 
     def covered(kernel: Kernel, index: Index) -> Any:
@@ -170,7 +172,7 @@ def _adaptive_average_pool(spatial: int) -> Lower:
         lead = len(shape) - spatial
         if all(size == 1 for size in shape[lead:]):
             return mean(lowering, lowering.tensor(node.args[0]), list(range(lead, len(shape))), shape)
-        view = _image(lowering, node, node.args[0], spatial)
+        view = image_of(lowering, node, node.args[0], spatial)
         extents, counts = view.shape[lead - 1 : -1], shape[lead:]
 
         def covered(kernel: Kernel, index: Index) -> Any:
@@ -192,7 +194,7 @@ def _adaptive_average_pool(spatial: int) -> Lower:
         equal = int(product(_equal_windows(extents, counts)))
         divisor: int | Covered = equal if _equal_windows(extents, counts) else covered
         return lowering.anchored(
-            node, build, lambda total: _over(total, divisor, extents), _order(_rank(node), spatial)
+            node, build, lambda total: _over(total, divisor, extents), order_of(rank_of(node), spatial)
         )
 
     return lower
@@ -218,7 +220,7 @@ def _over(total: Any, count: int | Covered, sizes: tuple[Size, ...]) -> Lazy:
     return Lazy(total.shape, total.dtype, (total,), element, sizes=sizes)
 
 
-def _image(lowering: Lowering, node: Node, argument: Any, spatial: int) -> View:
+def image_of(lowering: Lowering, node: Node, argument: Any, spatial: int) -> View:
     """[N, spatial axes, C] or [spatial axes, C] with channel stride 1."""
     value = lowering.tensor(argument)
     if value.dtype not in _FLOATS and node.meta["val"].dtype not in _BYTES:
@@ -226,11 +228,11 @@ def _image(lowering: Lowering, node: Node, argument: Any, spatial: int) -> View:
     return channels_last(lowering, value, spatial)
 
 
-def _rank(node: Node) -> int:
+def rank_of(node: Node) -> int:
     return len(node.meta["val"].shape)
 
 
-def _order(rank: int, spatial: int) -> tuple[int, ...]:
+def order_of(rank: int, spatial: int) -> tuple[int, ...]:
     """The axes of the node in a kernel's result [N, spatial axes, C] or [spatial axes, C]."""
     spatial_axes = range(rank - 1 - spatial, rank - 1)
     return (*range(spatial_axes.start), spatial_axes.stop, *spatial_axes)

@@ -27,16 +27,18 @@ _START = {"sum": 0.0, "max": -math.inf}
 _LOWEST = {"uint8": 0, "int8": -128}
 
 
-def pool(x: View, result: Product, end: Any, window: Window, combine: str, name: str, target: Target) -> Code:
+def pool(
+    x: View, result: Product, end: Any, window: Window, combine: str, name: str, target: Target, origin: int = 0
+) -> Code:
     """out[n, i..., c] = "sum" or "max" over the taps of window i inside `x`, then the tree `end` over `result`.
 
     `x` [N, spatial axes, C] or [spatial axes, C] with channel stride 1, of floats, or of 8-bit integers for "max";
-    `result` has the same axes.
+    `result` has the same axes. Where it is int32, x holds integers that stand for x - `origin`, for "sum".
     """
     choice = configure(result.shape, window, target)
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        windows = Windows(kernel, x, window, result, end, outputs[0], choice=choice)
+        windows = Windows(kernel, x, window, result, end, outputs[0], choice=choice, origin=origin)
         windows.write(_LOWEST.get(x.dtype, _START[combine]), lambda step: _STEPS[combine](kernel, step))
 
     configuration = {

@@ -121,8 +121,8 @@ class Windows:
     """A kernel over all windows of `x` [N, spatial axes, C] or [spatial axes, C], which has channel stride 1.
 
     `start` is what accumulators begin with, `combine` adds a step to them. `end` is the element-wise tree over the bare
-    `result`, which has the axes of `x`. float16 and bfloat16 are combined in float32, and so are codes of 8 bits, less
-    `origin`, where the result is float32. With `gates`, the bias of which is added, vectors of channels that take no
+    `result`, which has the axes of `x`. float16 and bfloat16 are combined in float32, and codes, less `origin`, in the
+    result's type, float32 or int32. With `gates`, the bias of which is added, vectors of channels that take no
     part are left out: the bare result is zero there.
     """
 

@@ -1,12 +1,14 @@
-"""graphopt::qadd, qmul and qmatmul of two tensors of codes, and graphopt::table256, any function of one code.
+"""graphopt::qadd, qmul, qdiv and qmatmul of two tensors of codes, and graphopt::table256, any function of one code.
 
 The functions here are the specification. Codes are uint8 or int8 with one scale and zero point (shape (), float32 and
 the type of the codes; no zero point is 0) for each operand and the result, which is clamp(round(v) + zero_point, qmin,
-qmax) of `dtype`, halves to even. v is made of the float32 constants p = a_scale / scale, q = b_scale / scale and r =
-a_scale * b_scale / scale, divided in float64, and of differences from the zero points:
+qmax) of `dtype`, halves to even. v is made of the float32 constants p = a_scale / scale, q = b_scale / scale, r =
+a_scale * b_scale / scale and s = a_scale / (b_scale * scale), divided in float64, and of differences from the zero
+points:
 
 - qadd: v = a p + b q, where the product that is added is not rounded; a negative b_scale subtracts;
 - qmul: v = a b r, with an exact product of integers;
+- qdiv: v = (a s) / b; by 0 it is an infinity, which is clamped, and 0 / 0 becomes qmin;
 - qmatmul: v = (sum of a b) r, with exact sums in int32.
 
 Without a `scale` qmatmul gives the numbers, (sum of a b) a_scale b_scale. No gradient passes through.
@@ -75,6 +77,28 @@ def qmul(
     return codes_of(product.to(factor.dtype) * factor, into)
 
 
+@torch.library.custom_op("graphopt::qdiv", mutates_args=(), schema=f"({_OPERANDS.format(optional='')}) -> Tensor")
+def qdiv(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    qmin: int = 0,
+    qmax: int = 255,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes of a / b, which broadcast."""
+    into = _into(a, b, scale, zero_point, qmin, qmax, dtype)
+    factor = quotient_factor(a_scale, b_scale, scale)
+    above, below = (_centered(x, zero).to(factor.dtype) for x, zero in ((a, a_zero_point), (b, b_zero_point)))
+    return codes_of(above * factor / below, into)
+
+
 @torch.library.custom_op("graphopt::qmatmul", mutates_args=(), schema=f"({_OPERANDS.format(optional='?')}) -> Tensor")
 def qmatmul(
     a: Tensor,
@@ -109,6 +133,11 @@ def quotients(a_scale: Tensor, b_scale: Tensor, scale: Tensor) -> tuple[Tensor, 
     """p and q of `qadd`."""
     compute = computed_in(a_scale.dtype)
     return (a_scale.double() / scale.double()).to(compute), (b_scale.double() / scale.double()).to(compute)
+
+
+def quotient_factor(a_scale: Tensor, b_scale: Tensor, scale: Tensor) -> Tensor:
+    """s of `qdiv`."""
+    return (a_scale.double() / (b_scale.double() * scale.double())).to(computed_in(a_scale.dtype))
 
 
 def product_factor(a_scale: Tensor, b_scale: Tensor, scale: Tensor | None) -> Tensor:
@@ -171,8 +200,9 @@ def _refuse_gradient_of_table(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 qadd.register_fake(_fake)
 qmul.register_fake(_fake)
+qdiv.register_fake(_fake)
 qmatmul.register_fake(_fake_matmul)
 table256.register_fake(_fake_table)
-for _operator in (qadd, qmul, qmatmul):
+for _operator in (qadd, qmul, qdiv, qmatmul):
     _operator.register_autograd(lambda ctx, grad: (None,) * 8, setup_context=_refuse_gradient)
 table256.register_autograd(lambda ctx, grad: (None, None), setup_context=_refuse_gradient_of_table)

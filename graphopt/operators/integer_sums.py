@@ -43,7 +43,7 @@ def qsum(
     dtype: torch.dtype,
 ) -> Tensor:
     """Codes of the sum over the axes `dim` divided by `divisor`, which is positive."""
-    into = _into(x, scale, zero_point, divisor, qmin, qmax, dtype)
+    into = result_of(x, scale, zero_point, divisor, qmin, qmax, dtype)
     factor = sum_factor(x_scale, scale, divisor)
     centered = x.to(torch.int64) - (0 if x_zero_point is None else int(x_zero_point))
     return codes_of(centered.sum(list(dim), keepdim).to(torch.int32).to(factor.dtype) * factor, into)
@@ -54,9 +54,10 @@ def sum_factor(x_scale: Tensor, scale: Tensor, divisor: int) -> Tensor:
     return (x_scale.double() / (scale.double() * divisor)).to(x_scale.dtype)
 
 
-def _into(
+def result_of(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, divisor: int, qmin: int, qmax: int, dtype: torch.dtype
 ) -> Requantization:
+    """What sums of codes become. Raises UsageError for operands that are no codes, and for no divisor."""
     if x.dtype not in (torch.uint8, torch.int8):
         raise UsageError(f"sums of codes take 8 bits, not {x.dtype}")
     if divisor < 1:
@@ -70,7 +71,7 @@ def _fake(
     x: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, scale: Tensor, zero_point: Tensor | None, *,
     dim: Sequence[int], keepdim: bool = False, divisor: int = 1, qmin: int = 0, qmax: int = 255, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    _into(x, scale, zero_point, divisor, qmin, qmax, dtype)
+    result_of(x, scale, zero_point, divisor, qmin, qmax, dtype)
     return torch.sum(x, list(dim), keepdim, dtype=torch.int32).to(dtype)
 
 

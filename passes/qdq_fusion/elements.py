@@ -9,8 +9,8 @@
 - guard: no code stands for NaN, so that what would replace it is not needed.
 - constant: quantize of a constant is a constant.
 - choice: quantize(where(c, dequantize(x), dequantize(y))) is where(c, x, y), each in the result's parameters.
-- sum, product, matmul: quantize(dequantize(a) + dequantize(b)) on the codes; a clip before the quantize narrows its
-  bounds.
+- sum, product, quotient, matmul: quantize(dequantize(a) + dequantize(b)) on the codes; a clip before the quantize
+  narrows its bounds.
 
 All but the last are exact.
 """
@@ -70,6 +70,7 @@ _PAIRS = {
     aten.add.Tensor: graphopt.qadd.default,
     aten.sub.Tensor: graphopt.qadd.default,
     aten.mul.Tensor: graphopt.qmul.default,
+    aten.div.Tensor: graphopt.qdiv.default,
 }
 _MATRICES = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 _CHOICES: Mapping[Any, tuple[str, str, str]] = {  # the condition, what is taken where it holds and where it does not
@@ -87,7 +88,7 @@ def move(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bo
         return _move_parts(editor, node, rule, constants)
     if node.target is aten.embedding.default:
         source = argument(node, "weight")
-        codes = _constant_codes(editor, source)
+        codes = constant_codes(editor, source)
         way = [node]
     elif node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0].target in SPLITS:
         way = [node.args[0], node]
@@ -103,7 +104,7 @@ def move(editor: GraphEditor, node: Node, rule: str, constants: Constants) -> bo
         return False
 
     def build(builder: Builder) -> list[Node]:
-        return [_dequantize(builder, _moved_all(builder, way, {source: codes.node}, code), codes, constants)]
+        return [dequantized(builder, _moved_all(builder, way, {source: codes.node}, code), codes, constants)]
 
     return editor.replace(rule, [node], build)
 
@@ -147,7 +148,7 @@ def _moved(builder: Builder, node: Node, values: dict[Node, Node], code: int | N
     return builder.repeat(node, values)
 
 
-def _constant_codes(editor: GraphEditor, source: Any) -> Codes | None:
+def constant_codes(editor: GraphEditor, source: Any) -> Codes | None:
     """Codes of a constant with one scale."""
     if not isinstance(source, Node) or source.target is not DEQUANTIZE or argument(source, "axis") is not None:
         return None
@@ -170,7 +171,7 @@ def _move_parts(editor: GraphEditor, node: Node, rule: str, constants: Constants
     """Parts of equal parameters, or of any where a quantize of the whole says which: each then has its own table, or
     codes made now where it is constant."""
     sources = argument(node, "tensors")
-    parts = [codes_of(editor, each) or _constant_codes(editor, each) for each in sources]
+    parts = [codes_of(editor, each) or constant_codes(editor, each) for each in sources]
     numbers = [constant_number(editor, each) for each in sources]
     whole = only_user(node, lambda user: into_of(editor, user) is not None)
     given = [part for part in parts if part is not None]
@@ -184,7 +185,7 @@ def _move_parts(editor: GraphEditor, node: Node, rule: str, constants: Constants
     def build(builder: Builder) -> list[Node]:
         if alike:
             joined = builder.call(aten.cat.default, [part.node for part in given], argument(node, "dim"))
-            return [_dequantize(builder, joined, given[0], constants)]
+            return [dequantized(builder, joined, given[0], constants)]
         assert into is not None
         found = [
             requantized(editor, builder, part, into)
@@ -209,18 +210,18 @@ def requantized(editor: GraphEditor, builder: Builder, codes: Codes, into: Into)
     """Codes with other parameters, by a table where they differ; those of a constant are computed now."""
     if into.equals(codes):
         return codes.node
-    table = into.of(_numbers(codes))
+    table = into.of(numbers_of(codes))
     if (held := editor.constant_value(codes.node)) is not None:
         return builder.constant(graphopt.table256.default(held, table))
     return builder.call(graphopt.table256.default, codes.node, builder.constant(table))
 
 
-def _numbers(codes: Codes) -> Tensor:
+def numbers_of(codes: Codes) -> Tensor:
     """What each code stands for, from the lowest."""
     return (_every_code(codes.dtype).to(torch.int32) - codes.zero).float() * codes.scale
 
 
-def _dequantize(builder: Builder, node: Node, codes: Codes, constants: Constants) -> Node:
+def dequantized(builder: Builder, node: Node, codes: Codes, constants: Constants) -> Node:
     low, high = codes.bounds
     scale, zero = constants.scale(builder, codes.scale), constants.zero(builder, codes.zero, codes.dtype)
     return builder.call(DEQUANTIZE, node, scale, zero, qmin=low, qmax=high, dtype=torch.float32)
@@ -272,7 +273,7 @@ def _chain(editor: GraphEditor, node: Node) -> tuple[Codes, list[Node], dict[Nod
             continue
         if (codes := codes_of(editor, each)) is not None and (found is None or _same(codes, found)):
             found = codes
-            numbers[each] = _numbers(codes)
+            numbers[each] = numbers_of(codes)
         elif codes is None and (number := constant_number(editor, each)) is not None and number.numel() == 1:
             numbers[each] = number.detach().reshape(())
         elif _is_element_wise(each) and shape_key(each.meta["val"]) == shape and len(chain) < _CHAIN:
@@ -318,7 +319,7 @@ def drop_guard(editor: GraphEditor, node: Node, rule: str) -> bool:
     x, mask = node.args[:2]
     guards = isinstance(mask, Node) and mask.target is aten.isnan.default and mask.args[0] is x
     codes = codes_of(editor, x) if guards else None
-    if codes is None or not bool(torch.isfinite(_numbers(codes)).all()):
+    if codes is None or not bool(torch.isfinite(numbers_of(codes)).all()):
         return False
     assert isinstance(mask, Node)
     return editor.replace(rule, [node], lambda builder: [x], inner=[mask])
@@ -332,7 +333,7 @@ def fuse_choice(editor: GraphEditor, node: Node, rule: str) -> bool:
     if into is None or names is None or not isinstance(source, Node) or only_user(source) is None:
         return False
     condition, *branches = (argument(source, name) for name in names)
-    codes = [codes_of(editor, each) or _constant_codes(editor, each) for each in branches]
+    codes = [codes_of(editor, each) or constant_codes(editor, each) for each in branches]
     numbers = [each if isinstance(each, (int, float)) else constant_number(editor, each) for each in branches]
     if condition.meta["val"].dtype != torch.bool:
         return False
@@ -368,9 +369,11 @@ def fuse_pair(editor: GraphEditor, node: Node, rule: str, constants: Constants) 
         return None
     if only_user(source) is None:
         return f"its numbers are read by {len(source.users)} nodes"
-    operands = [codes_of(editor, each) or _constant_codes(editor, each) for each in source.args[:2]]
+    operands = [codes_of(editor, each) or constant_codes(editor, each) for each in source.args[:2]]
     if operands[0] is None or operands[1] is None:
         return None
+    if source.target is aten.div.Tensor and inner:
+        return "its quotients may be 0 / 0, which no clip makes a number"
     if source.target in _MATRICES and (reason := _too_deep(operands[0], operands[1])):
         return reason
     if _PAIRS.get(source.target) is graphopt.qadd.default:
@@ -432,7 +435,7 @@ def make_unsigned(editor: GraphEditor, node: Node, rule: str, constants: Constan
         found = []
         for each in read:
             assert each is not None
-            found.append(_dequantize(builder, codes, Codes(codes, each.scale, each.zero + 128), constants))
+            found.append(dequantized(builder, codes, Codes(codes, each.scale, each.zero + 128), constants))
         return found
 
     return editor.replace(rule, readers, build, inner=[node])

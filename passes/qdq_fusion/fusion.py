@@ -27,7 +27,7 @@ from torch.fx import Node
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Edit, GraphEditor
 from graphopt.errors import PassError
-from graphopt.passes.qdq_fusion.codes import QUANTIZE, Constants
+from graphopt.passes.qdq_fusion.codes import DEQUANTIZE, QUANTIZE, Constants
 from graphopt.passes.qdq_fusion.dynamic import fuse_dynamic_product
 from graphopt.passes.qdq_fusion.elements import (
     drop_guard,
@@ -40,8 +40,9 @@ from graphopt.passes.qdq_fusion.elements import (
     move,
     quantize_early,
 )
+from graphopt.passes.qdq_fusion.orders import fuse_extreme, fuse_position
 from graphopt.passes.qdq_fusion.products import PRODUCTS, Refused, Weight, fuse_product
-from graphopt.passes.qdq_fusion.sums import fuse_sum
+from graphopt.passes.qdq_fusion.sums import fuse_average_pool, fuse_sum
 from graphopt.passes.qdq_fusion.survivors import Survivor, from_codes_to_codes, survivors
 from graphopt.program import Program
 
@@ -71,32 +72,46 @@ class _Fusing:
 
     def fuse(self, node: Node) -> None:
         """In order of execution, so that what a node reads has been rewritten."""
-        if node.target in PRODUCTS and self._product(node):
+        if node.target in PRODUCTS and self.tried(node, lambda: self._product(node)):
             return
         if fuse_matrices(self.editor, node, f"{self.name}/pair-of-codes", self.constants):
             return
         if drop_guard(self.editor, node, f"{self.name}/guard"):
             return
-        if move(self.editor, node, f"{self.name}/move", self.constants) or node.target is not QUANTIZE:
+        if self.tried(node, lambda: fuse_position(self.editor, node, f"{self.name}/position", self.constants)):
             return
+        if not move(self.editor, node, f"{self.name}/move", self.constants) and node.target is QUANTIZE:
+            self._quantize(node)
+
+    def _quantize(self, node: Node) -> None:
+        """A quantize with what is before it."""
         fused = (
             fuse_function(self.editor, node, self.name)
             or fuse_choice(self.editor, node, f"{self.name}/choice")
+            or fuse_extreme(self.editor, node, f"{self.name}/extreme")
             or fuse_sum(self.editor, node, f"{self.name}/sum", self.constants)
         )
-        if not fused:
+        if fused:
+            return
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if not self.tried(source, lambda: fuse_average_pool(self.editor, node, f"{self.name}/sum", self.constants)):
             reason = fuse_pair(self.editor, node, f"{self.name}/pair-of-codes", self.constants)
             if reason is not None:
                 self.reasons[node] = reason
 
-    def _product(self, node: Node) -> bool:
+    def tried(self, node: Node, rewrite: Callable[[], bool]) -> bool:
+        """What `rewrite` of `node` says; where it refuses, False with the reason kept."""
         try:
-            if fuse_dynamic_product(self.editor, node, f"{self.name}/product", self.weights):
-                return True
-            return fuse_product(self.editor, node, f"{self.name}/product", self.constants, self.weights)
+            return rewrite()
         except Refused as refused:
             self.reasons[node] = str(refused)
             return False
+
+    def _product(self, node: Node) -> bool:
+        if fuse_dynamic_product(self.editor, node, f"{self.name}/product", self.weights):
+            return True
+        return fuse_product(self.editor, node, f"{self.name}/product", self.constants, self.weights)
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class QDQFusion(Pass):
     fail_on_fallback: bool = False
 
     def starts_at(self) -> frozenset[Any]:
-        return frozenset({QUANTIZE, *PRODUCTS})
+        return frozenset({QUANTIZE, DEQUANTIZE, *PRODUCTS})
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edit = Edit(program, context, self.name)

@@ -45,6 +45,15 @@ def test_every_product() -> None:
     check(pair(ops.qmul), a * b)
 
 
+def test_every_quotient() -> None:
+    a, b = numbers()
+    found, exact = pair(ops.qdiv), a / b
+    by_zero = (b == 0).expand_as(exact)
+    check(found[~by_zero], exact[~by_zero])
+    assert found[:3, 121].unique().tolist() == [0] and found[4:, 121].unique().tolist() == [255]
+    assert int(found[3, 121]) == 0  # 0 / 0
+
+
 def test_matrix_products_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(0, 256, (2, 3, 5), generator=generator).to(torch.uint8)
