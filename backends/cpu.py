@@ -25,6 +25,7 @@ from graphopt.backends.lowering import WEIGHT_COUNT, Weights, lower_program, res
 from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
 from graphopt.errors import CompileError
+from graphopt.in_place import written_state
 from graphopt.program import Program
 from graphopt.runtime.manifest import KernelInfo
 
@@ -59,10 +60,11 @@ def lower(programs: Mapping[str, Program], target: Target, tuned: Tuned | None =
     kernels: dict[str, KernelInfo] = {}
     weights = Weights()
     builder = relax.BlockBuilder()
+    written = written_state(programs.values())
     for entry in programs:
         reserve(entry, builder)
-    for entry, program in programs.items():
-        lowered = lower_program(program, target, entry, weights, builder, choices)
+    for entry, program in sorted(programs.items(), key=lambda item: len(item[1].sizes)):  # the rest read their packing
+        lowered = lower_program(program, target, entry, weights, builder, choices, written)
         arguments[entry] = lowered.weights
         for kernel, info in lowered.kernels.items():
             known = kernels.get(kernel, info)

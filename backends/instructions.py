@@ -17,6 +17,7 @@ from tvm import tirx
 
 from graphopt.backends.code_instructions import code_definitions
 from graphopt.backends.integer_instructions import integer_definitions
+from graphopt.backends.low_bit_instructions import low_bit_definitions
 from graphopt.backends.table_instructions import table_definitions
 from graphopt.backends.target import Target
 
@@ -59,7 +60,8 @@ def _rounded(cast: Any) -> Any:
 
 def definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
-    integer = integer_definitions(target) + code_definitions(target) + table_definitions(target)
+    integer = integer_definitions(target) + low_bit_definitions(target)
+    integer += code_definitions(target) + table_definitions(target)
     if not target.pairs:
         return integer
     native = "avx512bf16" in target.extensions

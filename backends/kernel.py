@@ -37,7 +37,8 @@ class Code:
     """A finished kernel: call it with `inputs`, then the sizes named by `scalars`, then the outputs.
 
     `reads` is how many elements of each input one call touches, `flops` how many operations on floats it does, `nodes`
-    the program's nodes whose values it computes on the way to its own, `made` what was chosen for it.
+    the program's nodes whose values it computes on the way to its own, `made` what was chosen for it. `written` is how
+    many elements of its output it writes where the others stay as they are.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Code:
     reads: tuple[Size, ...]
     nodes: tuple[str, ...]
     made: Made[Any] | None = None
+    written: Size | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Kernels:
         reads = [
             (storage, count * width(storage.dtype)) for storage, count in zip(code.inputs, code.reads, strict=True)
         ]
-        writes = sum((product(shape) * width(dtype) for shape, dtype in code.outputs), start=0)
+        counts = [product(shape) if code.written is None else code.written for shape, _ in code.outputs]
+        writes = sum((count * width(dtype) for count, (_, dtype) in zip(counts, code.outputs, strict=True)), start=0)
         weight_bytes = sum((size for storage, size in reads if storage in constants), start=0)
         total = sum((size for _, size in reads), start=writes)
         tuned = {"tuned": True} if code.made is not None and code.made.tuned else {}

@@ -45,6 +45,7 @@ from graphopt.backends.values import (
     whole,
 )
 from graphopt.errors import CompileError, GraphoptError
+from graphopt.in_place import writes
 from graphopt.program import Program, get_attribute
 from graphopt.runtime.dtypes import name_of
 from graphopt.runtime.manifest import KernelInfo
@@ -79,8 +80,7 @@ class Weights:
 
     def add(self, tensor: torch.Tensor, label: str, key: str, pack: Callable[[np.ndarray], np.ndarray] | None) -> str:
         """The name under which the packed tensor is kept; `label` and `key` make it readable."""
-        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-        identity = (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype, key)
+        identity = (*_identity(tensor), key)
         if identity not in self.names:
             array = array_of(tensor)
             array = np.asarray(array if pack is None else pack(array), order="C")  # rank 0 stays rank 0
@@ -92,10 +92,20 @@ class Weights:
             self.held.append(tensor)
         return self.names[identity]
 
+    def packings(self, tensor: torch.Tensor) -> list[str]:
+        """The keys under which `add` keeps the tensor."""
+        place = _identity(tensor)
+        return [key for *other, key in self.names if tuple(other) == place]
+
     def forget(self, name: str) -> None:
         """Take back what `add` kept last."""
         del self.arrays[name]
         self.names = {identity: other for identity, other in self.names.items() if other != name}
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return (*place, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 class Lowering:
@@ -111,9 +121,11 @@ class Lowering:
         choices: Choices,
         parent: Lowering | None = None,
         path: str = "",
+        in_place: frozenset[Node] = frozenset(),
     ) -> None:
         self.target, self.module, self.weights, self.builder = target, module, weights, builder
         self.kernels, self.choices, self._path = kernels, choices, path
+        self.in_place = in_place  # nodes that write into the state that they replace
         self.sizes: Sizes = parent.sizes if parent else Sizes()
         self.constants: dict[str, Storage] = parent.constants if parent else {}  # name -> argument of the function
         self._labels: dict[int, str] = dict(parent._labels) if parent else {}  # address of a weight -> its name
@@ -332,10 +344,11 @@ class Lowering:
             self.weights.forget(name)
         return code, values
 
-    def call(self, code: Code, nodes: tuple[str, ...] | None = None) -> list[View]:
+    def call(self, code: Code, nodes: tuple[str, ...] | None = None, into: Storage | None = None) -> list[View]:
         """Bind a call of the kernel; the builder keeps equal kernels that do equal work once.
 
         `nodes` are those whose value it stores (default: the one being lowered), besides those computed on the way.
+        `into` is what it writes to in place of a new tensor: state that nothing reads before.
         """
         info = self.kernels.describe(code, self.constants.values())
         work = code.function.with_attr("graphopt.work", f"{info.flops} {info.bytes}")
@@ -346,6 +359,9 @@ class Lowering:
         types = [relax.TensorType(self.sizes.shape(shape), dtype) for shape, dtype in code.outputs]
         arguments = [storage.variable for storage in code.inputs]
         arguments += [self.sizes.variable(name) for name in code.scalars]
+        if into is not None:
+            self.bind(relax.Call(function, [*arguments, into.variable]), relax.TupleType([]))
+            return [whole(into)]
         called = relax.call_tir(function, relax.Tuple(arguments), types)
         result = self.bind(called, relax.TupleType(types) if len(types) > 1 else types[0])
         variables = [result]
@@ -427,14 +443,23 @@ def reserve(name: str, builder: relax.BlockBuilder) -> None:
 
 
 def lower_program(
-    program: Program, target: Target, name: str, weights: Weights, builder: relax.BlockBuilder, choices: Choices
+    program: Program,
+    target: Target,
+    name: str,
+    weights: Weights,
+    builder: relax.BlockBuilder,
+    choices: Choices,
+    written: frozenset[str] = frozenset(),
 ) -> Lowered:
     """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`.
 
-    It takes the place of what `reserve` put there. Raises CompileError naming the first node that has no lowering.
+    It takes the place of what `reserve` put there. State whose name is in `written` is written into and not returned.
+    Raises CompileError naming the first node that has no lowering.
     """
     module = program.graph_module
-    lowering = Lowering(target, module, weights, builder, Kernels(name, program.symbols), choices)
+    in_place = frozenset(node for state, node in writes(program) if state in written)
+    kernels = Kernels(name, program.symbols)
+    lowering = Lowering(target, module, weights, builder, kernels, choices, in_place=in_place)
     parameters, arguments = [], []
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -444,7 +469,9 @@ def lower_program(
             variable = relax.Var(node.name, relax.TensorType(lowering.sizes.shape(shape), dtype))
             parameters.append(variable)
             arguments.append(whole(Storage(variable, shape, dtype)))
-    results = [lowering.contiguous(value) for value in lowering.run(arguments)]
+    values = lowering.run(arguments)
+    kept = [number for number, item in enumerate(program.state, len(program.outputs)) if item.spec.name in written]
+    results = [lowering.contiguous(value) for number, value in enumerate(values) if number not in kept]
     variables = [lowering.own(view) for view in _fresh(lowering, results, parameters)]
     kind = [variable.ty for variable in variables]
     result = variables[0] if len(variables) == 1 else lowering.bind(relax.Tuple(variables), relax.TupleType(kind))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from graphopt.arrays import array_of, tensor_of
 from graphopt.artifact.write import write_artifact
@@ -20,8 +21,9 @@ from graphopt.checking.operators_alone import alone, compare
 from graphopt.checking.output_check import check_session
 from graphopt.database import Database, hardware_of, open_store
 from graphopt.errors import UsageError
+from graphopt.in_place import written_state
 from graphopt.optional import missing_extra
-from graphopt.program import Program, TensorSpec
+from graphopt.program import Program, State, TensorSpec
 from graphopt.registry import find_backend
 from graphopt.report import FORMAT, PassReport
 from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant
@@ -155,10 +157,11 @@ class Compilation:
         """The module built, with all that belongs to it; nothing of it was run."""
         chosen = self.target
         library = f"lib/{re.sub(r'[^A-Za-z0-9_.-]', '-', chosen.name)}.so"
+        written = written_state(self.functions.values())
         manifest = Manifest(
             name=next(iter(self.entries.values())).name,
             entries={
-                name: describe_entry(program, tuple(self.stages.get(name, ())))
+                name: describe_entry(program, tuple(self.stages.get(name, ())), written)
                 for name, program in self.described.items()
             },
             variants=(Variant(chosen.name, chosen.features, library, module.arguments, module.kernels),),
@@ -183,7 +186,7 @@ class Compilation:
             for name, program in self.entries.items()
         }
         built = {library: self.backend.build(module.module, chosen)}
-        weights = {**module.weights, **_initial_state(self.entries)}
+        weights = {**module.weights, **_initial_state(self.entries, written)}
         return Artifact(manifest, built, weights, _samples(self.described), report)
 
 
@@ -234,8 +237,8 @@ def is_staged(program: Program) -> bool:
     return program.exits is not None and program.exits.form == "staged"
 
 
-def describe_entry(program: Program, stages: tuple[str, ...] = ()) -> Entry:
-    """What the manifest says of a program's interface, and of the entries that it runs as."""
+def describe_entry(program: Program, stages: tuple[str, ...] = (), written: frozenset[str] = frozenset()) -> Entry:
+    """What the manifest says of a program's interface, of the entries that it runs as, and of state it writes into."""
     exits = program.outputs[program.exits.answers].name if program.exits else None
     return Entry(
         inputs=tuple(_input_info(program, spec) for spec in program.inputs),
@@ -245,6 +248,7 @@ def describe_entry(program: Program, stages: tuple[str, ...] = ()) -> Entry:
         exits=exits,
         stages=stages,
         rows=str(program.outputs[0].shape[0]) if stages else None,
+        written=tuple(state.spec.name for state in program.state if state.spec.name in written),
     )
 
 
@@ -257,11 +261,21 @@ def _info(spec: TensorSpec) -> TensorInfo:
     return TensorInfo(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape)
 
 
-def _initial_state(entries: Mapping[str, Program]) -> dict[str, np.ndarray]:
+def _initial_state(entries: Mapping[str, Program], written: frozenset[str]) -> dict[str, np.ndarray]:
+    """By name in the file, but for zeros that are written into. Raises UsageError where two entries differ."""
+    found: dict[str, State] = {}
+    for name, program in entries.items():
+        for state in program.state:
+            other = found.setdefault(state.spec.name, state)
+            if other.spec != state.spec or not torch.equal(other.initial, state.initial):
+                raise UsageError(
+                    f"entry {name!r} has state {state.spec.name!r} of another shape or value than an entry before it; "
+                    "capture both from one module"
+                )
     return {
-        state_name(state.spec.name): array_of(state.initial.detach().contiguous())
-        for program in entries.values()
-        for state in program.state
+        state_name(name): array_of(state.initial.detach().contiguous())
+        for name, state in found.items()
+        if name not in written or torch.count_nonzero(state.initial)
     }
 
 

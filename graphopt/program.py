@@ -158,6 +158,15 @@ class Program:
         """A program whose graphs may be edited; tensors are shared, so edits must never write into one."""
         return replace(self, graph_module=copy_module(self.graph_module))
 
+    def fix_sizes(self, **sizes: int) -> Program:
+        """The program for these values of some of its sizes: `program.fix_sizes(tokens=1)`; tensors are shared.
+
+        Raises UnknownNameError for a size that it has not, UsageError for a value that the size cannot have.
+        """
+        from graphopt.fixed_sizes import fix_sizes
+
+        return fix_sizes(self, sizes)
+
     def save(self, path: str) -> None:
         """Write a `.pt2` that `capture` and `torch.export.load` read; atomic, provenance included."""
         from graphopt.capture.write import save_program

@@ -15,6 +15,7 @@ PASSES = {
     "decided-conditions": "graphopt.passes.decided_conditions:DecidedConditions",
     "early-exit": "graphopt.passes.early_exit:EarlyExit",
     "gated-attention": "graphopt.passes.gated_attention:GatedAttention",
+    "lut-matmul": "graphopt.passes.lut_matmul:LutMatmul",
     "merge-linears": "graphopt.passes.merge_linears:MergeLinears",
     "mixed-precision": "graphopt.passes.mixed_precision:MixedPrecision",
     "no-op-removal": "graphopt.passes.no_op_removal:NoOpRemoval",

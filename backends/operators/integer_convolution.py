@@ -27,9 +27,10 @@ from graphopt.backends.operators.integer_products import (
     to_words,
 )
 from graphopt.backends.operators.shifted_weights import missing_of_windows
+from graphopt.backends.operators.tile_convolution import Placed, on_tiles
 from graphopt.backends.operators.windows import load_at, quotient
+from graphopt.backends.rules import amx_convolution, depthwise, depthwise_words
 from graphopt.backends.rules import convolution as direct
-from graphopt.backends.rules import depthwise, depthwise_words
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.integer_convolution import RULE, integer_convolution, pack_filter_words
 from graphopt.backends.rules.integer_gemm import words_of
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from graphopt.backends.lowering import Lowering
 
 _ORDER = (0, 3, 1, 2)  # of the result's axes in what is stored, [N, OH, OW, O]
+_EACH_BYTE = 0x01010101  # times a code: a word of four
 _EXACT = 2**24  # below which whole numbers are exact in float32
 
 
@@ -113,9 +115,13 @@ def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: 
     whole = filters if groups > 1 else to_words(filters, words)  # channels beside each other in whole words
     outputs = tuple(shape[axis] for axis in inverse(_ORDER))
     depth = (whole.shape[0], whole.shape[1] // words.codes, *whole.shape[2:])
+    tiles = amx_convolution.fits(target, x, groups)
 
     def build(result: Product, end: Any) -> Code:
-        def write(choice: direct.Configuration) -> Code:
+        def write(choice: direct.Configuration | amx_convolution.Configuration) -> Code:
+            if isinstance(choice, amx_convolution.Configuration):
+                placed = Placed(x, whole, outputs, window, zero * _EACH_BYTE)
+                return on_tiles(lowering, placed, choice, result, end, name)
             columns = choice.tile.vectors * target.lanes
             packed = lowering.weight(
                 whole,
@@ -126,11 +132,12 @@ def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: 
             return integer_convolution(plain, zero, result, end, name, target)
 
         given = (outputs, depth, groups, window, target)
+        of_tiles = amx_convolution.worth_timing(x, outputs, window, target) if tiles else []
         return lowering.choose(
             Choice(
                 _workload(x, outputs, whole.shape, window, groups, padded, words.codes, end),
-                direct.configure(*given, words.temporaries),
-                lambda: direct.worth_timing(*given, True, words.temporaries),
+                of_tiles[0] if tiles else direct.configure(*given, words.temporaries),
+                lambda: [*of_tiles, *direct.worth_timing(*given, True, words.temporaries)],
                 write,
             )
         )

@@ -13,7 +13,7 @@ from graphopt.backends.dtypes import DTYPES
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, like, widened
 from graphopt.backends.operators.widening import NARROW, numbers_of, pairs_of
-from graphopt.backends.rules import amx_gemm, batched_gemm
+from graphopt.backends.rules import amx_block, amx_gemm, batched_gemm
 from graphopt.backends.rules.gemm import Configuration, gemm, offer, pack_pairs, pack_weight
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.sizes import Size, shape_of
@@ -109,7 +109,9 @@ def packed_product(
             b = lowering.weight(weight, f"{layout}{columns}", lambda array: pack(array, columns))
             return gemm(a, b, result, end, f"gemm_{n}x{k}", target, choice)
 
-        return lowering.choose(offer(target, a, n, DTYPES[weight.dtype], end, write))
+        keys = lowering.weights.packings(weight)
+        packed = tuple(int(key.removeprefix(layout)) for key in keys if key.startswith(layout))
+        return lowering.choose(offer(target, a, n, DTYPES[weight.dtype], end, write, packed))
 
     return lowering.anchored(node, build, begin, order)
 
@@ -120,7 +122,7 @@ def on_tiles(lowering: Lowering, a: View, weight: torch.Tensor, name: str) -> Ca
 
     def build(result: Product, end: Any) -> Code:
         def write(choice: amx_gemm.Configuration) -> Code:
-            b = lowering.weight(weight, "amx", amx_gemm.pack_tiles)
+            b = lowering.weight(weight, "amx", amx_block.pack_tiles)
             return amx_gemm.gemm(a, b, result, end, name, target, choice)
 
         return lowering.choose(amx_gemm.offer(target, a, n, end, write))

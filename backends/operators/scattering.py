@@ -109,6 +109,8 @@ def _index_add(lowering: Lowering, node: Node) -> Any:
     if not shape:
         base, source = (reshape(lowering, value, (1,)) for value in (base, source))
     axis = int(given["dim"]) % len(base.shape)
+    if "alpha" not in given and ids.shape and axis != len(shape) - 1:
+        return _copy_rows(lowering, base, ids, source, axis, node in lowering.in_place)
     each = View(
         ids.storage,
         source.shape,
@@ -120,6 +122,21 @@ def _index_add(lowering: Lowering, node: Node) -> Any:
         source = Lazy(plain.shape, plain.dtype, (plain,), lambda k, i: k.load(plain, i) * like(k.load(plain, i), alpha))
     result = _along(lowering, base, each, source, axis, "sum" if "alpha" in given else "set")
     return reshape(lowering, result, shape)
+
+
+def _copy_rows(lowering: Lowering, base: Any, ids: View, source: View, axis: int, in_place: bool) -> View:
+    """`base` with base[..., ids[k], ..., :] = source[..., k, ..., :], the last axis in vectors."""
+    tasks = (*base.shape[:axis], *base.shape[axis + 1 : -1])
+
+    def places(kernel: Kernel, task: Index, step: Index, column: Any) -> tuple[Index, Any]:
+        free = [task.axis(number) for number in range(len(tasks))]
+        chosen = inside(kernel, kernel.load(ids, step), base.shape[axis])
+        read, written = ([*free[:axis], at, *free[axis:], column] for at in (step.axis(0), chosen))
+        return Index(base.shape, kernel.sizes, axes=tuple(written)), element_at(kernel, source, read)
+
+    reads, columns, target = (ids, source), base.shape[-1], lowering.target
+    code = scatter(base, reads, tasks, ids.shape, columns, places, "set", True, target, in_place)
+    return lowering.call(code, into=base.storage if in_place else None)[0]
 
 
 def _index_put(lowering: Lowering, node: Node) -> Any:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -27,25 +26,19 @@ from graphopt.backends.bfloat16 import BFLOAT16
 from graphopt.backends.choice import UNUSUAL, Choice, epilogue_parameters, size_parameter
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.register_tile import RegisterTile, Tile
+from graphopt.backends.rules import amx_block
 from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.tuner.record import Workload
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "amx-gemm"
-_PANEL = 2 * amx.COLUMNS  # columns
-_BLOCK = 2 * amx.ROWS  # rows of the sums
-_STEP = 2 * amx.ROWS * amx.ROW_BYTES  # bytes of a weight in one step
 _FEWEST_ROWS = 4  # fewer are bound by reading the weight, which vectors do as fast
 _SERIAL_BELOW = 1 << 20  # multiply-adds that are not worth the launch of threads
 _ROWS_KEPT_FROM = 64  # rows known at run time from which each thread keeps its own
 _ROWS_AWAY = 1.04  # how much longer a product takes whose rows lie in the L2 cache of another core
 _PASSED_BYTES = 512 << 10  # of the rows that all panels pass over before the next ones
 _MOST_PASSED = 1024
-_LINE = 64  # bytes of a cache line
-_LINES = _STEP // _LINE  # of the weight in one step
-_SUMS, _LEFT, _RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ def worth_timing(target: Target, rows: Size, n: int, k: int, numbers: amx.Number
     for scale, doubt in ((1.0, 1.0), (0.5, UNUSUAL), (2.0, UNUSUAL)):
         for row_shares, panel_shares in _shares(target.threads, rows, n, k):
             share = -(-rows // row_shares) if isinstance(rows, int) else _MOST_PASSED
-            block = -(-min(share, int(scale * passed)) // _BLOCK) * _BLOCK
+            block = -(-min(share, int(scale * passed)) // amx_block.ROWS) * amx_block.ROWS
             choice = Configuration(block, row_shares, panel_shares)
             costs.setdefault(choice, doubt * _cost(choice, rows, n))
     return sorted(costs, key=lambda choice: costs[choice])
@@ -112,25 +105,12 @@ def _shares(threads: int, rows: Size, n: int, k: int) -> list[tuple[int, int]]:
 
 def _cost(choice: Configuration, rows: Size, n: int) -> float:
     """Tiles of the longest share."""
-    panels = -(-n // _PANEL)
+    panels = -(-n // amx_block.PANEL)
     if not isinstance(rows, int):
         return float(-(-panels // choice.panel_shares)) * (_ROWS_AWAY if choice.row_shares == 1 else 1)
     away = 1 if choice.panel_shares == 1 else _ROWS_AWAY
-    blocks = -(-rows // _BLOCK)
+    blocks = -(-rows // amx_block.ROWS)
     return away * -(-blocks // choice.row_shares) * -(-panels // choice.panel_shares)
-
-
-def pack_tiles(weight: np.ndarray) -> np.ndarray:
-    """[N, K] -> [ceil(N / 32), ceil(K / 32), 2, 16, 32]: a tile's row holds a pair of the depth for 16 columns.
-
-    Codes are packed [ceil(N / 32), ceil(K / 64), 2, 16, 64] with fours. Zero where N or K ends.
-    """
-    n, k = weight.shape
-    wide = amx.ROW_BYTES // weight.itemsize  # numbers of a row
-    padded = np.pad(weight, ((0, -n % _PANEL), (0, -k % wide)))
-    tiles = padded.reshape(-1, 2, amx.COLUMNS, padded.shape[1] // wide, amx.ROWS, wide // amx.ROWS)
-    packed = tiles.transpose(0, 3, 1, 4, 2, 5)
-    return np.ascontiguousarray(packed).reshape(*packed.shape[:4], wide)
 
 
 def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Target, choice: Configuration) -> Code:
@@ -175,7 +155,7 @@ class _Gemm:
         self.stride = int64(kernel.size(stride))
         self.panels, self.steps = (int(size) for size in weight.shape[:2])
         self.whole, self.rest = divmod(int(a.shape[-1]), numbers.depth)
-        self.step = _STEP // numbers.bytes  # numbers of a weight in one step
+        self.step = amx_block.STEP // numbers.bytes  # numbers of a weight in one step
         self.row_count = product(result.shape[:-1])
         self.rows = int64(kernel.size(self.row_count))
 
@@ -207,7 +187,8 @@ class _Gemm:
             panels = tirx.truncdiv((panel_share + 1) * self.panels, int64(panel_shares)) - first_panel
             passed = max(1, self.choice.passed_rows // tall)
             memory = _Memory(kernel, height, self.rest, self.numbers)
-            self.configure(height)
+            one = min(self.row_count, amx.ROWS) if isinstance(self.row_count, int) else None
+            amx_block.configure(kernel, height, tirx.min(self.rows, int64(amx.ROWS)) if one is None else one)
             with (
                 kernel.serial(tirx.truncdiv(own + (passed - 1), int64(passed))) as at,
                 kernel.serial(panels) as panel,
@@ -218,37 +199,17 @@ class _Gemm:
                 _Block(self, memory, height, T.bind(first_panel + panel), T.bind(block * tall), number, count).write()
             amx.release()
 
-    def configure(self, height: int) -> None:
-        """All tiles 64 bytes wide; those of sums and activations as high as there are rows, up to 16."""
-        memory = self.kernel.registers(amx.CONFIGURATION_BYTES, dtype="uint8")
-        rows: Any = tirx.min(self.rows, int64(amx.ROWS))
-        if isinstance(self.row_count, int):
-            rows = min(self.row_count, amx.ROWS)
-        high = (*_SUMS[: 2 * height], *_LEFT[:height])
-        amx.write_configuration(memory, {**dict.fromkeys(high, rows), **dict.fromkeys(_RIGHT, amx.ROWS)})
-        amx.configure(tirx.address_of(memory[0]))
-
 
 class _Memory:
     """What a task keeps on the stack: a block of sums, and the rest of its rows' depth between zeros."""
 
     def __init__(self, kernel: Kernel, height: int, rest: int, numbers: amx.Numbers) -> None:
-        self.sums = _StoredSums(kernel, Tile(height * amx.ROWS, 2), numbers.sums)
+        self.sums = amx_block.StoredSums(kernel, height, numbers)
         depth, bits = numbers.depth, numbers.bits
         self.rest = kernel.registers(height, amx.ROWS, depth, dtype=bits) if rest else None
         if self.rest is not None:
             with kernel.serial(height) as tile, kernel.serial(amx.ROWS) as row, kernel.vectorized(depth) as lane:
                 T.buffer_store(self.rest, tirx.const(0, bits), [tile, row, lane])
-
-
-class _StoredSums(RegisterTile):
-    """Sums in memory, whose rows have numbers; those before `skipped` belong to the block before."""
-
-    skipped: Any = 0
-
-    def each_row(self, rows: Any, write: Callable[[Any], None]) -> None:
-        with self.kernel.serial(rows) as row:
-            write(T.bind(self.skipped + row))
 
 
 class _Block:
@@ -270,8 +231,7 @@ class _Block:
 
     def write(self) -> None:
         gemm_, kernel, sums = self.gemm, self.kernel, self.memory.sums
-        for tile in _SUMS[: 2 * self.height]:
-            amx.zero(tile)
+        amx_block.zero(self.height)
         weights = T.bind(self.panel * (gemm_.steps * gemm_.step))
         positions = [T.bind(gemm_.offset + start * gemm_.stride) for start in self.starts]
         with kernel.serial(gemm_.whole) as step:
@@ -282,11 +242,8 @@ class _Block:
             self.copy_rest(self.memory.rest, positions)
             left = [tirx.address_of(self.memory.rest[tile, 0, 0]) for tile in range(self.height)]
             self.multiply(left, int64(amx.ROW_BYTES), weights + gemm_.whole * gemm_.step)
-        for tile, start in enumerate(self.starts):
-            for c in range(2):
-                row = start - self.starts[0]  # a second tile that begins early overwrites sums with the same ones
-                address = tirx.address_of(sums.values[row, c, 0])
-                amx.store(_SUMS[2 * tile + c], address, int64(4 * _PANEL))
+        # A second tile that begins early overwrites sums with the same ones.
+        sums.store([start - self.starts[0] for start in self.starts])
         sums.skipped = T.bind(self.first_row - self.starts[0])
         sums.write(
             gemm_.result,
@@ -294,23 +251,13 @@ class _Block:
             gemm_.output,
             rows=tirx.min(int64(self.height * amx.ROWS), gemm_.rows - self.first_row),
             position=lambda row: self.starts[0] + row,
-            first=T.bind(self.panel * _PANEL),
+            first=T.bind(self.panel * amx_block.PANEL),
             width=int(gemm_.result.shape[-1]),
         )
 
     def multiply(self, left: list[Any], stride: Any, weights: Any) -> None:
         """One step of the depth; `left` are addresses of tiles of activations."""
-        b, numbers = self.gemm.b, self.gemm.numbers
-        amx.load(_LEFT[0], left[0], stride)
-        for c, tile in enumerate(_RIGHT):
-            amx.load(tile, tirx.address_of(b[weights + c * amx.ROWS * numbers.depth]), int64(amx.ROW_BYTES))
-        amx.multiply(numbers, _SUMS[0], _LEFT[0], _RIGHT[0])
-        if self.height == 2:
-            amx.load(_LEFT[1], left[1], stride)
-        amx.multiply(numbers, _SUMS[1], _LEFT[0], _RIGHT[1])
-        if self.height == 2:
-            amx.multiply(numbers, _SUMS[2], _LEFT[1], _RIGHT[0])
-            amx.multiply(numbers, _SUMS[3], _LEFT[1], _RIGHT[1])
+        amx_block.multiply(self.gemm.numbers, left, stride, self.gemm.b, weights)
 
     def copy_rest(self, rest: Any, positions: list[Any]) -> None:
         """The last numbers of each row, in whole parts of 32, 16, 8, 4, 2 and 1."""
@@ -330,12 +277,10 @@ class _Block:
     def prefetch(self, weights: Any, step: Any) -> None:
         """Touch this step's share of the lines of the next panel, which all blocks of rows fetch between them."""
         gemm_ = self.gemm
-        share = tirx.truncdiv(int64(_LINES) + (self.count - 1), self.count)
+        share = tirx.truncdiv(int64(amx_block.LINES) + (self.count - 1), self.count)
         if isinstance(gemm_.row_count, int):
             rows = min(gemm_.choice.passed_rows, -(-gemm_.row_count // gemm_.choice.row_shares))
-            share = int64(-(-_LINES // -(-rows // (self.height * amx.ROWS))))
-        line_of = _LINE // gemm_.numbers.bytes  # numbers
-        start = weights + (gemm_.steps * _LINES + (self.number * gemm_.steps + step) * share) * line_of
-        with self.kernel.serial(share) as line:
-            address = tirx.address_of(gemm_.b[start + line * line_of])
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+            share = int64(-(-amx_block.LINES // -(-rows // (self.height * amx.ROWS))))
+        start = weights + gemm_.steps * gemm_.step
+        first = (self.number * gemm_.steps + step) * share
+        amx_block.prefetch(self.kernel, gemm_.numbers, gemm_.b, start, first, share)

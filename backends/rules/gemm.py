@@ -67,11 +67,17 @@ class Configuration:
 
 
 @cache
-def configure(target: Target, rows: Size, n: int, k: int, temporaries: int = 0) -> Configuration:
-    """The default for rows x K times K x N: the tile and shares with the least time of the longest share."""
+def configure(
+    target: Target, rows: Size, n: int, k: int, temporaries: int = 0, packed: tuple[int, ...] = ()
+) -> Configuration:
+    """The default for rows x K times K x N: the tile and shares with the least time of the longest share.
+
+    `packed` are the columns of a panel that the weight is packed in already, of which one is taken where it can be.
+    """
     shares = _shares(target, rows, n, k)
-    found = candidates(target, rows, n, k, shares, temporaries=temporaries)
-    return min(found, key=lambda choice: cost(target, choice, rows, n, k))
+    found = list(candidates(target, rows, n, k, shares, temporaries=temporaries))
+    fitting = [choice for choice in found if choice.tile.vectors * target.lanes in packed]
+    return min(fitting or found, key=lambda choice: cost(target, choice, rows, n, k))
 
 
 def candidates(
@@ -104,22 +110,30 @@ def worth_timing(target: Target, rows: Size, n: int, k: int, temporaries: int = 
 
 
 def offer(
-    target: Target, a: View, n: int, dtype: str, end: Any, write: Callable[[Configuration], Code]
+    target: Target,
+    a: View,
+    n: int,
+    dtype: str,
+    end: Any,
+    write: Callable[[Configuration], Code],
+    packed: tuple[int, ...] = (),
 ) -> Choice[Configuration]:
     """What may be chosen for a [..., K] times a weight [N, K] of this dtype, followed by the tree `end`.
 
-    bfloat16 numbers are multiplied in pairs, half as many steps of k.
+    bfloat16 numbers are multiplied in pairs, half as many steps of k. `packed` as in `configure`; then there is no
+    other choice of columns.
     """
     rows, pairs = product(a.shape[:-1]), a.dtype == BFLOAT16
     k = int(a.shape[-1]) // 2 if pairs else int(a.shape[-1])
     parameters = {"rows": size_parameter(rows), "n": n, "k": k, "dtype": dtype, "contiguous": a.contiguous}
     parameters |= {"pairs": True} if pairs else {}
-    return Choice(
-        Workload.of(RULE, {**parameters, **epilogue_parameters(end)}),
-        configure(target, rows, n, k),
-        lambda: worth_timing(target, rows, n, k),
-        write,
-    )
+    default = configure(target, rows, n, k, packed=packed)
+
+    def others() -> list[Configuration]:
+        found = worth_timing(target, rows, n, k)
+        return [choice for choice in found if choice.tile.vectors == default.tile.vectors] if packed else found
+
+    return Choice(Workload.of(RULE, {**parameters, **epilogue_parameters(end)}), default, others, write)
 
 
 def _part(whole: int, most: int, unit: int) -> int:

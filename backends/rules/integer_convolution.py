@@ -73,7 +73,7 @@ class _IntegerConvolution(ConvolutionWriter):
     def __init__(
         self, kernel: Kernel, direct: Direct, zero: int, result: Product, end: Any, output: Output, words: Words
     ) -> None:
-        x, weight = in_words(direct.x, words), direct.weight
+        x, weight = in_words(direct.x, words.codes), direct.weight
         whole = Direct(x, weight, direct.outputs, direct.window, direct.groups, direct.padded, direct.choice)
         super().__init__(kernel, whole, result, end, output)
         self.words = words

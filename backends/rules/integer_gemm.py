@@ -20,11 +20,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
-from graphopt.backends.code_instructions import PACKED
 from graphopt.backends.integer_instructions import multiply_quads, multiply_words
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.code_stores import packs, store_codes
 from graphopt.backends.rules.gemm import (
     Configuration,
     GemmWriter,
@@ -34,7 +32,7 @@ from graphopt.backends.rules.gemm import (
     pack_weight,
     worth_timing,
 )
-from graphopt.backends.rules.register_tile import RegisterTile, Tile, Writing
+from graphopt.backends.rules.register_tile import RegisterTile, Tile
 from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
 from graphopt.backends.tuner.record import Workload
@@ -110,21 +108,6 @@ class WordTile(RegisterTile):
             with T.Else():
                 super().each_row(rows, write)
 
-    def _write_columns(self, r: int, columns: int, writing: Writing, begin: int = 0) -> None:
-        """Codes of several vectors are narrowed together, which clips them too; other numbers one vector at a time."""
-        for count in PACKED if packs(self.kernel, writing.output) else ():
-            while columns // self.lanes - begin >= count:
-                self._write_codes(r, begin, count, writing)
-                begin += count
-        super()._write_columns(r, columns, writing, begin)
-
-    def _write_codes(self, r: int, begin: int, count: int, writing: Writing) -> None:
-        def element(vector: int, lane: Any) -> Any:
-            c = begin + vector
-            return writing.element(r, c * self.lanes + lane, self.values[r, c, lane])
-
-        store_codes(self.kernel, writing.output, writing.place(r, begin * self.lanes), count, element)
-
 
 def pack_words(weight: np.ndarray, columns: int, words: Words) -> np.ndarray:
     """Codes [N, K] -> [ceil(N / columns), ceil(K / codes), columns, codes], zero where N or K ends."""
@@ -133,9 +116,8 @@ def pack_words(weight: np.ndarray, columns: int, words: Words) -> np.ndarray:
     return packed.view(words.weights).reshape(*packed.shape, words.codes)
 
 
-def in_words(view: View, words: Words) -> View:
-    """A view whose last axis is whole words, counted in them."""
-    codes = words.codes
+def in_words(view: View, codes: int) -> View:
+    """A view whose last axis is whole words of so many codes, counted in them."""
     *shape, last = view.shape
     *strides, one = view.strides
     assert int(last) % codes == 0 and one == 1, "the last axis is not whole words"
@@ -221,7 +203,7 @@ class _IntegerGemm(GemmWriter):
         choice: Configuration,
         words: Words,
     ) -> None:
-        super().__init__(kernel, in_words(a, words), weight, result, end, output, choice)
+        super().__init__(kernel, in_words(a, words.codes), weight, result, end, output, choice)
         self.words = words
         self.a, self.b = kernel.words(a.storage, "uint32"), kernel.words(weight.storage, "uint32")
         self.width = 4

@@ -15,8 +15,10 @@ from typing import Any
 from tvm import DataType, tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends.code_instructions import PACKED
 from graphopt.backends.instructions import multiply_pairs
 from graphopt.backends.kernel import Kernel, Output, int64
+from graphopt.backends.rules.code_stores import packs, store_codes
 from graphopt.backends.sizes import Size
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, inverse, permuted, placed_views
@@ -250,8 +252,16 @@ class RegisterTile:
             writing.store(r, at, row[at])
         self.kernel.forget()
 
-    def _write_columns(self, r: int, columns: int, writing: Writing, begin: int = 0) -> None:
-        """Whole vectors from `begin` on; what is left of one goes in parts of 8, 4, 2 and 1 lanes."""
+    def _write_columns(self, r: int, columns: int, writing: Writing) -> None:
+        """Whole vectors; what is left of one goes in parts of 8, 4, 2 and 1 lanes.
+
+        Codes of several vectors are narrowed together, which clips them too.
+        """
+        begin = 0
+        for count in PACKED if packs(self.kernel, writing.output) and self.lanes == self.kernel.target.lanes else ():
+            while columns // self.lanes - begin >= count:
+                self._write_codes(r, begin, count, writing)
+                begin += count
         parts = [(c, 0, self.lanes) for c in range(begin, columns // self.lanes)]
         start, part = 0, self.lanes // 2
         while part:
@@ -262,6 +272,13 @@ class RegisterTile:
         for c, start, count in parts:
             with self.kernel.vectorized(count) as lane:
                 writing.store(r, c * self.lanes + start + lane, self.values[r, c, start + lane])
+
+    def _write_codes(self, r: int, begin: int, count: int, writing: Writing) -> None:
+        def element(vector: int, lane: Any) -> Any:
+            c = begin + vector
+            return writing.element(r, c * self.lanes + lane, self.values[r, c, lane])
+
+        store_codes(self.kernel, writing.output, writing.place(r, begin * self.lanes), count, element)
 
 
 class PairTile(RegisterTile):

@@ -71,6 +71,8 @@ def _check_state(manifest: Manifest, weights: Mapping[str, np.ndarray]) -> None:
     for entry in manifest.entries.values():
         for item in entry.state:
             initial = weights.get(state_name(item.name))
+            if initial is None and item.name in entry.written:
+                continue
             if initial is None:
                 raise UnknownNameError("initial state", state_name(item.name), weights)
             if name_of(initial.dtype) != item.dtype or not fits(initial.shape, item.shape):

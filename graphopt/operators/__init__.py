@@ -9,6 +9,7 @@ from graphopt.operators import (
     integer_pooling,
     integer_products,
     integer_sums,
+    low_bit,
     quantization,
     recurrent,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "integer_pooling",
     "integer_products",
     "integer_sums",
+    "low_bit",
     "quantization",
     "recurrent",
 ]

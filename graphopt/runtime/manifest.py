@@ -2,7 +2,7 @@
 
 Shared by the writer and the runtime, so this file needs the standard library only. Sizes are integers or expressions
 over the names in `Entry.sizes`. A variant's function `entry` takes the inputs, the state, then the tensors named in
-`Variant.weights[entry]`, and returns the outputs, then the new state.
+`Variant.weights[entry]`, and returns the outputs, then the new state but for what it writes in place.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Bounds:
 class Entry:
     """`state` tensors start from the weights member's tensor "state.<name>".
 
+    The function writes into those that `written` names, and does not return them; they start as zeros where the weights
+    member has no such tensor.
+
     `exits` names the output that tells which exit each sample took; it and the outputs after it are given by name only.
     An entry with `stages`, names of other entries, has no function of its own: these run one after another on the
     samples that are left, of which the size `rows` counts them.
@@ -58,6 +61,12 @@ class Entry:
     exits: str | None = None
     stages: tuple[str, ...] = ()
     rows: str | None = None
+    written: tuple[str, ...] = ()
+
+    @property
+    def returned(self) -> tuple[TensorInfo, ...]:
+        """The state that the function returns anew."""
+        return tuple(item for item in self.state if item.name not in self.written)
 
 
 GENERIC = "generic"  # the rule of kernels that nothing better took
@@ -153,7 +162,7 @@ def _check_whole(manifest: Manifest) -> None:
         raise ValueError("no entry or no variant")
     if WEIGHTS not in manifest.files:
         raise ValueError(f"files lacks {WEIGHTS}")
-    for name in (f"state.{item.name}" for entry in manifest.entries.values() for item in entry.state):
+    for name in (f"state.{item.name}" for entry in manifest.entries.values() for item in entry.returned):
         if name not in manifest.tensors:
             raise ValueError(f"tensors lacks {name}")
     for entry in manifest.entries.values():
@@ -265,7 +274,10 @@ def _entry(data: Any) -> Entry:
     exits, rows = (None if data.get(name) is None else _string(data[name]) for name in ("exits", "rows"))
     stages = _list(data.get("stages", []), _string)
     inputs, outputs, state = (_tensors(data[name]) for name in ("inputs", "outputs", "state"))
-    return Entry(inputs, outputs, state, sizes, exits, stages, rows)
+    written = _list(data.get("written", []), _string)
+    if unknown := set(written) - {item.name for item in state}:
+        raise ValueError(f"no state is called {min(unknown)[:40]!r}")
+    return Entry(inputs, outputs, state, sizes, exits, stages, rows, written)
 
 
 def _scalar(value: Any) -> bool | int | float | str:

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from graphopt.runtime.loading import Model, Verify, load
 from graphopt.runtime.manifest import Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.profiling import Round, medians, time_calls
 from graphopt.runtime.stages import Stages
-from graphopt.runtime.tensors import SMALL, copy_tensor, from_device, widen
+from graphopt.runtime.tensors import SMALL, copy_tensor, from_device, widen, zeros
 from graphopt.runtime.threads import Runner, resolve
 from graphopt.runtime.weights import state_name
 
@@ -61,13 +61,14 @@ class _Bound:
         self.check = FeedCheck(self.entry)
         self.outputs = {item.name: index for index, item in enumerate(self.entry.outputs)}
         self.answers = range(self.outputs[self.entry.exits] if self.entry.exits else len(self.outputs))
-        self.results: tuple[TensorInfo, ...] = (*self.entry.outputs, *self.entry.state)
+        self.returned = self.entry.returned
+        self.results: tuple[TensorInfo, ...] = (*self.entry.outputs, *self.returned)
         for item in self.results:
             if item.dtype not in DTYPES:
                 raise ArtifactError(
                     f"output {item.name} has dtype {item.dtype[:40]!r}, which this graphopt does not know"
                 )
-        self.copied = not self.entry.state and all(_is_small(item) for item in self.entry.outputs)
+        self.copied = not self.returned and all(_is_small(item) for item in self.entry.outputs)
         self.function = bind_function(name, model, machine)
 
 
@@ -89,6 +90,7 @@ class InferenceSession:
         self._lock = threading.Lock()
         self._machine = new_machine(model)
         self._bound = {name: _Bound(name, model, self._machine) for name in model.manifest.entries}
+        self._written = frozenset(name for bound in self._bound.values() for name in bound.entry.written)
         self._set_denormals = find_function(model.library, SET_DENORMALS)
         self._sizes_seen: set[tuple[object, ...]] = set()
         self._last_run: RunInfo | None = None
@@ -139,9 +141,16 @@ class InferenceSession:
 
     def reset(self) -> None:
         """Put the state back to what it was when the session was opened."""
-        names = {item.name for bound in self._bound.values() for item in bound.entry.state}
+        state = {item.name: item for bound in self._bound.values() for item in bound.entry.state}
         with self._lock:
-            self._state = {name: self._model.tensors[state_name(name)] for name in names}
+            self._state = {name: self._initial(item) for name, item in state.items()}
+
+    def _initial(self, item: TensorInfo) -> Any:
+        """Memory of the session's own where the code writes into it, else the mapped file's."""
+        stored = self._model.tensors.get(state_name(item.name))
+        if stored is None:
+            return zeros(tuple(map(int, item.shape)), item.dtype)
+        return copy_tensor(stored, item.dtype) if item.name in self._written else stored
 
     def clone(self) -> InferenceSession:
         """A session of its own, with initial state, over the same mapped weights."""
@@ -158,7 +167,7 @@ class InferenceSession:
 
         Raises FeedError naming the input whose name, dtype, rank or size is wrong, BoundInputError where a bound input
         has another value, UnknownNameError for an unknown output or entry, RunError when the compiled code fails; after
-        an error the state is what it was before.
+        an error the state is what it was before, but for what RunError left in state that is written in place.
         """
         bound = self._entry(entry)
         wanted = self._select(bound, output_names)
@@ -180,9 +189,36 @@ class InferenceSession:
         if bound.entry.stages:  # arrays of their own already
             return lambda index: widen(results[index], bound.results[index].dtype)
         outputs = self._own(bound, results, inputs, state)
-        following = zip(bound.entry.state, outputs[len(bound.entry.outputs) :], strict=True)
+        following = zip(bound.returned, outputs[len(bound.entry.outputs) :], strict=True)
         self._state = self._state | {item.name: tensor for item, tensor in following}  # all of it or nothing
         return lambda index: from_device(outputs[index], bound.results[index].dtype)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int] | np.ndarray,
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """The tokens that follow the prompt, each as soon as it is known: a new sequence, for which state is reset.
+
+        Temperature 0 takes the likeliest token, above 0 one is drawn: of the `top_k` likeliest, and of these of the
+        fewest that have `top_p` of the probability. Equal seeds draw equal tokens. It ends after `max_tokens`, or
+        before one of `stop_tokens`. Close the iterator, or leave it, to end early; other runs of the session meanwhile
+        would change its state. Raises UsageError, before the first token, where the artifact is no decoder's or the
+        cache has not that many positions.
+        """
+        from graphopt.runtime.generation import Decoder, check_request
+        from graphopt.runtime.sampling import Sampling
+
+        decoder = Decoder(self)
+        prompt = check_request(prompt_ids, max_tokens, decoder.capacity)
+        sampling = Sampling(temperature, top_k, top_p)
+        return decoder.generate(prompt, max_tokens, sampling, np.random.default_rng(seed), frozenset(stop_tokens))
 
     def profile(
         self, feed: Mapping[str, np.ndarray], entry: str = "main", rounds: int = 20
@@ -196,7 +232,12 @@ class InferenceSession:
         if rounds < 1:
             raise UsageError(f"rounds is {rounds}; give 1 or more")
         with self._lock:
-            state = [self._state[item.name] for item in bound.entry.state]
+            state = [
+                copy_tensor(self._state[item.name], item.dtype)
+                if item.name in bound.entry.written
+                else self._state[item.name]
+                for item in bound.entry.state
+            ]
             inputs, _ = bound.check.bind(feed, state)
             machine = new_machine(self._model)
             function = bind_function(entry, self._model, machine)
@@ -258,7 +299,7 @@ class InferenceSession:
             if _overlaps(_span(results[index], item), taken):
                 owned[index] = copy_tensor(results[index], item.dtype)
         taken += [_span(tensor, item) for tensor, item in zip(state, bound.entry.state, strict=True)]
-        taken += [_span(tensor, item) for tensor, item in zip(owned[count:], bound.entry.state, strict=True)]
+        taken += [_span(tensor, item) for tensor, item in zip(owned[count:], bound.returned, strict=True)]
         for index, item in enumerate(bound.entry.outputs):
             tensor = results[index]
             span = _span(tensor, item)

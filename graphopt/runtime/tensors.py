@@ -81,6 +81,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """A tensor of zeros, of memory that the system gives when it is first written to."""
+    carrier = DTYPES[dtype].carrier
+    raw = np.zeros(math.prod(shape) * carrier.itemsize + ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
+    return to_device(raw[start : start + raw.size - ALIGNMENT].view(carrier).reshape(shape), dtype)
+
+
 def copy_tensor(tensor: Any, dtype: str) -> Any:
     """A tensor with memory of its own."""
     source = as_array(tensor, dtype)

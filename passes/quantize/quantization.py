@@ -136,7 +136,7 @@ class Quantize(Pass):
             notes.append(
                 "a batch norm stands behind products, so that their results are not taken as codes; run O2 first"
             )
-        result = _joined(program, folded, scheme.write(context), (*notes, *told), trade_offs)
+        result = joined(program, folded, scheme.write(context), (*notes, *told), trade_offs)
         return replace(result, regions=regions)
 
     def _samples(self, program: Program, context: PassContext) -> tuple[Iterable[Sample], Dataset | None, list[str]]:
@@ -206,7 +206,7 @@ class Quantize(Pass):
         return scheme, notes, trade_offs
 
 
-def _joined(
+def joined(
     program: Program, folded: PassResult, written: PassResult, notes: Sequence[str], trade_offs: Sequence[TradeOff]
 ) -> PassResult:
     """The account of both steps; folds alone are not what was asked for."""

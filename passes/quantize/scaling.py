@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,13 +24,24 @@ from graphopt.edit import Edit, GraphEditor
 from graphopt.matcher import argument
 from graphopt.passes.merge_linears import count_readers
 from graphopt.passes.quantize.folds import Fold, apply, find_folds, fold_at, input_columns, output_rows, power_of_two
-from graphopt.passes.quantize.weights import WeightForm
 from graphopt.passes.scale_folding import PRODUCTS
 from graphopt.program import Program
 
 ROWS = 512  # of a value are kept for the search
 GRID = 20
 SMALLEST, LARGEST = 1e-4, 1e4  # factors
+
+
+class Coded(Protocol):
+    """A weight as codes."""
+
+    def numbers(self) -> Tensor: ...
+
+
+class Form(Protocol):
+    """How weights are encoded."""
+
+    def encode(self, weight: Tensor, outputs: int, inputs: int) -> Coded: ...
 
 
 class Rows:
@@ -71,9 +83,7 @@ class Scaling:
             apply(editor, "quantize/equalization", fold, usable(factors, self.power_of_two))
         return edit.finish()
 
-    def searched(
-        self, program: Program, context: PassContext, samples: Iterable[Sample], form: WeightForm
-    ) -> PassResult:
+    def searched(self, program: Program, context: PassContext, samples: Iterable[Sample], form: Form) -> PassResult:
         """AWQ for weights in `form`, wherever it folds between products with features last."""
         edit = Edit(program, context, "quantize")
         names = [
@@ -98,7 +108,7 @@ class Scaling:
                     editor.decline("quantize/awq", fold.value, "no scale has less error than plain rounding")
         return edit.finish()
 
-    def _best(self, editor: GraphEditor, fold: Fold, rows: Tensor, form: WeightForm) -> tuple[float, Tensor]:
+    def _best(self, editor: GraphEditor, fold: Fold, rows: Tensor, form: Form) -> tuple[float, Tensor]:
         """The share r with the least error, and its factors."""
         size = rows.double().abs().mean(0)
         best, least = (0.0, torch.ones_like(size)), float("inf")
@@ -117,7 +127,7 @@ def usable(factors: Tensor, exact: bool) -> Tensor:
     return power_of_two(clamped) if exact else clamped
 
 
-def _error(editor: GraphEditor, reader: Node, rows: Tensor, factors: Tensor, form: WeightForm) -> float:
+def _error(editor: GraphEditor, reader: Node, rows: Tensor, factors: Tensor, form: Form) -> float:
     """The mean squared difference that codes of the scaled weight make to a product of `rows`."""
     operands = PRODUCTS[reader.target]
     weight = editor.constant_value(argument(reader, operands.weight))

@@ -22,6 +22,7 @@ from torch.fx import Node
 
 import graphopt.operators  # noqa: F401  registers graphopt::
 from graphopt.edit import Builder
+from graphopt.low_bit.grids import normal_quantiles
 from graphopt.passes.quantize.activations import LEAST_SCALE
 
 Kind = Literal["int8", "int4", "nf4", "fp8"]
@@ -160,8 +161,4 @@ def table(kind: Kind) -> Tensor:
     """The float32 numbers that the codes of nf4 [16] and fp8 [256] stand for; the NaN of fp8 are 0, and unused."""
     if kind == "fp8":
         return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
-    offset = (1 - 1 / 30 + 1 - 1 / 32) / 2  # between the quantiles of 15 and of 16 numbers
-    above = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
-    numbers = torch.cat([above, torch.zeros(1, dtype=torch.float64), below]).sort().values
-    return (numbers / numbers.max()).float()
+    return normal_quantiles()

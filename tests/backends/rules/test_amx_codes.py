@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.arrays import tensor_of
-from graphopt.backends.rules.amx_gemm import RULE, pack_tiles
+from graphopt.backends.rules.amx_block import pack_tiles
+from graphopt.backends.rules.amx_gemm import RULE
 from graphopt.capture import capture
 from graphopt.compile import Artifact
 from graphopt.program import Program

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.backends import roofs
 from graphopt.backends.amx import REFUSED
-from graphopt.backends.rules.amx_gemm import RULE, pack_tiles, row_stride
+from graphopt.backends.rules.amx_block import pack_tiles
+from graphopt.backends.rules.amx_gemm import RULE, row_stride
 from graphopt.backends.target import resolve_target
 from graphopt.backends.values import View
 from graphopt.capture import capture

@@ -1,0 +1,32 @@
+"""What weights in few bits take and cost, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graphopt.contract import PassResult
+from graphopt.low_bit.weight import LowBitWeight
+from graphopt.passes.lut_matmul.encoding import Inputs
+from graphopt.passes.lut_matmul.layers import Found
+from graphopt.passes.lut_matmul.writing import RULE
+
+
+def describe(written: PassResult, found: Found, weights: Mapping[str, LowBitWeight], inputs: Inputs) -> list[str]:
+    """A sentence on all layers that were written, and one on each."""
+    names = [item.id.removeprefix(f"{RULE}@") for item in written.rewrites]
+    if not names:
+        return []
+    before = sum(4 * weights[name].codes.numel() for name in names)
+    after = sum(weights[name].bytes for name in names)
+    bits = f"{32 * after / before:.3g} bits a weight"
+    whole = f"{len(names)} weights take {after} bytes instead of {before} in float32, {bits}"
+    return [whole, *(_sentence(name, found, weights[name], inputs) for name in names)]
+
+
+def _sentence(name: str, found: Found, weight: LowBitWeight, inputs: Inputs) -> str:
+    size = f"{weight.bits_a_weight:.3g} bits a weight, {4 * weight.codes.numel()} -> {weight.bytes} bytes"
+    layer = found.layers[name]
+    if layer.held is None:
+        return f"{name}: {size}, codes as they were"
+    decibels = inputs.decibels(name, layer.floats(), weight)
+    return f"{name}: {size}" if decibels is None else f"{name}: {size}, SNR of its result {decibels:.1f} dB"

@@ -1,0 +1,101 @@
+"""Products with weights in few bits, written into a program."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.contract import PassContext, PassResult
+from graphopt.edit import Builder, Edit, GraphEditor
+from graphopt.low_bit.weight import LowBitWeight
+from graphopt.passes.lut_matmul.layers import TARGETS, Found, Layer, find_layer
+from graphopt.passes.mixed_precision import following
+from graphopt.program import Program
+
+RULE = "lut-matmul"
+FEW_ROWS = 4  # up to which one kernel reads each weight once
+_BUILD = torch.ops.graphopt.lut_build.default
+_FEW = torch.ops.graphopt.lut_gemv.default
+_MANY = torch.ops.graphopt.wq_gemm.default
+
+
+def write(
+    program: Program, found: Found, weights: Mapping[str, LowBitWeight], table: str, kernel: str, context: PassContext
+) -> PassResult:
+    """The program with `weights`, by the name of their layer, as far as `context` allows."""
+    edit = Edit(program, context, RULE)
+    for editor in list(edit.graphs()):
+        writer = _Writer(editor, table, kernel)
+        for node in editor.nodes():
+            if node.target not in TARGETS:
+                continue
+            name = editor.full_name(node)
+            if name in weights:
+                writer.rewrite(find_layer(editor, node, 0), weights[name])
+            elif (reason := found.refused.get(name)) is not None:
+                editor.decline(RULE, node, reason)
+    return edit.finish()
+
+
+class _Writer:
+    """Writes one graph; activations are built once for all layers that read the same value in the same way."""
+
+    def __init__(self, editor: GraphEditor, table: str, kernel: str) -> None:
+        self.editor = editor
+        self.table = table
+        self.kernel = kernel
+        self.built: dict[Any, tuple[Node, ...]] = {}
+
+    def rewrite(self, layer: Layer, weight: LowBitWeight) -> None:
+        many = layer.rows is not None and layer.rows > FEW_ROWS
+        table = "exact" if many else self.table
+        if table == "int8" and weight.codebook is not None:
+            self.editor.decline(RULE, layer.node, "table=int8 sums bits of codes, and its weight has a codebook")
+            return
+        if table == "int8" and weight.group % 4:
+            reason = f"table=int8 sums four activations, which do not divide its groups of {weight.group}"
+            self.editor.decline(RULE, layer.node, reason)
+            return
+        fresh: dict[Any, tuple[Node, ...]] = {}
+
+        def build(builder: Builder) -> list[Node]:
+            given: list[Any] = [*self._activations(builder, layer.x, weight, table, fresh)]
+            parts = (weight.codes, weight.scale, weight.zero, weight.codebook)
+            given += [None if part is None else builder.constant(part) for part in parts]
+            given += [layer.bias, weight.bits, weight.group]
+            options: dict[str, Any] = {} if table == "exact" else {"table": table}
+            if self.kernel != "auto":
+                options["kernel"] = self.kernel
+            if weight.tag is not None:
+                options["tag"] = builder.constant(weight.tag)
+            return [builder.call(_MANY if many else _FEW, *given, **options)]
+
+        if self.editor.replace(RULE, [layer.node], build):
+            self.built |= fresh
+
+    def _activations(
+        self, builder: Builder, x: Node, weight: LowBitWeight, table: str, fresh: dict[Any, tuple[Node, ...]]
+    ) -> tuple[Node, ...]:
+        """Codes, scales and sums of x, right behind it."""
+        key = x, weight.group, table, _key(weight.permutation)
+        known = self.built.get(key)
+        if known is not None:
+            return known
+        with builder.graph.inserting_before(following(x)):
+            value = x
+            if weight.permutation is not None:
+                order = builder.constant(weight.permutation)
+                value = builder.call(torch.ops.aten.index_select.default, x, -1, order)
+            options = {} if table == "exact" else {"table": table}
+            triple = builder.call(_BUILD, value, weight.group, **options)
+            fresh[key] = tuple(builder.call(operator.getitem, triple, number) for number in range(3))
+        return fresh[key]
+
+
+def _key(permutation: Tensor | None) -> bytes:
+    return b"" if permutation is None else permutation.numpy().tobytes()

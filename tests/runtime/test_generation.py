@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import graphopt
+from graphopt import FeedError, InferenceSession, UsageError
+from graphopt.runtime.generation import Decoder
+from graphopt.runtime.sampling import Sampling
+from graphopt.tools.benchmarking.llama import Layer, Llama, Shape, capture_decoder, entries_of
+
+SHAPE = Shape(layers=2, width=64, heads=4, groups=2, hidden=96, vocabulary=40, length=32)
+PROMPT = [7, 1, 30, 30, 5]
+
+
+@pytest.fixture(scope="module")
+def module() -> Llama:
+    torch.manual_seed(5)
+    made = Llama(SHAPE, last=False).eval()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.mul_(1.5)  # so that attention matters and the likeliest token changes
+    return made
+
+
+@pytest.fixture(scope="module")
+def path(module: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("decoder") / "llama.gopt"
+    graphopt.compile(entries_of(capture_decoder(module))).save(path)
+    return path
+
+
+@pytest.fixture
+def session(path: Path) -> InferenceSession:
+    return InferenceSession(path)
+
+
+def recomputed(module: Llama, ids: Sequence[int]) -> Tensor:
+    """logits [tokens, V] of the whole sequence by other means: no cache, complex rotations, repeated heads."""
+    x = module.embedding(torch.tensor([ids]))
+    rates = 10000.0 ** (-torch.arange(0, SHAPE.depth, 2) / SHAPE.depth)
+    turn = torch.polar(torch.ones(len(ids), SHAPE.depth // 2), torch.arange(len(ids))[:, None] * rates)
+
+    def rotate(y: Tensor) -> Tensor:
+        left, right = y.chunk(2, -1)
+        return torch.cat(torch.view_as_real(torch.complex(left, right) * turn).unbind(-1), -1)
+
+    for layer in module.layers:
+        assert isinstance(layer, Layer)
+        attention = layer.attention
+        h = layer.attention_norm(x)
+        q, k, v = (
+            made(h).unflatten(-1, (-1, SHAPE.depth)).transpose(1, 2)
+            for made in (attention.query, attention.key, attention.value)
+        )
+        k, v = (y.repeat_interleave(SHAPE.heads // SHAPE.groups, 1) for y in (rotate(k), v))
+        found = functional.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
+        x = x + attention.output(found.transpose(1, 2).flatten(2))
+        h = layer.hidden_norm(x)
+        x = x + layer.down(functional.silu(layer.gate(h)) * layer.up(h))
+    logits: Tensor = module.head(module.norm(x))[0]
+    return logits
+
+
+def run(session: InferenceSession, entry: str, ids: Sequence[int], first: int) -> np.ndarray:
+    feed = {
+        "input_ids": np.array([ids]),
+        "positions": np.arange(first, first + len(ids)),
+        "attention_mask": np.ones((1, first + len(ids)), bool),
+    }
+    return session.run(None, feed, entry=entry)[0][0]
+
+
+def test_generation_is_recomputation_of_all_tokens(module: Llama, session: InferenceSession) -> None:
+    ids = list(PROMPT)
+    with torch.no_grad():
+        for _ in range(24):
+            ids.append(int(recomputed(module, ids)[-1].argmax()))
+    assert len(set(ids)) > 8, "a sequence that repeats itself shows nothing"
+    assert list(session.generate(PROMPT, 24)) == ids[len(PROMPT) :]
+
+
+def test_prefill_and_steps_give_the_same_logits(module: Llama, session: InferenceSession) -> None:
+    ids = [*PROMPT, *range(20)]
+    with torch.no_grad():
+        expected = recomputed(module, ids).numpy()
+    steps = np.concatenate([run(session, "step", [token], n) for n, token in enumerate(ids)])
+    session.reset()
+    parts = np.concatenate([run(session, "prefill", ids[:11], 0), run(session, "prefill", ids[11:], 11)])
+    session.reset()
+    mixed = np.concatenate([run(session, "prefill", ids[:24], 0), run(session, "step", ids[24:], 24)])
+    for found in (steps, parts, mixed):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_in_parts_and_by_steps_alone(session: InferenceSession) -> None:
+    whole = list(session.generate(PROMPT, 8))
+    decoder = Decoder(session)
+    for most in (1, 2):
+        decoder.at_once = most
+        assert list(decoder.generate(PROMPT, 8, Sampling(), np.random.default_rng(0), frozenset())) == whole
+
+
+def test_equal_seeds_draw_equal_tokens(session: InferenceSession) -> None:
+    def drawn(seed: int) -> list[int]:
+        return list(session.generate(PROMPT, 20, temperature=1.5, top_k=20, top_p=0.95, seed=seed))
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+
+
+def test_it_streams_and_ends_before_a_stop_token(session: InferenceSession) -> None:
+    whole = list(session.generate(PROMPT, 24))
+    assert list(itertools.islice(session.generate(PROMPT, 24), 3)) == whole[:3]
+    stop = whole[6]
+    assert list(session.generate(PROMPT, 24, stop_tokens=[stop])) == whole[: whole.index(stop)]
+
+
+def test_sequences_of_a_clone_are_its_own(session: InferenceSession) -> None:
+    other = session.clone()
+    pair = [PROMPT, [3, 2, 1]]
+    alone = [list(session.generate(prompt, 12)) for prompt in pair]
+    turns = zip(session.generate(pair[0], 12), other.generate(pair[1], 12), strict=True)
+    assert [list(tokens) for tokens in zip(*turns, strict=True)] == alone
+
+
+def test_the_cache_is_written_in_place_and_weights_are_kept_once(module: Llama, session: InferenceSession) -> None:
+    entry = session.manifest.entries["step"]
+    assert len(entry.state) == 2 * SHAPE.layers
+    assert {item.name for item in entry.state} == set(entry.written) == set(session.manifest.entries["prefill"].written)
+    before = {name: tensor.data_ptr() for name, tensor in session._state.items()}
+    run(session, "prefill", PROMPT, 0)
+    run(session, "step", [1], len(PROMPT))
+    assert {name: tensor.data_ptr() for name, tensor in session._state.items()} == before
+    kept = session._model.archive.member("weights.safetensors").nbytes
+    needed = sum(weight.numel() * 4 for weight in module.parameters())
+    assert needed < kept < 1.15 * needed + 16384, "zeros of the cache and a second packing are not in the file"
+
+
+def test_the_step_reads_no_more_of_the_cache_than_is_asked_for(session: InferenceSession) -> None:
+    with pytest.raises(FeedError, match="'length' is 33"):
+        run(session, "step", [1], 32)
+    first = run(session, "step", [4], 0)
+    junk = np.full((1, SHAPE.groups, SHAPE.length - 1, SHAPE.depth), np.nan, np.float32)
+    for tensor in session._state.values():
+        np.from_dlpack(tensor)[:, :, 1:] = junk
+    np.testing.assert_array_equal(run(session, "step", [4], 0), first)
+
+
+def test_requests_that_cannot_be_met(session: InferenceSession) -> None:
+    for prompt, most, text in (
+        ([], 3, "prompt_ids is float64"),
+        ([[1, 2]], 3, "list of one or more token ids"),
+        (PROMPT, 0, "max_tokens is 0"),
+        (PROMPT, 29, "over the 32 positions of the cache"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            session.generate(prompt, most)  # type: ignore[arg-type]
+    assert len(list(session.generate(PROMPT, 28))) == 28
+
+
+def test_other_artifacts_say_that_they_are_no_decoder(tmp_path: Path) -> None:
+    program = graphopt.capture(torch.nn.Linear(4, 4), (torch.zeros(1, 4),))
+    for entry, text in (("main", "has no entry 'step'"), ("step", "entry 'step' is no decoder's")):
+        with pytest.raises(UsageError, match=text):
+            graphopt.compile({entry: program}).session().generate([1], 1)
+
+
+def test_sampling_leaves_the_unlikely_out() -> None:
+    logits = np.log(np.array([0.05, 0.5, 0.15, 0.3], np.float32))
+
+    def share(sampling: Sampling) -> np.ndarray:
+        generator = np.random.default_rng(0)
+        drawn = [sampling.choose(logits, generator) for _ in range(4000)]
+        return np.bincount(drawn, minlength=4) / len(drawn)
+
+    np.testing.assert_allclose(share(Sampling(1.0)), [0.05, 0.5, 0.15, 0.3], atol=0.03)
+    np.testing.assert_allclose(share(Sampling(1.0, top_k=2)), [0, 5 / 8, 0, 3 / 8], atol=0.03)
+    np.testing.assert_allclose(share(Sampling(1.0, top_p=0.85)), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95], atol=0.03)
+    np.testing.assert_allclose(share(Sampling(1.0, top_p=0.01)), [0, 1, 0, 0])
+    squared = np.array([0.05, 0.5, 0.15, 0.3]) ** 2
+    np.testing.assert_allclose(share(Sampling(0.5)), squared / squared.sum(), atol=0.03)
+    assert Sampling().choose(np.array([1.0, 3.0, 3.0]), np.random.default_rng(0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": 3}, "temperature above 0"),
+    ],
+)
+def test_sampling_that_means_nothing(options: dict[str, float], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        Sampling(**options)  # type: ignore[arg-type]
