@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
     from graphopt.backends.lowering import Lowering
 
-_ORDER = (0, 3, 1, 2)  # of the result's axes in what is stored, [N, OH, OW, O]
+ORDER = (0, 3, 1, 2)  # of the result's axes in what is stored, [N, OH, OW, O]
 _EACH_BYTE = 0x01010101  # times a code: a word of four
 _EXACT = 2**24  # below which whole numbers are exact in float32
 
@@ -53,7 +53,7 @@ def _convolution(lowering: Lowering, node: Node) -> Any:
     strides, pads, dilations = (tuple(int(n) for n in given[name]) for name in ("stride", "padding", "dilation"))
     window = Window(tuple(call.weight.shape[2:]), strides, pads[:2], dilations)  # shapes say how far it goes on
     groups, inputs, words = int(given["groups"]), int(call.weight.shape[1]), words_of(lowering.target)
-    if groups > 1 and inputs == 1 and groups == call.weight.shape[0] and _exact_in_float(call.weight):
+    if groups > 1 and inputs == 1 and groups == call.weight.shape[0] and exact_in_float(call.weight):
         return _depthwise(lowering, node, call, window)
     if groups > 1 and inputs % words.codes:
         return _generic(lowering, node, call, window, groups)
@@ -66,7 +66,7 @@ def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> Vi
     narrow = call.weight.dtype == torch.int8
     if narrow and depthwise_words.fits(shape_of(call.x.meta["val"]), shape_of(node.meta["val"]), target):
         value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
-        codes = _channels_last(lowering, value, 1)
+        codes = channels_last(lowering, value, 1)
         outputs = int(node.meta["val"].shape[3])
         packing = lambda array: depthwise_words.pack_depthwise_words(array, outputs)  # noqa: E731
         held = lowering.weight(call.weight, f"depthwise-words-{outputs}", packing)
@@ -77,10 +77,10 @@ def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> Vi
                 depthwise_words.offer(codes, held, result, end, window, title, target, zero)
             ),
             ending(lowering, call, call.weight, zero, 1),
-            _ORDER,
+            ORDER,
             sums="int32",
         )
-    x = _channels_last(lowering, lowering.tensor(call.x), 1)
+    x = channels_last(lowering, lowering.tensor(call.x), 1)
     packed = lowering.weight(call.weight, "depthwise", depthwise.pack_depthwise)
     name = f"qconv_{'x'.join(map(str, call.weight.shape))}"
     return lowering.anchored(
@@ -89,31 +89,49 @@ def _depthwise(lowering: Lowering, node: Node, call: Call, window: Window) -> Vi
             depthwise.offer(x, packed, result, end, window, name, lowering.target, call.zero)
         ),
         ending(lowering, call, call.weight, 0, 1),
-        _ORDER,
+        ORDER,
         sums="float32",
     )
 
 
-def _exact_in_float(weight: torch.Tensor) -> bool:
+def exact_in_float(weight: torch.Tensor) -> bool:
     """Whether sums of products of codes less a zero point and these are, however they are added up."""
     largest = 128 if weight.dtype == torch.int8 else 255
     return int(np.prod(weight.shape[1:])) * FURTHEST * largest < _EXACT
 
 
 def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: int, padded: bool) -> View:
-    target, words = lowering.target, words_of(lowering.target)
+    words = words_of(lowering.target)
     value, zero = stored_codes(lowering.tensor(call.x), call.zero, words)
-    x = _channels_last(lowering, value, words.codes)
+    x = channels_last(lowering, value, words.codes)
     filters, name = call.shifted.codes, f"qconv_{'x'.join(map(str, call.weight.shape))}"
     missing, shift, shape = None, call.shifted.shift, shape_of(node.meta["val"])
     if shift is not None:
         channels = int(call.weight.shape[1]) * groups
         missing = missing_of_windows(lowering, shift, x, zero, channels, groups, window, shape)
     begin = ending(lowering, call, filters, zero, 1, missing)
+    return packed_convolution(lowering, node, x, filters, window, groups, padded, zero, begin, name)
+
+
+def packed_convolution(
+    lowering: Lowering,
+    node: Node,
+    x: View,
+    filters: torch.Tensor,
+    window: Window,
+    groups: int,
+    padded: bool,
+    zero: int,
+    begin: Callable[[Any], Any],
+    name: str,
+) -> View:
+    """x [N, H, W, C] of stored codes, channels in whole words, by int8 filters [O, C / groups, KH, KW] with the node's
+    epilogue; `zero` is outside of x."""
+    target, words, shape = lowering.target, words_of(lowering.target), shape_of(node.meta["val"])
     if window.taps == (1, 1) == window.strides and groups == 1 and not padded and x.contiguous:
-        return packed_integer_product(lowering, node, x, filters.flatten(1), begin, name, _ORDER)
+        return packed_integer_product(lowering, node, x, filters.flatten(1), begin, name, ORDER)
     whole = filters if groups > 1 else to_words(filters, words)  # channels beside each other in whole words
-    outputs = tuple(shape[axis] for axis in inverse(_ORDER))
+    outputs = tuple(shape[axis] for axis in inverse(ORDER))
     depth = (whole.shape[0], whole.shape[1] // words.codes, *whole.shape[2:])
     tiles = amx_convolution.fits(target, x, groups)
 
@@ -142,7 +160,7 @@ def _direct(lowering: Lowering, node: Node, call: Call, window: Window, groups: 
             )
         )
 
-    return lowering.anchored(node, build, begin, _ORDER, sums="int32")
+    return lowering.anchored(node, build, begin, ORDER, sums="int32")
 
 
 def _workload(
@@ -160,7 +178,7 @@ def _workload(
     )
 
 
-def _channels_last(lowering: Lowering, value: Value, codes: int) -> View:
+def channels_last(lowering: Lowering, value: Value, codes: int) -> View:
     """[N, C, H, W] in memory as [N, H, W, C], its channels padded to whole words of `codes`."""
     order = (0, 2, 3, 1)
     if isinstance(value, View):
@@ -173,7 +191,14 @@ def _channels_last(lowering: Lowering, value: Value, codes: int) -> View:
 def _generic(lowering: Lowering, node: Node, call: Call, window: Window, groups: int) -> Any:
     """Small groups of channels that are no whole words: plain loops."""
     x, filters = lowering.view(call.x), lowering.weight(call.weight)
-    shape = shape_of(node.meta["val"])
+    sums = sums_by_loops(lowering, shape_of(node.meta["val"]), x, filters, call.zero, window, groups)
+    return ending(lowering, call, call.weight, 0, 1)(sums)
+
+
+def sums_by_loops(
+    lowering: Lowering, shape: Shape, x: View, filters: View, zero: int, window: Window, groups: int
+) -> View:
+    """int32 sums [N, O, OH, OW] of x - zero, [N, C, H, W], by filters [O, C / groups, KH, KW]."""
     outputs_each, inputs_each = int(filters.shape[0]) // groups, int(filters.shape[1])
 
     def element(kernel: Kernel, index: Index, reduced: tuple[Any, ...]) -> Any:
@@ -187,12 +212,11 @@ def _generic(lowering: Lowering, node: Node, call: Call, window: Window, groups:
         first = quotient(output, outputs_each) * inputs_each
         code = load_at(kernel, x, (index.axis(0), channel + first, *at)).astype("int32")
         factor = load_at(kernel, filters, (output, channel, *taps)).astype("int32")
-        product = (code - tirx.const(call.zero, "int32")) * factor
+        product = (code - tirx.const(zero, "int32")) * factor
         return tirx.Select(tirx.all(*inside), product, tirx.const(0, "int32"))
 
     depth = tuple(int(size) for size in filters.shape[1:])
-    sums = reduce_generic(lowering, "qconv", shape, "int32", depth, (x, filters), element, "sum")
-    return ending(lowering, call, call.weight, 0, 1)(sums)
+    return reduce_generic(lowering, "qconv", shape, "int32", depth, (x, filters), element, "sum")
 
 
 TABLE: dict[Any, Callable[..., Any]] = {torch.ops.graphopt.qconv.default: _convolution}

@@ -11,6 +11,7 @@ stays where its positions are read.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -62,7 +63,7 @@ def fuse_extreme(editor: GraphEditor, node: Node, rule: str) -> bool:
     into, source = into_of(editor, node), node.args[0]
     if into is None or not isinstance(source, Node) or source.target not in _EXTREMES or only_user(source) is None:
         return False
-    operands = source.args[:2]
+    operands: tuple[Any, ...] = source.args[:2]
     codes = [codes_of(editor, each) or constant_codes(editor, each) for each in operands]
     numbers = [constant_number(editor, each) for each in operands]
     for code, number in zip(codes, numbers, strict=True):

@@ -4,7 +4,7 @@ Before: quantize(gelu(linear(dequantize(x), dequantize(w), b) + dequantize(r))) 
 
 Behind the product may stand a residual, an activation, a clip and a quantize, each read by the next alone; without the
 quantize the product alone is fused and gives numbers. A bias stored as int32 codes in steps of x_scale * weight_scale
-is added to the sums, any other one to the numbers.
+is added to the sums, any other one to the numbers. Convolutions over one axis are those over two, of height 1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ LINEARS: Mapping[Any, tuple[str, str, str | None]] = {
     aten.mm.default: ("self", "mat2", None),
     aten.matmul.default: ("self", "other", None),
 }
-CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding})
+SEQUENCES = frozenset({aten.conv1d.default, aten.conv1d.padding})
+CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, *SEQUENCES})
 PRODUCTS = frozenset({*LINEARS, *CONVOLUTIONS})
 _LARGEST_SUM = 2**31 - 1  # that int32 holds
 _BIAS_SCALE = 1e-5  # relative difference between a bias's scale and that of the sums that is rounding
@@ -77,11 +78,10 @@ class Refused(Exception):
 
 def fuse_product(editor: GraphEditor, node: Node, rule: str, constants: Constants, seen: dict[Any, Weight]) -> bool:
     """Rewrite the product `node` with what follows it. Raises Refused with the reason where it is to stay."""
-    name = LINEARS[node.target][0] if node.target in LINEARS else "input"
-    if (x := codes_of(editor, argument(node, name))) is None:
+    if (x := codes_of(editor, operand_of(node))) is None:
         raise Refused("its input is not dequantized from 8-bit codes with one constant scale")
     weight = weight_of(editor, node, seen)
-    options = _options(node)
+    options = options_of(node)
     if options:
         x, options["padding"] = _outside(x, node, options)
     bias, integer = _bias(editor, node, x, weight)
@@ -89,11 +89,17 @@ def fuse_product(editor: GraphEditor, node: Node, rule: str, constants: Constant
     operator = graphopt.qconv.default if node.target in CONVOLUTIONS else graphopt.qlinear.default
 
     def build(builder: Builder) -> list[Node]:
-        given: list[Any] = [*constants.of(builder, x), *map(builder.constant, (weight.codes, weight.scale))]
+        images, *parameters = constants.of(builder, x)
+        given: list[Any] = [widened(builder, node, images), *parameters]
+        given += map(builder.constant, (weight.codes, weight.scale))
         given.append(None if bias is None else builder.constant(bias if integer is None else integer))
         given += (None, None) if tail.into is None else constants.parameters(builder, tail.into)
-        given += (None, None, None) if tail.residual is None else constants.of(builder, tail.residual)
-        return [builder.call(operator, *given, **options, **_result(tail))]
+        if tail.residual is not None:
+            added, *parameters = constants.of(builder, tail.residual)
+            given += (widened(builder, node, added), *parameters)
+        else:
+            given += (None, None, None)
+        return [narrowed(builder, node, builder.call(operator, *given, **options, **_result(tail)))]
 
     every = (node, *tail.nodes)
     return editor.replace(rule, [every[-1]], build, inner=every[:-1])
@@ -107,35 +113,59 @@ def _result(tail: Tail) -> dict[str, Any]:
     return found if tail.activation is None else {**found, "activation": tail.activation}
 
 
-def _options(node: Node) -> dict[str, Any]:
+def operand_of(node: Node) -> Any:
+    """What a weight is multiplied by."""
+    return argument(node, LINEARS[node.target][0] if node.target in LINEARS else "input")
+
+
+def widened(builder: Builder, node: Node, value: Node) -> Node:
+    """An operand [N, C, L] of a convolution over one axis as images of height 1."""
+    return builder.call(aten.unsqueeze.default, value, 2) if node.target in SEQUENCES else value
+
+
+def narrowed(builder: Builder, node: Node, value: Node) -> Node:
+    """What images of height 1 became, without the height."""
+    return builder.call(aten.squeeze.dim, value, 2) if node.target in SEQUENCES else value
+
+
+def options_of(node: Node) -> dict[str, Any]:
+    """The options of a convolution of images; none of a linear. Raises Refused for those that images do not have."""
     if node.target not in CONVOLUTIONS:
         return {}
-    if node.meta["val"].dim() != 4:
+    line = node.target in SEQUENCES
+    if node.meta["val"].dim() != (3 if line else 4):
         raise Refused("its images have no batch axis")
-    taps = [int(size) for size in argument(node, "weight").meta["val"].shape[2:]]
-    found = {name: _both(argument(node, name)) for name in ("stride", "dilation")}
+    taps = _taps(node)
+    found = {name: [*([1] if line else []), *_both(argument(node, name), line)] for name in ("stride", "dilation")}
     padding = argument(node, "padding")
     if isinstance(padding, str):
         reach = [d * (t - 1) * (padding == "same") for d, t in zip(found["dilation"], taps, strict=True)]
         if any(total % 2 for total in reach):
             raise Refused('it is padded on one side more than on the other by "same"')
         padding = [total // 2 for total in reach]
-    return {**found, "padding": _both(padding), "groups": argument(node, "groups")}
+    else:
+        padding = [*([0] if line else []), *_both(padding, line)]
+    return {**found, "padding": padding, "groups": argument(node, "groups")}
+
+
+def _taps(node: Node) -> list[int]:
+    taps = [int(size) for size in argument(node, "weight").meta["val"].shape[2:]]
+    return [1, *taps] if node.target in SEQUENCES else taps
 
 
 def _outside(x: Codes, node: Node, options: Mapping[str, Any]) -> tuple[Codes, list[int]]:
     """Images and their padding together with one that stands before the convolution: the same on both sides of each
     axis, or above, left, below, right."""
-    taps = argument(node, "weight").meta["val"].shape[2:]
-    reach = [d * (int(t) - 1) + 1 for d, t in zip(options["dilation"], taps, strict=True)]
+    reach = [d * (t - 1) + 1 for d, t in zip(options["dilation"], _taps(node), strict=True)]
     x, before = unpadded(x, reach)
     total = [side + own for side, own in zip(before, [*options["padding"]] * 2, strict=True)]
     return x, total[:2] if total[:2] == total[2:] else total
 
 
-def _both(numbers: Any) -> list[int]:
+def _both(numbers: Any, line: bool) -> list[int]:
+    """A number for each axis, of which a line has one."""
     each: list[int] = [numbers] if isinstance(numbers, int) else list(numbers)
-    return each * 2 if len(each) == 1 else each
+    return each * 2 if len(each) == 1 and not line else each
 
 
 def weight_of(
@@ -167,6 +197,7 @@ def weight_of(
             )
         whole = (whole.t() if transposed else whole).contiguous()
         fits = int(whole.min()) >= -128 and int(whole.max()) <= 127
+        whole = whole.unsqueeze(2) if node.target in SEQUENCES else whole
         depth = whole[0].numel()
         if depth * 255 * (128 if fits else 255) > _LARGEST_SUM:
             raise Refused(f"sums of {depth} products of codes may not fit int32")

@@ -178,6 +178,33 @@ def test_what_is_padded_before_a_convolution_is_its_own_padding(
     assert node.kwargs["padding"] == (padding or [0, 0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 2, "dilation": 2},
+        {"stride": 3, "groups": 4},
+        {"padding": "same"},
+        {"padding": "valid", "groups": 12},
+    ],
+)
+def test_convolutions_over_one_axis(options: dict[str, Any]) -> None:
+    def run(m: Quantized, x: Tensor) -> Any:
+        y = F.conv1d(F.pad(m.qd(x), (1, 0)), m.w(), m.bias, **options)
+        first = m.q(F.gelu(y + m.qd(x.mean(2, keepdim=True).expand(y.shape), "fine")), "fine")
+        return first, F.conv1d(m.qd(x), m.w(), **options)
+
+    module = Quantized(run, **weights(12, 12 // options.get("groups", 1), 3))
+    _, after, result = fused(module, torch.randn(2, 12, 31, generator=torch.Generator().manual_seed(0)) * 3)
+    assert names(after).count("graphopt.qconv") == 2 and "aten.conv1d" not in names(after)
+    assert "0 at a fallback" in result.notes[-1]
+    x = torch.randn(2, 12, 31, generator=torch.Generator().manual_seed(4))
+    session = graphopt.compile(after, threads=2).session()
+    for array, wanted in zip(session.run(None, {"inputs.0": x.numpy()}), after(x), strict=True):
+        assert (torch.from_numpy(array).double() - wanted.double()).abs().max() <= (
+            0 if array.dtype == "uint8" else 1e-4
+        )
+
+
 def test_padding_with_a_number_that_has_a_code_is_exact(x: Tensor) -> None:
     def run(m: Quantized, x: Tensor) -> Any:
         ends = [m.q(F.pad(m.qd(x), (1, 2), value=value)) for value in (0.0, 3.5, 0.07, -1e9)]
