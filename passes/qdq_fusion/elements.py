@@ -292,10 +292,13 @@ def _chain(editor: GraphEditor, node: Node) -> tuple[Codes, list[Node], dict[Nod
 
 def _is_element_wise(node: Node) -> bool:
     value = node.meta.get("val")
-    pointwise = isinstance(node.target, OpOverload) and (
-        torch.Tag.pointwise in node.target.tags or node.target is aten.hardswish.default
-    )
-    return pointwise and isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bool)
+    return is_pointwise(node) and isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bool)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether the operator is a function of elements; hardswish lacks the tag."""
+    tagged = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return tagged or node.target is aten.hardswish.default
 
 
 def _values(codes: Codes, chain: list[Node], numbers: dict[Node, Tensor], last: Any) -> Tensor:

@@ -44,6 +44,7 @@ from graphopt.passes.qdq_fusion.orders import fuse_extreme, fuse_position
 from graphopt.passes.qdq_fusion.products import PRODUCTS, Refused, Weight, fuse_product
 from graphopt.passes.qdq_fusion.sums import fuse_average_pool, fuse_sum
 from graphopt.passes.qdq_fusion.survivors import Survivor, from_codes_to_codes, survivors
+from graphopt.passes.qdq_fusion.transposed import fuse_transposed
 from graphopt.program import Program
 
 
@@ -73,6 +74,8 @@ class _Fusing:
     def fuse(self, node: Node) -> None:
         """In order of execution, so that what a node reads has been rewritten."""
         if node.target in PRODUCTS and self.tried(node, lambda: self._product(node)):
+            return
+        if self.tried(node, lambda: fuse_transposed(self.editor, node, f"{self.name}/product", self.constants)):
             return
         if fuse_matrices(self.editor, node, f"{self.name}/pair-of-codes", self.constants):
             return

@@ -84,8 +84,8 @@ def fuse_product(editor: GraphEditor, node: Node, rule: str, constants: Constant
     options = options_of(node)
     if options:
         x, options["padding"] = _outside(x, node, options)
-    bias, integer = _bias(editor, node, x, weight)
-    tail = _tail(editor, node)
+    bias, integer = bias_and_steps(editor, node, x, weight)
+    tail = tail_of(editor, node)
     operator = graphopt.qconv.default if node.target in CONVOLUTIONS else graphopt.qlinear.default
 
     def build(builder: Builder) -> list[Node]:
@@ -99,13 +99,13 @@ def fuse_product(editor: GraphEditor, node: Node, rule: str, constants: Constant
             given += (widened(builder, node, added), *parameters)
         else:
             given += (None, None, None)
-        return [narrowed(builder, node, builder.call(operator, *given, **options, **_result(tail)))]
+        return [narrowed(builder, node, builder.call(operator, *given, **options, **result_options(tail)))]
 
     every = (node, *tail.nodes)
     return editor.replace(rule, [every[-1]], build, inner=every[:-1])
 
 
-def _result(tail: Tail) -> dict[str, Any]:
+def result_options(tail: Tail) -> dict[str, Any]:
     if tail.into is None:
         return {"dtype": torch.float32}
     into = tail.into
@@ -175,6 +175,30 @@ def weight_of(
     name = LINEARS[node.target][1] if node.target in LINEARS else "weight"
     transposed = node.target in LINEARS and node.target is not aten.linear.default
     source = argument(node, name)
+    key = (source, transposed)
+    if key not in seen:
+        if node.target in LINEARS and isinstance(source, Node) and source.meta["val"].dim() != 2:
+            raise Refused(f"its weight has {source.meta['val'].dim()} axes")
+        whole, scale = whole_codes(editor, source, int(transposed), numbers)
+        whole = (whole.t() if transposed else whole).contiguous()
+        whole = whole.unsqueeze(2) if node.target in SEQUENCES else whole
+        seen[key] = fitting(whole, scale)
+    return seen[key]
+
+
+def fitting(whole: Tensor, scale: Tensor) -> Weight:
+    """Codes in the type that holds them. Raises Refused where int32 may not hold sums of products with them."""
+    fits = int(whole.min()) >= -128 and int(whole.max()) <= 127
+    depth = whole[0].numel()
+    if depth * 255 * (128 if fits else 255) > _LARGEST_SUM:
+        raise Refused(f"sums of {depth} products of codes may not fit int32")
+    return Weight(whole.to(torch.int8 if fits else torch.int16), scale)
+
+
+def whole_codes(
+    editor: GraphEditor, source: Any, outputs: int, numbers: Sequence[torch.dtype] = (torch.float32,)
+) -> tuple[Tensor, Tensor]:
+    """The codes of a constant weight less their zero points, int32, and their scale, () or along the axis `outputs`."""
     if not isinstance(source, Node) or source.target is not DEQUANTIZE:
         raise Refused("its weight is not dequantized")
     given = [argument(source, each) for each in ("x", "scale", "zero_point")]
@@ -183,29 +207,16 @@ def weight_of(
         raise Refused("its weight is computed")
     if codes.dtype not in BYTES or argument(source, "block") or scale.dtype not in numbers:
         raise Refused("its weight is no 8-bit codes with float32 scales for outputs")
-    if node.target in LINEARS and codes.dim() != 2:
-        raise Refused(f"its weight has {codes.dim()} axes")
-    axis, outputs = argument(source, "axis"), int(transposed)
+    axis = argument(source, "axis")
     if axis not in (None, outputs):
         raise Refused(f"its weight has scales along axis {axis}, not along its outputs")
-    key = (source, transposed)
-    if key not in seen:
-        whole = codes.to(torch.int32)
-        if zero is not None:
-            whole = whole - (
-                zero if axis is None else zero.reshape([-1 if n == axis else 1 for n in range(codes.dim())])
-            )
-        whole = (whole.t() if transposed else whole).contiguous()
-        fits = int(whole.min()) >= -128 and int(whole.max()) <= 127
-        whole = whole.unsqueeze(2) if node.target in SEQUENCES else whole
-        depth = whole[0].numel()
-        if depth * 255 * (128 if fits else 255) > _LARGEST_SUM:
-            raise Refused(f"sums of {depth} products of codes may not fit int32")
-        seen[key] = Weight(whole.to(torch.int8 if fits else torch.int16), scale.detach())
-    return seen[key]
+    whole = codes.to(torch.int32)
+    if zero is not None:
+        whole = whole - (zero if axis is None else zero.reshape([-1 if n == axis else 1 for n in range(codes.dim())]))
+    return whole, scale.detach()
 
 
-def _bias(editor: GraphEditor, node: Node, x: Codes, weight: Weight) -> tuple[Tensor | None, Tensor | None]:
+def bias_and_steps(editor: GraphEditor, node: Node, x: Codes, weight: Weight) -> tuple[Tensor | None, Tensor | None]:
     """The bias as float32 numbers, and as int32 in steps of the sums where it is stored so."""
     number, source = bias_of(editor, node, weight), _bias_source(node)
     if number is None or not isinstance(source, Node):
@@ -246,14 +257,14 @@ def _counts_in_steps(editor: GraphEditor, source: Node) -> bool:
     return zero is None or (held is not None and not bool(held.any()))
 
 
-def _tail(editor: GraphEditor, product: Node) -> Tail:
+def tail_of(editor: GraphEditor, product: Node, residuals: bool = True) -> Tail:
     """The longest run behind `product` that ends in a quantize, else nothing."""
     found = Tail(())
     node, low, high = product, None, None
     while (user := only_user(node)) is not None:
         if (into := into_of(editor, user)) is not None:
             return replace(found, nodes=(*found.nodes, user), into=into.clipped(low, high))
-        if found.activation is None and low is None and high is None and found.residual is None:
+        if residuals and found.activation is None and low is None and high is None and found.residual is None:
             residual = _residual(editor, node, user)
         else:
             residual = None

@@ -21,14 +21,20 @@ from torch.fx import Node
 
 from graphopt.edit import GraphEditor
 from graphopt.matcher import argument
-from graphopt.passes.qdq_fusion.codes import DEQUANTIZE, QUANTIZE, codes_of, into_of, only_user
-from graphopt.passes.qdq_fusion.elements import MOVES, SPLITS
+from graphopt.passes.qdq_fusion.codes import BYTES, DEQUANTIZE, QUANTIZE, codes_of, into_of, only_user
+from graphopt.passes.qdq_fusion.elements import MOVES, SPLITS, is_pointwise
 
 aten = torch.ops.aten
 _WITHIN = frozenset(
     {
         *(aten.softmax.int, aten._softmax.default, aten.layer_norm.default, aten.rms_norm.default),
-        *(aten.group_norm.default, aten.mean.dim, aten.sum.dim_IntList, aten.avg_pool2d.default),
+        *(
+            aten.group_norm.default,
+            aten.instance_norm.default,
+            aten.mean.dim,
+            aten.sum.dim_IntList,
+            aten.avg_pool2d.default,
+        ),
         *(aten.adaptive_avg_pool2d.default, aten.scaled_dot_product_attention.default),
     }
 )
@@ -121,6 +127,10 @@ def _of(node: Node, beside: Node, reasons: Mapping[Node, str]) -> Survivor:
         return Survivor(node, f"the program's {'input' if beside.op == 'placeholder' else 'output'} is numbers", False)
     name = str(beside.target).removesuffix(".default") if beside.op == "call_function" else beside.name
     codes_alone = _reads_codes_alone(beside)
+    codes = node if node.target is QUANTIZE else node.args[0]
+    if codes_alone and codes.meta["val"].dtype not in BYTES:  # type: ignore[union-attr]
+        kind = str(codes.meta["val"].dtype).removeprefix("torch.")  # type: ignore[union-attr]
+        return Survivor(node, f"{name} has codes of {kind}: integer kernels take 8 bits", True)
     if (reason := reasons.get(node) or reasons.get(beside)) is not None:
         return Survivor(node, f"{name}: {reason}", codes_alone)
     if not codes_alone:
@@ -128,7 +138,6 @@ def _of(node: Node, beside: Node, reasons: Mapping[Node, str]) -> Survivor:
     if beside.target in (QUANTIZE, DEQUANTIZE):
         return Survivor(node, "the conversion beside it has other parameters", True)
     integer = isinstance(beside.target, OpOverload) and beside.target.namespace == "graphopt"
-    pointwise = isinstance(beside.target, OpOverload) and torch.Tag.pointwise in beside.target.tags
-    if integer or pointwise or beside.target in _WITHIN:
+    if integer or is_pointwise(beside) or beside.target in _WITHIN:
         return Survivor(node, f"{name} is computed in float32", False)
     return Survivor(node, f"{name} has no form on codes", True)
