@@ -143,3 +143,32 @@ def test_a_saved_program_of_the_dialect(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(module, (x,)), path)
     program = graphopt.capture(str(path))
     assert torch.equal(program(x)[0], module(x)) and "graphopt.quantize" in names(program)
+
+
+class Dynamic(Dialect):
+    """A linear whose activations get their range as they are computed, as PT2E's dynamic quantizers write it."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        bounds = (*self.activations[:2], 2**-12, self.activations[2])
+        scale, zero = ops.choose_qparams.tensor(x, *bounds)
+        codes = ops.quantize_per_tensor.tensor(x, scale, zero, *self.activations)
+        numbers = ops.dequantize_per_tensor.tensor(codes, scale, zero, *self.activations)
+        result: Tensor = F.linear(numbers, self.w(), self.bias)
+        return result
+
+
+@pytest.mark.parametrize("kind", ["x86", "xnnpack"])
+def test_dynamic_activations_become_integer_products(kind: str) -> None:
+    x = draw(5, 24) + 0.4
+    module = Dynamic(torch.relu, kind, draw(16, 24, seed=1))
+    program = graphopt.capture(module, (x,))
+    assert not any("quantized_decomposed" in name for name in names(program))
+    fused = graphopt.optimize(program, "O2,qdq-fusion{fail-on-fallback=true}").program
+    assert "graphopt.dynamic_qlinear" in names(fused) and "aten.linear" not in names(fused)
+    session = graphopt.compile(fused, threads=1).session()
+    for value in (x, -x.abs(), torch.zeros_like(x), 1e-6 * x):
+        wanted = module(value).detach()
+        assert torch.allclose(program(value)[0], wanted, atol=1e-6)
+        (found,) = session.run(None, {session.get_inputs()[0].name: value.numpy()})
+        assert np.abs(found - wanted.numpy()).max() <= 1e-5 * (1 + float(wanted.abs().max()))

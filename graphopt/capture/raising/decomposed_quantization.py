@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.capture.raising.dynamic_quantization import raise_dynamic
 from graphopt.contract import Pass, PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.matcher import argument
@@ -31,7 +32,8 @@ _HELD = (*_CODES, torch.int32)
 
 @dataclass(frozen=True)
 class RaiseDecomposedQuantization(Pass):
-    """quantize_per_tensor, quantize_per_channel and what undoes them, where their parameters are constants."""
+    """quantize_per_tensor, quantize_per_channel and what undoes them, where their parameters are constants or, for a
+    whole tensor, chosen from its range."""
 
     name: ClassVar[str] = "raising"
     preserves = "exact"
@@ -40,7 +42,9 @@ class RaiseDecomposedQuantization(Pass):
         edit = Edit(program, context, self.name)
         for editor in edit.graphs():
             for node in editor.nodes():
-                if getattr(node.target, "namespace", None) == _NAMESPACE:
+                if getattr(node.target, "namespace", None) != _NAMESPACE:
+                    continue
+                if not raise_dynamic(editor, node, f"{self.name}/dynamic-quantization"):
                     _raise(editor, node, f"{self.name}/quantization")
         return edit.finish()
 
