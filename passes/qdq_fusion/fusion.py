@@ -3,8 +3,8 @@
 Before: y = quantize(linear(dequantize(x), dequantize(w), b))        After: y = qlinear(x, w, b)
 
 Fused are linears, matrix products and convolutions of codes by constant weights with bias, residual, activation and
-clip, with or without a quantize behind them; sums, products and matrix products of two activations; sums and means over
-axes; chains of element-wise operators on one of them; and everything that only moves elements, through which dequantize
+clip, with or without a quantize behind them; sums, products, quotients and matrix products of two activations; sums and
+means over axes and of windows; the larger or smaller of two, and positions of what is sorted; chains of element-wise operators on one of them; and everything that only moves elements, through which dequantize
 is pushed until it meets a quantize or a product. Rewritten codes differ from the program's by at most one, where the
 number before rounding lies within float32's error of a half; moves, pairs and tables are exact.
 

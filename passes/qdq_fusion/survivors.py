@@ -1,7 +1,7 @@
 """Conversions that are left after fusion: which, and why each is.
 
 Some belong where they are: codes are made of the program's inputs and become its outputs, and operators that are
-computed in float32 on purpose, such as an average of windows, stand between conversions. So do operators without a
+computed in float32 on purpose, such as an instance norm, stand between conversions. So do operators without a
 weight of codes that read a number which the program never made a code of. A conversion at any other operator is a
 fallback: a product that is computed in float32 although its operands are codes.
 
