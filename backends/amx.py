@@ -2,7 +2,8 @@
 
 TDPBF16PS adds to a tile of 16 x 16 float32 the products of 16 rows of 32 bfloat16 and 32 rows of 16, two of which are
 interleaved in each row of their tile. TDPBUSD adds to one of int32 those of 16 rows of 64 uint8 and 64 rows of 16 int8,
-four of which are interleaved, without saturation (Intel SDM volume 2).
+four of which are interleaved, without saturation; TDPBSUD takes int8 on the left and uint8 on the right (Intel SDM
+volume 2).
 
 Linux gives tiles to a process that has asked for them: the library itself asks, once, in the first of its kernels or in
 `check_machine`, which whoever opens it may call for an answer at once.
@@ -13,7 +14,9 @@ Where the code is for a CPU without tiles, as in a trial of another machine's ke
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import tvm
@@ -63,7 +66,9 @@ class Numbers:
 
 BRAIN = Numbers("bfloat16", "tdpbf16ps", "uint16", 2, "float32")
 CODES = Numbers("uint8", "tdpbusd", "uint8", 1, "int32")
-NUMBERS = {BFLOAT16: BRAIN, "uint8": CODES}  # by the type of the left side
+SIGNED_CODES = Numbers("int8", "tdpbsud", "uint8", 1, "int32")  # by those without a sign
+NUMBERS = {BFLOAT16: BRAIN, "uint8": CODES}  # of `amx_gemm`, by the type of the left side
+_INSTRUCTIONS = tuple(each.instruction for each in (BRAIN, CODES, SIGNED_CODES))
 
 
 # Statements -----------------------------------------------------------------------------------------------------------
@@ -95,14 +100,14 @@ def multiply(numbers: Numbers, total: int, left: int, right: int) -> None:
     _call(f"{numbers.instruction}_{total}{left}{right}")
 
 
-def write_configuration(memory: Any, rows: dict[int, Any]) -> None:
-    """The bytes that `configure` reads, of tiles of so many rows of 64 bytes: palette 1, widths from byte 16 on, row
-    counts from byte 48 on (Intel SDM volume 1, section 18.2)."""
+def write_configuration(memory: Any, rows: dict[int, Any], widths: Mapping[int, int] = MappingProxyType({})) -> None:
+    """The bytes that `configure` reads, of tiles of so many rows of 64 bytes or the `widths` that are given: palette 1,
+    widths from byte 16 on, row counts from byte 48 on (Intel SDM volume 1, section 18.2)."""
     with T.vectorized(tirx.const(0, "int64"), tirx.const(CONFIGURATION_BYTES, "int64")) as byte:
         T.buffer_store(memory, tirx.const(0, "uint8"), [byte])
     T.buffer_store(memory, tirx.const(1, "uint8"), [0])
     for tile, count in rows.items():
-        T.buffer_store(memory, tirx.const(ROW_BYTES, "uint8"), [16 + 2 * tile])
+        T.buffer_store(memory, tirx.const(widths.get(tile, ROW_BYTES), "uint8"), [16 + 2 * tile])
         count = tirx.const(count, "uint8") if isinstance(count, int) else count.astype("uint8")
         T.buffer_store(memory, count, [48 + tile])
 
@@ -148,7 +153,7 @@ def _native() -> str:
         "declare void @llvm.x86.tilezero(i8 immarg)",
         "declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)",
         "declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)",
-        *(f"declare void @llvm.x86.{each.instruction}(i8 immarg, i8 immarg, i8 immarg)" for each in NUMBERS.values()),
+        *(f"declare void @llvm.x86.{each}(i8 immarg, i8 immarg, i8 immarg)" for each in _INSTRUCTIONS),
         "declare i64 @syscall(i64, ...)",
         "@graphopt_tile_answer = internal global i64 1",  # not asked yet; then 0, or -1 where it was refused
         "define i32 @graphopt_tile_refused() {",
@@ -172,9 +177,9 @@ def _native() -> str:
         lines.append(_function(f"zero_{tile}", "", [f"{call}tilezero(i8 {tile})"]))
         lines.append(_function(f"load_{tile}", "ptr %at, i64 %stride", [f"{call}tileloadd64({memory})"]))
         lines.append(_function(f"store_{tile}", "ptr %at, i64 %stride", [f"{call}tilestored64({memory})"]))
-    for each, (total, left, right) in itertools.product(NUMBERS.values(), PRODUCTS):
-        name = f"{each.instruction}_{total}{left}{right}"
-        lines.append(_function(name, "", [f"{call}{each.instruction}(i8 {total}, i8 {left}, i8 {right})"]))
+    for each, (total, left, right) in itertools.product(_INSTRUCTIONS, PRODUCTS):
+        name = f"{each}_{total}{left}{right}"
+        lines.append(_function(name, "", [f"{call}{each}(i8 {total}, i8 {left}, i8 {right})"]))
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,7 @@ def stand_in(products: Sequence[tuple[int, int, int]]) -> str:
     for tile in range(_TILES):
         lines += [part.replace("TILE", str(tile)) for part in (_ZERO, _LOAD, _STORE)]
     for total, left, right in products:
-        for text in (_MULTIPLY, _MULTIPLY_CODES):
+        for text in (_MULTIPLY, _MULTIPLY_CODES, _MULTIPLY_SIGNED):
             text = text.replace("TOTAL", str(total)).replace("LEFT", str(left))
             lines.append(text.replace("RIGHT", str(right)))
     return "\n".join(lines) + "\n"
@@ -155,11 +155,19 @@ define <16 x i32> @graphopt_tile_add_codes(<16 x i32> %total, <16 x i32> %left, 
 {sums_of_parts(16, 8, "uint8")}  ret <16 x i32> %sum
 }}
 """
-_MULTIPLY_CODES = _each_product(
-    "tdpbusd",
-    "  %sums = phi <16 x i32> [ zeroinitializer, %row ], [ %more_sums, %depth ]",
-    "  %more_sums = call <16 x i32> @graphopt_tile_add_codes(<16 x i32> %sums, <16 x i32> %left, <16 x i32> %right)",
-    """  %old = load <16 x i32>, ptr %to, align 64
+
+
+def _multiply_codes(name: str, operands: str) -> str:
+    """`operands`: the one without a sign, then the other."""
+    return _each_product(
+        name,
+        "  %sums = phi <16 x i32> [ zeroinitializer, %row ], [ %more_sums, %depth ]",
+        f"  %more_sums = call <16 x i32> @graphopt_tile_add_codes(<16 x i32> %sums, {operands})",
+        """  %old = load <16 x i32>, ptr %to, align 64
   %new = add <16 x i32> %old, %more_sums
   store <16 x i32> %new, ptr %to, align 64""",
-)
+    )
+
+
+_MULTIPLY_CODES = _multiply_codes("tdpbusd", "<16 x i32> %left, <16 x i32> %right")
+_MULTIPLY_SIGNED = _multiply_codes("tdpbsud", "<16 x i32> %right, <16 x i32> %left")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SUMMARY = "run passes over a model and write the result"
 OUTPUTS = (".pt2", ".onnx")
 REASONS = 3  # kinds of reasons in the summary
+SHOWN = 3  # operators of a region
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +182,7 @@ def region_rows(regions: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((item["seconds_without"], item["seconds_with"]), []).append(item)
     return [
         {
-            "region": ", ".join(items[0]["nodes"]) or "the whole program",
+            "region": _listed(items[0]["nodes"]) or "the whole program",
             "times": len(items),
             "ms without": f"{without * 1e3:.4f}",
             "ms with": f"{with_ * 1e3:.4f}",
@@ -189,6 +190,11 @@ def region_rows(regions: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for (without, with_), items in groups.items()
     ]
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def top_reasons(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,11 +22,12 @@ from graphopt.backends.kernel import Code, int64
 from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import computed_in, convert, dtype_of, widened
 from graphopt.backends.operators.linear import packed_product
+from graphopt.backends.operators.tile_convolution import Placed, on_tiles
 from graphopt.backends.operators.views import reshape
 from graphopt.backends.operators.widening import as_stored
 from graphopt.backends.operators.windows import each_axis, load_at, quotient, surrounded
+from graphopt.backends.rules import amx_convolution, depthwise, winograd
 from graphopt.backends.rules import convolution as direct
-from graphopt.backends.rules import depthwise, winograd
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.windows import Window
 from graphopt.backends.sizes import Shape, shape_of
@@ -227,23 +228,32 @@ class Scheduled:
         )
 
     def build_pairs(self, result: Product, end: Any) -> Code:
-        """Bfloat16 directly, in half as many steps: minimal filtering would save no more products than pairs do."""
+        """Bfloat16 directly, in half as many steps: minimal filtering would save no more products than pairs do.
+
+        On tiles where the target has them.
+        """
         target, (outputs, channels, height, width) = self.lowering.target, self.filters.shape
         inner = direct.channels_inner(self.x)
         steps = (channels // 2, height, width) if inner else (channels, height, -(-width // 2))
         shape = (self.outputs, (outputs, *steps), self.groups, self.window, target)
+        tiles = amx_convolution.offered(target, self.x, self.outputs, self.window, self.groups)
         return self.lowering.choose(
             Choice(
                 Workload.of("convolution", {**self.parameters(False), "products": "pairs", **epilogue_parameters(end)}),
-                direct.configure(*shape),
-                lambda: direct.worth_timing(*shape, inner),
+                tiles[0] if tiles else direct.configure(*shape),
+                lambda: [*tiles, *direct.worth_timing(*shape, inner)],
                 lambda choice: self.write_pairs(choice, inner, result, end),
             )
         )
 
-    def write_pairs(self, choice: direct.Configuration, inner: bool, result: Product, end: Any) -> Code:
+    def write_pairs(
+        self, choice: direct.Configuration | amx_convolution.Configuration, inner: bool, result: Product, end: Any
+    ) -> Code:
         """The kernel, its filters packed as it wants them."""
         target = self.lowering.target
+        if isinstance(choice, amx_convolution.Configuration):
+            placed = Placed(self.x, self.filters, self.outputs, self.window)
+            return on_tiles(self.lowering, placed, choice, result, end, self.name)
         columns = choice.tile.vectors * target.lanes
         pack = direct.pack_filter_pairs if inner else direct.pack_planar_pairs
         name = f"{pack.__name__}{columns}"

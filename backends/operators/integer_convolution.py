@@ -133,7 +133,7 @@ def packed_convolution(
     whole = filters if groups > 1 else to_words(filters, words)  # channels beside each other in whole words
     outputs = tuple(shape[axis] for axis in inverse(ORDER))
     depth = (whole.shape[0], whole.shape[1] // words.codes, *whole.shape[2:])
-    tiles = amx_convolution.fits(target, x, groups)
+    tiles = amx_convolution.offered(target, x, outputs, window, groups)
 
     def build(result: Product, end: Any) -> Code:
         def write(choice: direct.Configuration | amx_convolution.Configuration) -> Code:
@@ -150,12 +150,11 @@ def packed_convolution(
             return integer_convolution(plain, zero, result, end, name, target)
 
         given = (outputs, depth, groups, window, target)
-        of_tiles = amx_convolution.worth_timing(x, outputs, window, target) if tiles else []
         return lowering.choose(
             Choice(
                 _workload(x, outputs, whole.shape, window, groups, padded, words.codes, end),
-                of_tiles[0] if tiles else direct.configure(*given, words.temporaries),
-                lambda: [*of_tiles, *direct.worth_timing(*given, True, words.temporaries)],
+                tiles[0] if tiles else direct.configure(*given, words.temporaries),
+                lambda: [*tiles, *direct.worth_timing(*given, True, words.temporaries)],
                 write,
             )
         )

@@ -16,7 +16,8 @@ from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import like
 from graphopt.backends.operators.integer_products import constants
 from graphopt.backends.rules import low_bit_build, low_bit_gemv
-from graphopt.backends.rules.low_bit_gemv import Configuration, Operands
+from graphopt.backends.rules.low_bit_codes import Operands
+from graphopt.backends.rules.low_bit_gemv import Configuration
 from graphopt.backends.rules.low_bit_layout import Layout
 from graphopt.backends.sizes import product
 from graphopt.backends.values import Index, Lazy, Product, View

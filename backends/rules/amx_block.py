@@ -2,7 +2,8 @@
 
 A step of 32 bfloat16 or 64 codes of the depth loads a tile of each row of the block from where its numbers lie and two
 of the weight, packed by `pack_tiles`, for up to four multiplications. The sums are then stored on the stack, 4 KB, and
-the element-wise tree runs over them row by row.
+the element-wise tree runs over them row by row after the tiles of the next block have been started: it hides the
+latencies of theirs, and behind deep sums it costs nothing itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ STEP = 2 * amx.ROWS * amx.ROW_BYTES  # bytes of a weight in one step
 LINE = 64  # bytes of a cache line
 LINES = STEP // LINE  # of the weight in one step
 _SUMS, _LEFT, _RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
+_STEP_CYCLES, _WRITTEN = 70, 400  # of a step of 32 x 32 sums, and of writing them
+_READ = 8  # bytes a cycle that a weight is read with from beyond the L2 cache
+
+
+def cycles(blocks: int, panels: int, steps: int) -> float:
+    """What so many blocks of so many panels take a thread, which reads their weights once."""
+    return max(blocks * panels * max(steps * _STEP_CYCLES, _WRITTEN), panels * steps * STEP / _READ)
 
 
 def pack_tiles(weight: np.ndarray) -> np.ndarray:
@@ -39,23 +47,49 @@ def pack_tiles(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(packed).reshape(*packed.shape[:4], wide)
 
 
-class StoredSums(RegisterTile):
-    """Sums of `height` tiles of rows in memory, whose rows have numbers; those before `skipped` are not written."""
+class StoredRows(RegisterTile):
+    """Sums in memory, whose rows have numbers; those written are from `begin` on."""
 
-    skipped: Any = 0
+    begin: Any = 0
 
-    def __init__(self, kernel: Kernel, height: int, numbers: amx.Numbers) -> None:
-        super().__init__(kernel, Tile(height * amx.ROWS, 2), numbers.sums)
+    def zero_rows(self) -> None:
+        with self.kernel.serial(self.tile.rows) as row:
+            for c in range(self.tile.vectors):
+                with self.kernel.vectorized(self.lanes) as lane:
+                    T.buffer_store(self.values, tirx.const(0, self.dtype), [row, c, lane])
 
     def each_row(self, rows: Any, write: Callable[[Any], None]) -> None:
         with self.kernel.serial(rows) as row:
-            write(T.bind(self.skipped + row))
+            write(T.bind(self.begin + row))
+
+
+class StoredSums(StoredRows):
+    """Those of two blocks of `height` tiles of rows."""
+
+    def __init__(self, kernel: Kernel, height: int, numbers: amx.Numbers) -> None:
+        super().__init__(kernel, Tile(2 * height * amx.ROWS, 2), numbers.sums)
 
     def store(self, firsts: list[Any]) -> None:
         """The sums of the tiles, each of which begins at a row."""
         for tile, first in enumerate(firsts):
             for c in range(2):
                 amx.store(_SUMS[2 * tile + c], tirx.address_of(self.values[first, c, 0]), int64(4 * PANEL))
+
+
+def overlapped(
+    kernel: Kernel, height: int, count: Any, multiply: Callable[[Any, Any], None], finish: Callable[[Any, Any], None]
+) -> None:
+    """`finish` each of `count` blocks after `multiply` of the next; both take its number and its first row of sums."""
+    with kernel.serial(count + 1) as number:
+
+        def row(block: Any) -> Any:
+            return T.bind(tirx.truncmod(block, int64(2)) * (height * amx.ROWS))
+
+        with T.If(number < count), T.Then():
+            multiply(number, row(number))
+        with T.If(number > 0), T.Then():
+            before = T.bind(number - 1)
+            finish(before, row(before))
 
 
 def configure(kernel: Kernel, height: int, rows: Any) -> None:

@@ -34,8 +34,7 @@ _STEP_WORDS = amx.ROW_BYTES // 4  # 32-bit words of a tile's row
 _SYMBOLIC_ROWS = 4  # rows of a block where their length is known at run time
 _COPY_BYTES = 256 << 10  # of the copy of a block, an eighth of a common L2 cache
 _SERIAL_BELOW = 1 << 20  # multiply-adds that are not worth the launch of threads
-_STEP_CYCLES, _BLOCK_CYCLES = 70, 500  # of a step of 32 x 32 sums, and of writing them
-_COPIED, _READ = 16, 8  # bytes a cycle that are copied, and that a weight is read with from beyond the L2 cache
+_COPIED = 16  # bytes a cycle
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,13 @@ def pack_filter_tiles(filters: np.ndarray, window: Window, numbers: amx.Numbers)
     return amx_block.pack_tiles(whole.reshape(filters.shape[0], -1))
 
 
-def worth_timing(x: View, outputs: Shape, window: Window, target: Target) -> list[Configuration]:
-    """Every way to share with blocks of three sizes, the least expected time first."""
+def offered(target: Target, x: View, outputs: Shape, window: Window, groups: int) -> list[Configuration]:
+    """What is worth timing, the least expected time first; nothing where tiles do not fit."""
+    return _candidates(target, x, outputs, window) if fits(target, x, groups) else []
+
+
+def _candidates(target: Target, x: View, outputs: Shape, window: Window) -> list[Configuration]:
+    """Every way to share with blocks of three sizes."""
     costs: dict[Configuration, float] = {}
     for scale, doubt in ((1.0, 1.0), (0.5, UNUSUAL), (2.0, UNUSUAL)):
         for row_groups, panel_groups in _shares(target.threads, x, outputs, window):
@@ -136,9 +140,7 @@ def _cost(x: View, outputs: Shape, window: Window, choice: Configuration) -> flo
     panels = -(-every // choice.panel_groups)
     blocks = -(-batch * -(-height // choice.block_rows) // choice.row_groups)
     sums = -(-int(geometry.pixels) // amx_block.ROWS)
-    multiplied = blocks * panels * sums * (steps * _STEP_CYCLES + _BLOCK_CYCLES)
-    copied = blocks * int(geometry.words) * 4 / _COPIED
-    return max(multiplied, panels * steps * amx_block.STEP / _READ) + copied
+    return amx_block.cycles(blocks * sums, panels, steps) + blocks * int(geometry.words) * 4 / _COPIED
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class _PixelSums(amx_block.StoredSums):
             column = T.bind(tirx.truncmod(pixel, self.pitch))
             with T.If(column < self.width), T.Then():
                 self.place = T.bind(self.before + tirx.truncdiv(pixel, self.pitch) * self.width + column)
-                write(row)
+                write(T.bind(self.begin + row))
 
 
 class _Convolution:
@@ -314,27 +316,32 @@ class _Convolution:
     def write_panels(self, copy: Any, sums: _PixelSums, image: Any, first_row: Any, share: Any) -> None:
         kernel, groups = self.kernel, self.choice.panel_groups
         first = T.bind(tirx.truncdiv(share * self.panels, int64(groups)))
-        own = tirx.truncdiv((share + 1) * self.panels, int64(groups)) - first
+        own = T.bind(tirx.truncdiv((share + 1) * self.panels, int64(groups)) - first)
         rows = tirx.min(int64(self.choice.block_rows), self.height - first_row)
         pixels = T.bind((rows - 1) * self.pitch + self.width)
         tall = self.tall * amx.ROWS
         count = T.bind(tirx.truncdiv(pixels + (tall - 1), int64(tall)))
         sums.before = T.bind((image * self.height + first_row) * self.width)
-        with kernel.serial(own) as panel, kernel.serial(count) as number:
-            at = T.bind(first + panel)
-            sums.first = T.bind(number * tall)
+
+        def multiply(block: Any, row: Any) -> None:
+            number = T.bind(tirx.truncmod(block, count))
             amx_block.zero(self.tall)
-            self.multiply(copy, sums.first, at, number, count)
-            sums.store([tile * amx.ROWS for tile in range(self.tall)])
+            self.multiply(copy, T.bind(number * tall), T.bind(first + tirx.truncdiv(block, count)), number, count)
+            sums.store([row + tile * amx.ROWS for tile in range(self.tall)])
+
+        def finish(block: Any, row: Any) -> None:
+            sums.begin, sums.first = row, T.bind(tirx.truncmod(block, count) * tall)
             sums.write(
                 self.result,
                 self.end,
                 self.output,
                 rows=tirx.min(int64(tall), pixels - sums.first),
                 position=lambda _: sums.place,
-                first=T.bind(at * amx_block.PANEL),
+                first=T.bind((first + tirx.truncdiv(block, count)) * amx_block.PANEL),
                 width=self.outputs,
             )
+
+        amx_block.overlapped(kernel, self.tall, own * count, multiply, finish)
 
     def multiply(self, copy: Any, first: Any, panel: Any, number: Any, count: Any) -> None:
         """All steps of a block of pixels; each prefetches its share of the next panel."""

@@ -90,7 +90,7 @@ def worth_timing(target: Target, rows: Size, n: int, k: int, numbers: amx.Number
             share = -(-rows // row_shares) if isinstance(rows, int) else _MOST_PASSED
             block = -(-min(share, int(scale * passed)) // amx_block.ROWS) * amx_block.ROWS
             choice = Configuration(block, row_shares, panel_shares)
-            costs.setdefault(choice, doubt * _cost(choice, rows, n))
+            costs.setdefault(choice, doubt * _cost(choice, rows, n, k, numbers))
     return sorted(costs, key=lambda choice: costs[choice])
 
 
@@ -103,14 +103,14 @@ def _shares(threads: int, rows: Size, n: int, k: int) -> list[tuple[int, int]]:
     return [(threads // panels, panels) for panels in range(1, threads + 1) if threads % panels == 0]
 
 
-def _cost(choice: Configuration, rows: Size, n: int) -> float:
-    """Tiles of the longest share."""
-    panels = -(-n // amx_block.PANEL)
+def _cost(choice: Configuration, rows: Size, n: int, k: int, numbers: amx.Numbers) -> float:
+    """Cycles of the longest share."""
+    panels, steps = -(-n // amx_block.PANEL), -(-k // numbers.depth)
     if not isinstance(rows, int):
         return float(-(-panels // choice.panel_shares)) * (_ROWS_AWAY if choice.row_shares == 1 else 1)
     away = 1 if choice.panel_shares == 1 else _ROWS_AWAY
     blocks = -(-rows // amx_block.ROWS)
-    return away * -(-blocks // choice.row_shares) * -(-panels // choice.panel_shares)
+    return away * amx_block.cycles(-(-blocks // choice.row_shares), -(-panels // choice.panel_shares), steps)
 
 
 def gemm(a: View, weight: View, result: Product, end: Any, name: str, target: Target, choice: Configuration) -> Code:
@@ -184,19 +184,26 @@ class _Gemm:
             first = T.bind(tirx.truncdiv(row_share * blocks, row_shares))
             own = T.bind(tirx.truncdiv((row_share + 1) * blocks, row_shares) - first)
             first_panel = T.bind(tirx.truncdiv(panel_share * self.panels, int64(panel_shares)))
-            panels = tirx.truncdiv((panel_share + 1) * self.panels, int64(panel_shares)) - first_panel
+            panels = T.bind(tirx.truncdiv((panel_share + 1) * self.panels, int64(panel_shares)) - first_panel)
             passed = max(1, self.choice.passed_rows // tall)
             memory = _Memory(kernel, height, self.rest, self.numbers)
             one = min(self.row_count, amx.ROWS) if isinstance(self.row_count, int) else None
             amx_block.configure(kernel, height, tirx.min(self.rows, int64(amx.ROWS)) if one is None else one)
-            with (
-                kernel.serial(tirx.truncdiv(own + (passed - 1), int64(passed))) as at,
-                kernel.serial(panels) as panel,
-                kernel.serial(tirx.min(int64(passed), own - at * passed)) as number,
-            ):
-                count = tirx.min(int64(passed), own - at * passed)
-                block = first + at * passed + number
-                _Block(self, memory, height, T.bind(first_panel + panel), T.bind(block * tall), number, count).write()
+            with kernel.serial(tirx.truncdiv(own + (passed - 1), int64(passed))) as at:
+                count = T.bind(tirx.min(int64(passed), own - at * passed))
+
+                def block(number: Any) -> _Block:
+                    panel, of_panel = tirx.truncdiv(number, count), T.bind(tirx.truncmod(number, count))
+                    row = T.bind((first + at * passed + of_panel) * tall)
+                    return _Block(self, memory, height, T.bind(first_panel + panel), row, of_panel, count)
+
+                amx_block.overlapped(
+                    kernel,
+                    height,
+                    panels * count,
+                    lambda number, row: block(number).multiply_rows(row),
+                    lambda number, row: block(number).finish(row),
+                )
             amx.release()
 
 
@@ -229,8 +236,9 @@ class _Block:
             return row
         return T.bind(tirx.max(int64(0), tirx.min(row, self.gemm.rows - amx.ROWS)))
 
-    def write(self) -> None:
-        gemm_, kernel, sums = self.gemm, self.kernel, self.memory.sums
+    def multiply_rows(self, row: Any) -> None:
+        """The sums, stored from the row `row` of memory on."""
+        gemm_, kernel = self.gemm, self.kernel
         amx_block.zero(self.height)
         weights = T.bind(self.panel * (gemm_.steps * gemm_.step))
         positions = [T.bind(gemm_.offset + start * gemm_.stride) for start in self.starts]
@@ -243,14 +251,18 @@ class _Block:
             left = [tirx.address_of(self.memory.rest[tile, 0, 0]) for tile in range(self.height)]
             self.multiply(left, int64(amx.ROW_BYTES), weights + gemm_.whole * gemm_.step)
         # A second tile that begins early overwrites sums with the same ones.
-        sums.store([start - self.starts[0] for start in self.starts])
-        sums.skipped = T.bind(self.first_row - self.starts[0])
+        self.memory.sums.store([row + start - self.starts[0] for start in self.starts])
+
+    def finish(self, row: Any) -> None:
+        """The element-wise tree over sums stored from the row `row` on."""
+        gemm_, sums = self.gemm, self.memory.sums
+        sums.begin = T.bind(row + self.first_row - self.starts[0])
         sums.write(
             gemm_.result,
             gemm_.end,
             gemm_.output,
             rows=tirx.min(int64(self.height * amx.ROWS), gemm_.rows - self.first_row),
-            position=lambda row: self.starts[0] + row,
+            position=lambda r: self.starts[0] - row + r,
             first=T.bind(self.panel * amx_block.PANEL),
             width=int(gemm_.result.shape[-1]),
         )

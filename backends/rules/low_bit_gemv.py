@@ -11,19 +11,23 @@ last, so that results depend neither on the tile nor on how threads share the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from graphopt.backends import amx
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
 from graphopt.backends.integer_instructions import multiply_quads
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
-from graphopt.backends.low_bit_instructions import look_up_16, multiply_low, multiply_signed
+from graphopt.backends.low_bit_instructions import multiply_low, multiply_signed
 from graphopt.backends.operations import operations
+from graphopt.backends.rules.low_bit_codes import EVERY, Groups, Operands, Unpacking, shifted_down
 from graphopt.backends.rules.low_bit_layout import QUAD, Field, Layout, Part
+from graphopt.backends.rules.low_bit_tiles import FEWEST_ROWS, write_tiles
 from graphopt.backends.rules.register_tile import RegisterTile, Tile
 from graphopt.backends.sizes import Size, least, product
 from graphopt.backends.target import Target
@@ -32,12 +36,13 @@ from graphopt.backends.values import Product, View, fused_name
 
 RULE = "low-bit"
 _LINE = 64  # bytes of a cache line
-_AHEAD = 2 << 10  # bytes ahead of the words that are read
+_AHEAD = (8 << 10, 2 << 10, 12 << 10)  # bytes ahead of the words that are read: memories differ
+_GROUPS_AHEAD = 8  # whose scales are prefetched
+_OUTPUTS = (16, 32, 64)  # of a panel
 _MOST_SUMS = 16  # vectors of them in registers
-_MOST_WRITTEN = 32  # vectors of words in a loop's body
-_MANY_ROWS = 4  # of a tile, where there are several
-_TABLE = 16  # entries of one that an instruction looks up
-_EVERY = 0x01010101  # times a byte: that one in all bytes of a word
+_FREE_SUMS = 8  # additions to which do not wait for each other
+_MOST_WRITTEN = 16  # vectors of words in a loop's body
+_FEW_ROWS, _MANY_ROWS = 4, 8  # of a tile, where there are several
 
 
 @dataclass(frozen=True)
@@ -49,35 +54,6 @@ class Configuration:
     ahead: int  # bytes ahead of which lines are prefetched
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
-    """What a product reads.
-
-    `codes` [..., K] are int8, each row padded with zeros as `layout.packed_k` says, `scale` [..., G] float32 and `sums`
-    [..., G] int32, contiguous; `weight`, `weight_scale` and, where it differs between groups, `weight_zero` are packed
-    by `layout`, as is `tag`. `book` holds uint8: the numbers that codes stand for, `offset` added; where there is none
-    and `offset` is not 0, that is flipped in codes of 8 bits.
-    """
-
-    layout: Layout
-    codes: View
-    scale: View
-    sums: View
-    weight: View
-    weight_scale: View
-    weight_zero: View | float | None
-    book: View | None
-    tag: View | None
-    offset: int
-
-    def views(self) -> list[View]:
-        every = (
-            *(self.codes, self.scale, self.sums, self.weight, self.weight_scale),
-            *(self.weight_zero, self.book, self.tag),
-        )
-        return [view for view in every if isinstance(view, View)]
-
-
 def offer(
     target: Target,
     rows: Size,
@@ -87,29 +63,22 @@ def offer(
     write: Callable[[Configuration], Code],
 ) -> Choice[Configuration]:
     """What may be chosen for so many rows times the weight that `layout` packs for panels of so many vectors."""
-    found = candidates(target, layout, masked)
+    found = candidates(target, layout)
     one = layout(found[0].vectors)
     parameters = {"rows": size_parameter(rows), "n": one.n, "k": one.k, "bits": one.bits, "group": one.group}
     parameters |= {"masked": masked}
     return Choice(Workload.of(RULE, {**parameters, **epilogue_parameters(end)}), found[0], lambda: found, write)
 
 
-def candidates(target: Target, layout: Callable[[int], Layout], masked: bool) -> list[Configuration]:
-    """Panels of 1 to 8 vectors whose sums fit the registers, the least expected time first."""
+def candidates(target: Target, layout: Callable[[int], Layout]) -> list[Configuration]:
+    """Panels of some widths, the least expected time first: narrow ones, unless threads then share worse."""
     found = []
-    for vectors in (1, 2, 4, 8):
-        one = layout(vectors)
-        sums = vectors * len(_places(one) if masked else (0,))
-        if vectors % one.together or (sums > _MOST_SUMS and vectors > one.together):
-            continue
-        share = -(-one.panels // target.threads) * vectors  # vectors of outputs of the longest share
-        alone = sums < _MOST_SUMS // 2  # additions wait for each other
-        found.append((share * (1.3 if alone else 1.0), -vectors, vectors))
-    return [
-        Configuration(vectors, target.threads, ahead)
-        for _, _, vectors in sorted(found)
-        for ahead in (_AHEAD, 2 * _AHEAD)
-    ]
+    for outputs in _OUTPUTS:
+        one = layout(max(layout(1).together, outputs // target.lanes))
+        share = -(-one.panels // target.threads) * one.outputs
+        found.append((share, one.vectors))
+    every = dict.fromkeys(vectors for _, vectors in sorted(found))
+    return [Configuration(vectors, target.threads, ahead) for ahead in _AHEAD for vectors in every]
 
 
 def gemv(operands: Operands, result: Product, end: Any, name: str, target: Target, choice: Configuration) -> Code:
@@ -118,9 +87,9 @@ def gemv(operands: Operands, result: Product, end: Any, name: str, target: Targe
     rows = product(result.shape[:-1])
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        _Gemv(kernel, operands, result, end, outputs[0], choice).write()
+        Gemv(kernel, operands, result, end, outputs[0], choice).write()
 
-    return write_kernel(
+    code = write_kernel(
         RULE,
         fused_name(name, end),
         target,
@@ -137,6 +106,8 @@ def gemv(operands: Operands, result: Product, end: Any, name: str, target: Targe
         },
         flops=2 * rows * layout.n * layout.k + operations([end], target),
     )
+    tiled = target.amx and (not isinstance(rows, int) or rows >= FEWEST_ROWS)
+    return replace(code, function=code.function.with_attr(amx.USES_TILES, True)) if tiled else code
 
 
 def masks(target: Target, bits: int, book: bool) -> bool:
@@ -163,31 +134,47 @@ def _downs(part: Part, places: tuple[int, ...]) -> dict[int, tuple[int, int]]:
     return found
 
 
-class _Gemv:
+class Gemv:
     def __init__(
         self, kernel: Kernel, operands: Operands, result: Product, end: Any, output: Output, choice: Configuration
     ) -> None:
         self.kernel, self.operands, self.choice = kernel, operands, choice
         self.result, self.end, self.output = result, end, output
         self.layout, self.target, self.lanes = operands.layout, kernel.target, kernel.target.lanes
-        self.weight = kernel.words(operands.weight.storage, "uint32")
+        self.unpacking = Unpacking(kernel, operands)
+        self.groups = Groups(kernel, operands)
+        self.weight = self.unpacking.weight
         self.codes = kernel.words(operands.codes.storage, "uint32")
         self.row_count = product(result.shape[:-1])
         self.rows = kernel.size(self.row_count)
         self.masked = masks(self.target, self.layout.bits, operands.book is not None)
 
     def write(self) -> None:
-        """One row is a tile of its own, also where their number is known at run time."""
+        """Few rows are a tile of so many, also where their number is known at run time."""
         if isinstance(self.row_count, int):
-            self.write_shares(1 if self.row_count == 1 else _MANY_ROWS)
-        elif least(self.row_count) > 1:
-            self.write_shares(_MANY_ROWS)
+            if self.target.amx and self.row_count >= FEWEST_ROWS:
+                amx.require()
+                write_tiles(self)
+            else:
+                self.write_shares(min(self.row_count, _MANY_ROWS))
         else:
-            with T.If(self.rows > 1):
+            if self.target.amx:
+                amx.require()
+            fewest = least(self.row_count)
+            self.write_rows([rows for rows in (1, _FEW_ROWS) if fewest <= rows])
+
+    def write_rows(self, few: list[int]) -> None:
+        """A number of rows known at run time: the first of the tiles of `few` rows that holds all, else many."""
+        if few:
+            with T.If(self.rows > few[0]):
                 with T.Then():
-                    self.write_shares(_MANY_ROWS)
+                    self.write_rows(few[1:])
                 with T.Else():
-                    self.write_shares(1)
+                    self.write_shares(few[0])
+        elif self.target.amx:
+            write_tiles(self)
+        else:
+            self.write_shares(_MANY_ROWS)
 
     def write_shares(self, height: int) -> None:
         """Each thread passes over panels of its own, for all rows."""
@@ -209,17 +196,20 @@ class _Gemv:
 class _Tile:
     """Some rows of the results of one panel."""
 
-    def __init__(self, gemv_: _Gemv, height: int, first_row: Any, panel: Any) -> None:
+    def __init__(self, gemv_: Gemv, height: int, first_row: Any, panel: Any) -> None:
         self.gemv, self.kernel, self.layout, self.height = gemv_, gemv_.kernel, gemv_.layout, height
         self.first_row, self.panel = first_row, panel
         self.masked = gemv_.masked and height == 1
         self.places = _places(self.layout) if self.masked else (0,)
         self.totals = RegisterTile(self.kernel, Tile(height, self.layout.vectors))
-        self.sums = self.kernel.registers(height, self.layout.vectors, len(self.places), gemv_.lanes, dtype="int32")
-        whole = isinstance(gemv_.row_count, int) and gemv_.row_count % height == 0
+        taken = height * self.layout.vectors * len(self.places)
+        self.copies = max(1, min(_FREE_SUMS // taken, self.layout.steps))  # steps take turns
+        self.turn = 0
+        shape = (height, self.layout.vectors, self.copies * len(self.places), gemv_.lanes)
+        self.sums = self.kernel.registers(*shape, dtype="int32")
+        self.whole = height == 1 or (isinstance(gemv_.row_count, int) and gemv_.row_count % height == 0)
         self.row_numbers = [
-            T.bind(first_row + r if whole or height == 1 else tirx.min(first_row + r, gemv_.rows - 1))
-            for r in range(height)
+            T.bind(first_row + r if self.whole else tirx.min(first_row + r, gemv_.rows - 1)) for r in range(height)
         ]
 
     def write(self) -> None:
@@ -229,14 +219,14 @@ class _Tile:
         with kernel.serial(layout.groups) as group:
             at = T.bind(self.panel * layout.groups + group)
             self.zero()
-            self.tags = self.tags_of(T.bind(at * layout.outputs))
+            self.tags = gemv_.unpacking.tags(T.bind(at * layout.outputs))
             self.multiply(at * layout.steps, [row + group * (layout.depth // QUAD) for row in rows])
             self.add(group, T.bind(at * layout.outputs))
         self.totals.write(
             gemv_.result,
             gemv_.end,
             gemv_.output,
-            rows=self.height if self.height == 1 else T.bind(gemv_.rows - self.first_row),
+            rows=self.height if self.whole else T.bind(gemv_.rows - self.first_row),
             position=lambda r: self.first_row + r,
             first=T.bind(self.panel * layout.outputs),
             width=layout.n,
@@ -245,21 +235,9 @@ class _Tile:
     def zero(self) -> None:
         for r in range(self.height):
             for c in range(self.layout.vectors):
-                for place in range(len(self.places)):
+                for place in range(self.copies * len(self.places)):
                     with self.kernel.vectorized(self.gemv.lanes) as lane:
                         T.buffer_store(self.sums, tirx.const(0, "int32"), [r, c, place, lane])
-
-    def tags_of(self, start: Any) -> list[Any]:
-        """What the codes of each vector have above their bits: which codebook is theirs in this group."""
-        tag, lanes = self.gemv.operands.tag, self.gemv.lanes
-        if tag is None:
-            return []
-        flat = self.kernel.flat(tag.storage)
-        found = []
-        for c in range(self.layout.vectors):
-            tags = flat[tirx.Ramp(start + c * lanes, int64(1), lanes)].astype(f"uint32x{lanes}")
-            found.append(T.bind(tags * self.same(_EVERY << self.layout.bits)))
-        return found
 
     # Products ---------------------------------------------------------------------------------------------------------
     def multiply(self, first_step: Any, rows: list[Any]) -> None:
@@ -268,21 +246,22 @@ class _Tile:
         width = layout.step_vectors * self.gemv.lanes
         start = T.bind(first_step * width)
         rows = [T.bind(row) for row in rows]
-        written = max(1, min(layout.steps, _MOST_WRITTEN // layout.step_vectors))
+        written = min(layout.steps, max(1, _MOST_WRITTEN // layout.step_vectors // self.copies) * self.copies)
         whole = layout.steps // written
 
-        def step(number: Any) -> None:
+        def step(number: Any, turn: int) -> None:
+            self.turn = turn % self.copies * len(self.places)
             self.step(start + number * width, [row + number * layout.quads for row in rows])
 
         if whole == 1:
             for number in range(written):
-                step(int64(number))
+                step(int64(number), number)
         else:
             with kernel.serial(whole) as outer:
                 for number in range(written):
-                    step(outer * written + number)
+                    step(outer * written + number, number)
         for number in range(whole * written, layout.steps):
-            step(int64(number))
+            step(int64(number), number)
 
     def step(self, start: Any, rows: list[Any]) -> None:
         """One step of the panel, whose words begin at `start`."""
@@ -290,12 +269,12 @@ class _Tile:
         if self.masked:
             self.masked_step(start, rows[0])
             return
-        words = [self.word(start, number) for number in range(self.layout.step_vectors)]
+        words = [self.gemv.unpacking.word(start, number) for number in range(self.layout.step_vectors)]
         for quad in range(self.layout.quads):
             for c in range(self.layout.vectors):
-                value = self.value(words, self.layout.fields(quad, c), c)
+                value = self.gemv.unpacking.value(words, quad, c, self.tags)
                 for r, row in enumerate(rows):
-                    self.add_products(r, c, 0, value, row + quad)
+                    self.add_products(r, c, self.turn, value, row + quad)
 
     def masked_step(self, start: Any, row: Any) -> None:
         layout = self.layout
@@ -306,44 +285,14 @@ class _Tile:
                     fields.setdefault(field.vector, []).append((quad, c, field))
         downs = {part: _downs(part, self.places) for part in layout.parts}
         for number in sorted(fields):
-            shifted = {0: self.word(start, number)}
+            shifted = {0: self.gemv.unpacking.word(start, number)}
             for quad, c, field in fields[number]:
                 down, place = downs[field.part][field.position]
                 if down not in shifted:
-                    shifted[down] = T.bind(_down(shifted[0], down, self.gemv.lanes))
+                    shifted[down] = T.bind(shifted_down(shifted[0], down, self.gemv.lanes))
                 mask = (1 << field.part.bits) - 1 << field.position - down
-                value = shifted[down] & self.same(mask * _EVERY)
-                self.add_products(0, c, self.places.index(place), value, row + quad)
-
-    def word(self, start: Any, number: int) -> Any:
-        lanes = self.gemv.lanes
-        return T.bind(self.gemv.weight[tirx.Ramp(start + number * lanes, int64(1), lanes)])
-
-    def value(self, words: list[Any], fields: Iterable[Field], vector: int) -> Any:
-        """The codes of one quad, put together, and what they stand for."""
-        operands, lanes = self.gemv.operands, self.gemv.lanes
-        code = None
-        for field in fields:
-            part = _down(words[field.vector], field.position - field.part.place, lanes)
-            if field.part.bits < 8:
-                part = part & self.same(((1 << field.part.bits) - 1 << field.part.place) * _EVERY)
-            code = part if code is None else code | part
-        if operands.book is None:
-            return T.bind(code ^ self.same(0x80 * _EVERY) if operands.offset else code)
-        return T.bind(self.looked_up(code, vector))
-
-    def looked_up(self, code: Any, vector: int) -> Any:
-        gemv_, lanes = self.gemv, self.gemv.lanes
-        book = gemv_.operands.book
-        assert book is not None
-        code = code | self.tags[vector] if self.tags else code
-        table = gemv_.kernel.flat(book.storage)
-        address = tirx.address_of(table[int64(0)])
-        if int(book.shape[0]) == _TABLE:
-            return look_up_16(code, address, lanes)
-        codes = tirx.reinterpret(f"uint8x{4 * lanes}", code)
-        found = tirx.call_pure_extern(f"uint8x{4 * lanes}", f"graphopt_table_{4 * lanes}", codes, address)
-        return tirx.reinterpret(f"uint32x{lanes}", found)
+                value = shifted[down] & self.gemv.unpacking.same(mask * EVERY)
+                self.add_products(0, c, self.turn + self.places.index(place), value, row + quad)
 
     def add_products(self, row: int, vector: int, place: int, value: Any, word: Any) -> None:
         gemv_, lanes = self.gemv, self.gemv.lanes
@@ -357,49 +306,40 @@ class _Tile:
             total = multiply_low(gemv_.target, total, value, right)
         T.buffer_store(self.sums, total, [row, vector, place, whole])
 
-    def same(self, word: int) -> Any:
-        """A word in all lanes."""
-        return tirx.Broadcast(tirx.const(word, "uint32"), self.gemv.lanes)
-
     def prefetch(self, start: Any) -> None:
         """Touch the lines that lie as far ahead as was chosen, as many as this step reads."""
         gemv_ = self.gemv
         words = self.layout.step_vectors * gemv_.lanes
         for line in range(-(-words * 4 // _LINE)):
             address = tirx.address_of(gemv_.weight[start + (gemv_.choice.ahead + line * _LINE) // 4])
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 3, 1))
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
     # Groups -----------------------------------------------------------------------------------------------------------
     def add(self, group: Any, start: Any) -> None:
         """Add the finished sums of a group to the totals; `start`: where its scales begin in those of the weight."""
-        gemv_, operands, kernel = self.gemv, self.gemv.operands, self.kernel
-        scales, sums = (kernel.flat(view.storage) for view in (operands.scale, operands.sums))
-        steps = kernel.flat(operands.weight_scale.storage)
-        zero = operands.weight_zero
+        gemv_, totals = self.gemv, self.totals.values
+        self.prefetch_scales(start)
         for r, row in enumerate(self.row_numbers):
-            at = row * self.layout.groups + group
-            scale, total = T.bind(scales[at]), T.bind(sums[at])
-            sum_ = T.bind(total.astype("float32"))
+            of_row = gemv_.groups.row(row, group)
             for c in range(self.layout.vectors):
-                with kernel.vectorized(gemv_.lanes) as lane:
-                    whole = self.sums[r, c, 0, lane]
+                with self.kernel.vectorized(gemv_.lanes) as lane:
+                    whole = self.sum_of(r, c, 0, lane)
                     for number, place in enumerate(self.places[1:], 1):
-                        whole = whole + (self.sums[r, c, number, lane] >> tirx.const(place, "int32"))
-                    if operands.offset:
-                        whole = whole - total * tirx.const(operands.offset, "int32")
-                    number = whole.astype("float32")
-                    position = start + c * gemv_.lanes + lane
-                    if isinstance(zero, View):
-                        number = number - kernel.flat(zero.storage)[position].astype("float32") * sum_
-                    elif zero is not None:
-                        number = number - tirx.const(zero, "float32") * sum_
-                    factor = steps[position].astype("float32") * scale
-                    T.buffer_store(self.totals.values, self.totals.values[r, c, lane] + number * factor, [r, c, lane])
+                        whole = whole + (self.sum_of(r, c, number, lane) >> tirx.const(place, "int32"))
+                    number = gemv_.groups.number(of_row, whole, start + c * gemv_.lanes + lane)
+                    T.buffer_store(totals, totals[r, c, lane] + number, [r, c, lane])
 
+    def prefetch_scales(self, start: Any) -> None:
+        """Touch those of a group some groups ahead."""
+        for view in (self.gemv.operands.weight_scale, self.gemv.operands.weight_zero):
+            if isinstance(view, View):
+                flat, each = self.kernel.flat(view.storage), np.dtype(view.dtype).itemsize
+                outputs = self.layout.outputs
+                for line in range(-(-outputs * each // _LINE)):
+                    place = start + _GROUPS_AHEAD * outputs + line * _LINE // each
+                    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(flat[place]), 0, 3, 1))
 
-def _down(word: Any, count: int, lanes: int) -> Any:
-    """Shifted down, or up by a negative count."""
-    if count == 0:
-        return word
-    by = tirx.Broadcast(tirx.const(abs(count), "uint32"), lanes)
-    return word >> by if count > 0 else word << by
+    def sum_of(self, row: int, vector: int, place: int, lane: Any) -> Any:
+        """One sum of a group, of those that steps took turns to add to."""
+        parts = [self.sums[row, vector, copy * len(self.places) + place, lane] for copy in range(self.copies)]
+        return sum(parts[1:], parts[0])

@@ -43,7 +43,7 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
             if sink.error is not None:
                 raise sink.error
 
-    _write_whole(Path(path), ".pt2", write)
+    write_whole(Path(path), ".pt2", write)
 
 
 class _Sink(io.RawIOBase):
@@ -93,14 +93,16 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
         else:
             target.write_bytes(model.SerializeToString(deterministic=True))
 
-    _write_whole(Path(path), ".onnx", write)
+    write_whole(Path(path), ".onnx", write)
 
 
 def _onnx_model(program: Program) -> Any:
-    from graphopt.capture.onnx import write_gating, write_quantization, write_recurrent
+    from graphopt.capture.onnx import write_gating, write_low_bit, write_quantization, write_recurrent
+    from graphopt.capture.onnx.explicit_quantization import explicit
 
-    tables = (write_quantization.TRANSLATIONS, write_recurrent.TRANSLATIONS, write_gating.TRANSLATIONS)
-    translations = {target: write for table in tables for target, write in table.items()}
+    program = explicit(program)
+    modules = (write_quantization, write_recurrent, write_gating, write_low_bit)
+    translations = {target: write for module in modules for target, write in module.TRANSLATIONS.items()}
     for node in (node for _, module in program.graphs() for node in module.graph.nodes):
         if getattr(node.target, "namespace", "") == "graphopt" and node.target not in translations:
             raise UsageError(
@@ -131,6 +133,7 @@ def _onnx_model(program: Program) -> Any:
     write_bound(model, program)
     write_exits(model, program.exits)
     _merge_matrices(model.graph)
+    write_low_bit.pack_weights(model.graph)
     _name_outputs(model.graph, [spec.name for spec in program.outputs])
     _name_sizes(model, program)
     return model
@@ -138,13 +141,14 @@ def _onnx_model(program: Program) -> Any:
 
 def _opset(program: Program) -> int | None:
     """None: the exporter's own choice, which has neither bfloat16 convolutions and pools nor codes in blocks."""
-    from graphopt.capture.onnx import write_quantization
+    from graphopt.capture.onnx import write_low_bit, write_quantization
 
     for _, module in program.graphs():
         for node in module.graph.nodes:
             if any(getattr(value, "dtype", None) is torch.bfloat16 for value in tree_leaves(node.meta.get("val"))):
                 return _BFLOAT16_OPSET
-    return write_quantization.OPSET if write_quantization.has_codes(program) else None
+    coded = write_quantization.TRANSLATIONS.keys() | write_low_bit.TRANSLATIONS.keys()
+    return write_quantization.OPSET if any(node.target in coded for node in program.nodes()) else None
 
 
 def _merge_matrices(graph: Any) -> None:
@@ -224,7 +228,7 @@ def _name_sizes(model: Any, program: Program) -> None:
                     dimension.dim_param = size
 
 
-def _write_whole(path: Path, suffix: str, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, suffix: str, write: Callable[[Path], None]) -> None:
     """Write into a folder beside `path`, then move the files into place: readers see all of it or nothing."""
     if path.suffix != suffix:
         raise UsageError(f"{path} must end in {suffix}")

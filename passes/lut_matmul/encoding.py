@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,8 @@ from graphopt.passes.quantize.scaling import Rows
 from graphopt.program import Program
 
 Quantizer = Literal["nearest", "mse", "awq", "gptq"]
-HESSIAN_BYTES = 1 << 30  # of all that are summed in one pass over the data
+JUDGED = 8  # samples whose rows tell signal from noise
+HESSIAN_BYTES = 1 << 30  # that are held at once, each part summed in a pass over the data
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,27 @@ class Form:
 class Inputs:
     """What layers read: some rows of it, and for GPTQ the sums of its products, by the name of the value."""
 
-    def __init__(self, program: Program, samples: Iterable[Sample], sources: Mapping[str, str], hessians: bool) -> None:
-        """`sources` are the values' names by layer."""
+    def __init__(self, program: Program, samples: Iterable[Sample], sources: Mapping[str, str]) -> None:
+        """`sources` are the values' names by layer, in order of execution; samples may be read again."""
+        self.program = program
+        self.samples = samples
         self.sources = sources
         self.rows = {name: Rows() for name in sources.values()}
         self.hessians: dict[str, Hessian] = {}
-        observe(program, {name: [item] for name, item in self.rows.items()}, samples)
-        if not hessians:
-            return
-        for names in self._parts():
-            seen = {name: Hessian() for name in names}
-            accumulators: Mapping[str, Sequence[Accumulator]] = {name: [item] for name, item in seen.items()}
-            observe(program, accumulators, samples)
-            self.hessians |= seen
+        observe(program, {name: [item] for name, item in self.rows.items()}, islice(samples, JUDGED))
+
+    def hessian(self, layer: str) -> Tensor | None:
+        """Of what a layer reads, summed together with those that follow it, as far as memory allows; None unreached."""
+        name = self.sources[layer]
+        if name not in self.hessians:
+            part = next(part for part in self._parts() if name in part)
+            self.hessians = {item: Hessian() for item in part}
+            accumulators: Mapping[str, Sequence[Accumulator]] = {item: [seen] for item, seen in self.hessians.items()}
+            observe(self.program, accumulators, self.samples)
+        return self.hessians[name].result()
 
     def _parts(self) -> Iterable[list[str]]:
-        """Values whose Hessians fit into memory together."""
+        """Values whose Hessians fit into HESSIAN_BYTES together."""
         part: list[str] = []
         taken = 0
         for name, rows in self.rows.items():
@@ -94,10 +101,6 @@ class Inputs:
             taken += size
         if part:
             yield part
-
-    def hessian(self, layer: str) -> Tensor | None:
-        found = self.hessians.get(self.sources[layer])
-        return None if found is None else found.result()
 
     def decibels(self, layer: str, weight: Tensor, coded: LowBitWeight) -> float | None:
         """Signal to noise of the layer's result on the rows seen; None where none are, or all are zero."""

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from graphopt.contract import PassContext
 from graphopt.edit import Edit, GraphEditor
-from graphopt.low_bit.spelling import TURNS, Unread, is_spelled, read
+from graphopt.low_bit.spelling import DEQUANTIZE, TURNS, Unread, is_spelled, read
 from graphopt.low_bit.weight import LowBitWeight
 from graphopt.matcher import argument
 from graphopt.passes.merge_linears import count_readers
@@ -106,7 +106,7 @@ def find_layer(editor: GraphEditor, node: Node, least: int) -> Layer:
     x, weight = argument(node, names.input), argument(node, names.weight)
     if editor.constant_value(x) is not None:
         raise Refused("it multiplies a constant from the left")
-    if is_dequantized(x):
+    if is_dequantized(x) and not _is_built(x):
         raise Refused("its input is quantized: qdq-fusion serves 8-bit codes of both operands")
     if x.meta["val"].dtype != torch.float32:
         raise Refused(f"its input is {x.meta['val'].dtype}, where kernels for low-bit weights take float32")
@@ -126,6 +126,14 @@ def find_layer(editor: GraphEditor, node: Node, least: int) -> Layer:
         return Layer(node, x, bias, low=read(weight, editor.constant_value, names.inputs))
     except Unread as unread:
         raise Refused(str(unread)) from unread
+
+
+def _is_built(x: Node) -> bool:
+    """Whether x is int8 codes in groups of its last axis, as an ONNX file has what `lut_build` gives."""
+    if x.target is not DEQUANTIZE or argument(x, "zero_point") is not None or not argument(x, "block"):
+        return False
+    codes = x.args[0].meta["val"]  # type: ignore[union-attr]
+    return bool(codes.dtype == torch.int8 and argument(x, "axis") == codes.dim() - 1)
 
 
 def _held(editor: GraphEditor, node: Node) -> Tensor | None:

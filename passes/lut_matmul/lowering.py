@@ -10,6 +10,9 @@ options: `dequantize` and `dequantize_lookup` of constants, as `quantize{weights
 DequantizeLinear of ONNX files. Activations become int8 with a scale for each group of each row, once for all that read
 them; sums within a group are exact.
 
+With `size-budget` every layer gets its own number of bits: the layers that mind it least get fewest, until all weights
+take that share of their float32 bytes.
+
 Calibration inputs, for `awq` and `gptq`, are those of the program as it is, on the data for fitting or, without data,
 the examples.
 """
@@ -21,11 +24,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graphopt.contract import Pass, PassContext, PassResult
-from graphopt.data.dataset import Sample
+from graphopt.data.dataset import Sample, View
 from graphopt.errors import UsageError
 from graphopt.low_bit.grids import Grid, Kind
 from graphopt.low_bit.weight import LEAST_GROUP, LowBitWeight
 from graphopt.passes.lut_matmul.account import describe
+from graphopt.passes.lut_matmul.budget import FEWEST, bits_within
 from graphopt.passes.lut_matmul.encoding import Encoder, Encoding, Form, Inputs, Quantizer
 from graphopt.passes.lut_matmul.layers import TARGETS, find_layers
 from graphopt.passes.lut_matmul.writing import write
@@ -35,6 +39,7 @@ from graphopt.passes.quantize.scaling import Scaling
 from graphopt.program import Program
 
 _OWN_BITS: Mapping[Kind, int] = {"ternary": 2, "sign": 1}
+_ANY_BITS = ("affine", "odd")
 _CODEBOOKS = ("nf4", "fp4")
 
 
@@ -53,6 +58,7 @@ class LutMatmul(Pass):
     min_size: int = 4096
     activation_order: bool = False
     ignored: tuple[str, ...] = ()
+    size_budget: float | None = None
 
     def __post_init__(self) -> None:
         Grid(self.grid, self._bits())
@@ -66,6 +72,16 @@ class LutMatmul(Pass):
             )
         if self.table == "int8" and self.group_size % 4:
             raise UsageError("table=int8 sums four activations; give a group-size that is a multiple of 4")
+        if self.size_budget is not None:
+            self._check_budget(self.size_budget)
+
+    def _check_budget(self, share: float) -> None:
+        if share <= 0:
+            raise UsageError(f"size-budget={share:g} must be over 0")
+        if self.grid not in _ANY_BITS or self._bits() <= FEWEST:
+            raise UsageError(
+                f"size-budget chooses bits from {FEWEST} up to bits; give grid=affine or odd, and more bits"
+            )
 
     def _bits(self) -> int:
         return _OWN_BITS.get(self.grid, 4) if self.bits is None else self.bits
@@ -74,7 +90,7 @@ class LutMatmul(Pass):
         return frozenset(TARGETS)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        samples, notes = self._samples(program, context)
+        samples, choosing, notes = self._samples(program, context)
         encoding = Encoding(self.grid, self.group_size, self.quantizer, self.activation_order)
         folded = PassResult(program)
         if self.quantizer == "awq":
@@ -83,21 +99,35 @@ class LutMatmul(Pass):
         now = folded.program
         left = {name: f"ignored={entry} names it" for name, entry in ignored_nodes(now, self.ignored).items()}
         found = find_layers(now, self.min_size, left)
-        sources = {name: found.sources[name] for name, layer in found.layers.items() if layer.held is not None}
-        inputs = Inputs(now, samples, sources, self.quantizer == "gptq")
+        floats = {name: layer for name, layer in found.layers.items() if layer.held is not None}
+        inputs = Inputs(now, samples, {name: found.sources[name] for name in floats})
         encoder = Encoder(encoding, inputs)
+        bits = dict.fromkeys(floats, self._bits())
+        if self.size_budget is not None and choosing is not None:
+
+            def write_alone(weights: Mapping[str, LowBitWeight]) -> Program:
+                return write(now, found, weights, self.table, self.kernel, PassContext()).program
+
+            bits, note = bits_within(self.size_budget, self._bits(), floats, encoder, write_alone, choosing, context)
+            notes.append(note)
         weights: dict[str, LowBitWeight] = {}
         for number, (name, layer) in enumerate(found.layers.items()):
             context.progress("lut-matmul: weights", number, len(found.layers))
-            weights[name] = layer.low or encoder.encode(name, layer, self._bits())
+            weights[name] = layer.low or encoder.encode(name, layer, bits[name])
         written = write(now, found, weights, self.table, self.kernel, context)
         notes += describe(written, found, weights, inputs)
         return joined(program, folded, written, notes, ())
 
-    def _samples(self, program: Program, context: PassContext) -> tuple[Iterable[Sample], list[str]]:
+    def _samples(self, program: Program, context: PassContext) -> tuple[Iterable[Sample], View | None, list[str]]:
+        """What inputs of layers are taken from, what bits are chosen by, and notes."""
         if context.data is not None:
-            return context.data.fit, []
+            if self.size_budget is None:
+                return context.data.fit, None, []
+            parts = context.data.for_fitting()
+            return parts.fit, parts.held_out, []
+        if self.size_budget is not None:
+            raise UsageError("size-budget is judged on data; give data")
         note = (
             "there is no data: inputs of layers are those of the examples alone; give data of the kind that will come"
         )
-        return [Sample(tuple(program.examples))], [note] if self.quantizer in ("awq", "gptq") else []
+        return [Sample(tuple(program.examples))], None, [note] if self.quantizer in ("awq", "gptq") else []

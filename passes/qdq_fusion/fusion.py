@@ -11,15 +11,16 @@ number before rounding lies within float32's error of a half; moves, pairs and t
 Signed codes of activations become unsigned ones, exactly: the products of x86 take them so.
 
 Softmax and norms over the last axis stay between dequantize and quantize, which one kernel computes with them. What
-else is left of quantize and dequantize is listed with its reason. `fail_on_fallback` makes it an error where the
-operator beside a conversion should compute with codes and does not.
+else is left of quantize and dequantize is listed with its reason. With `keep_if_faster` codes stay only where `gate`
+measures them to be faster than float32. `fail_on_fallback` makes it an error where the operator beside a conversion
+should compute with codes and does not.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Node
@@ -40,6 +41,7 @@ from graphopt.passes.qdq_fusion.elements import (
     move,
     quantize_early,
 )
+from graphopt.passes.qdq_fusion.gate import gated, take_out_all
 from graphopt.passes.qdq_fusion.orders import fuse_extreme, fuse_position
 from graphopt.passes.qdq_fusion.products import PRODUCTS, Refused, Weight, fuse_product
 from graphopt.passes.qdq_fusion.sums import fuse_average_pool, fuse_sum
@@ -123,17 +125,21 @@ class QDQFusion(Pass):
 
     name = "qdq-fusion"
     preserves = "quantized"
+    measured = False  # numbers that say what they round are no rival of codes: `gate` races regions against float32
     fail_on_fallback: bool = False
 
     def starts_at(self) -> frozenset[Any]:
         return frozenset({QUANTIZE, DEQUANTIZE, *PRODUCTS})
 
     def run(self, program: Program, context: PassContext) -> PassResult:
+        gate = None if context.race is None else gated(program, _fused, context.race, context)
         edit = Edit(program, context, self.name)
         constants, weights = Constants(), dict[Any, Weight]()
         left: list[Survivor] = []
         whole: list[Node] = []
         for editor in edit.graphs():
+            if gate is not None and not editor.path:
+                take_out_all(editor, gate.floats, f"{self.name}/float32")
             fusing = _Fusing(editor, self.name, constants, weights)
             fusing.sweep(fusing.quantize_early)
             fusing.sweep(fusing.prepare)
@@ -153,7 +159,14 @@ class QDQFusion(Pass):
                 f"{self.name}: {len(fallbacks)} conversions are left at operators that are computed in float32, the "
                 f"first at {first.node.name}: {first.reason}"
             )
-        return edit.finish()
+        if gate is None:
+            return edit.finish()
+        edit.notes.extend(gate.notes)
+        return replace(edit.finish(), regions=gate.regions)
+
+
+def _fused(program: Program) -> Program:
+    return QDQFusion().run(program, PassContext()).program
 
 
 def _between(whole: list[Node]) -> str:

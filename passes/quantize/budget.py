@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -36,6 +37,33 @@ class Stored:
     narrow: int | None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a weight: its bytes, and the noise at the outputs where it alone is stored so."""
+
+    bytes: int
+    noise: float
+
+
+def least_noise(choices: Mapping[str, Sequence[Choice]], most: float) -> dict[str, int]:
+    """Which of its choices, widest first, each weight takes: narrowed step by step, least noise a saved byte first.
+
+    Ends when all together take `most` bytes, or when nothing is left to narrow.
+    """
+    chosen = dict.fromkeys(choices, 0)
+    taken = sum(items[0].bytes for items in choices.values())
+
+    def price(name: str) -> float:
+        now, then = choices[name][chosen[name] : chosen[name] + 2]
+        return (then.noise - now.noise) / (now.bytes - then.bytes)
+
+    while taken > most and (left := [name for name in choices if chosen[name] + 1 < len(choices[name])]):
+        name = min(left, key=price)
+        taken -= choices[name][chosen[name]].bytes - choices[name][chosen[name] + 1].bytes
+        chosen[name] += 1
+    return chosen
+
+
 def for_bytes(scheme: Scheme, share: float, narrow: WeightForm, samples: View, context: PassContext) -> Budgeted:
     """Layers in `narrow` codes, least noise a saved byte first, until all weights take `share` of their float32 bytes.
 
@@ -56,13 +84,13 @@ def for_bytes(scheme: Scheme, share: float, narrow: WeightForm, samples: View, c
     narrowed = replace(scheme, forms=dict.fromkeys(names, narrow))
     noises = noise_alone(narrowed, names, samples, context)
     own = noise_alone(scheme, names, samples, context)
-    price = {name: (noises[name] - own[name]) / (stored[name].wide - (stored[name].narrow or 0)) for name in names}
-    forms: dict[str, WeightForm] = {}
-    for name in sorted(names, key=price.__getitem__):
-        if taken <= share * whole:
-            break
-        forms[name] = narrow
-        taken -= stored[name].wide - (stored[name].narrow or 0)
+    choices = {
+        name: (Choice(stored[name].wide, own[name]), Choice(stored[name].narrow or 0, noises[name])) for name in names
+    }
+    rest = taken - sum(stored[name].wide for name in names)
+    chosen = least_noise(choices, share * whole - rest)
+    forms = {name: narrow for name in noises if chosen[name]}
+    taken -= sum(stored[name].wide - (stored[name].narrow or 0) for name in forms)
     note = (
         f"size-budget={share:g} is met: weights take {taken / whole:.3g} of their float32 bytes with {len(forms)} of "
         f"{len(stored)} layers in {narrow.kind}: {', '.join(forms)}"

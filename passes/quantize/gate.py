@@ -8,20 +8,18 @@ form are measured once. What remains is raced as a whole against the whole float
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from graphopt.contract import PassContext, Region
-from graphopt.extract import extract
-from graphopt.interpreter import ProgramInterpreter
 from graphopt.passes.qdq_fusion import QDQFusion
 from graphopt.passes.quantize.placement import MOVES, Placement
 from graphopt.passes.quantize.scheme import Scheme
+from graphopt.passes.region_race import Pair, alone, race_pairs
 from graphopt.program import Program
 
 if TYPE_CHECKING:
@@ -38,10 +36,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Gated:
-    """The scheme without the regions that are not faster, and what was measured, the whole program last."""
+    """The scheme without the regions that are not faster, what was measured, the whole program last, and remarks."""
 
     scheme: Scheme
     regions: tuple[Region, ...]
+    notes: tuple[str, ...]
 
 
 def gated(scheme: Scheme, race: Race, context: PassContext) -> Gated:
@@ -50,18 +49,15 @@ def gated(scheme: Scheme, race: Race, context: PassContext) -> Gated:
     Raises what `race` does: CompileError where a program has no lowering, UsageError where nothing can be measured.
     """
     found = find_regions(scheme)
-    outcomes: dict[Hashable, Outcome] = {}
-    floats = dict(scheme.floats)
-    raced = []
-    for number, part in enumerate(found):
-        context.progress("quantize: measuring regions", number, len(found))
-        before = _alone(scheme.program, part)
-        after = in_codes(replace(scheme, program=before))
-        key = _form(before), _form(after)
-        if key not in outcomes:
-            outcomes[key] = race(before, after)
-        raced.append(_told(part.coded, outcomes[key]))
-        if not outcomes[key].faster:
+    before = [alone(scheme.program, part.nodes) for part in found]
+    pairs = [Pair(program, in_codes(replace(scheme, program=program))) for program in before]
+    outcomes = race_pairs(
+        scheme.program, pairs, race, lambda done, count: context.progress("quantize: measuring regions", done, count)
+    )
+    floats, raced = dict(scheme.floats), []
+    for part, outcome in zip(found, outcomes, strict=True):
+        raced.append(_told(part.coded, outcome))
+        if not outcome.faster:
             floats |= {node.name: "its region is not measured to be faster in codes" for node in part.coded}
     kept = replace(scheme, floats=floats)
     if left := find_regions(kept):
@@ -72,7 +68,19 @@ def gated(scheme: Scheme, race: Race, context: PassContext) -> Gated:
                 node.name: "the program is not measured to be faster in codes" for part in left for node in part.coded
             }
             kept = replace(kept, floats={**floats, **names})
-    return Gated(kept, tuple(raced))
+    return Gated(kept, tuple(raced), _not_raced(scheme))
+
+
+def _not_raced(scheme: Scheme) -> tuple[str, ...]:
+    """A remark on layers in branches, whose inputs the examples need not bring."""
+    placements, name = scheme.survey()
+    inside = [name(node) for placement in placements[1:] for node in placement.layers]
+    if not inside:
+        return ()
+    return (
+        f"{len(inside)} operators in branches of torch.cond stay in codes unmeasured, {inside[0]} the first: the "
+        "examples may not enter a branch; name them in `ignored` to keep them float32",
+    )
 
 
 def _told(nodes: Iterable[Node], outcome: Outcome) -> Region:
@@ -135,45 +143,3 @@ def _passed(node: Node) -> Node | None:
 
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _alone(program: Program, region: Part) -> Program:
-    """The region's float32 form, with what the examples of the program bring it as examples."""
-    read = {item for node in region.nodes for item in node.all_input_nodes if item not in region.nodes}
-    cut = [node for node in program.graph_module.graph.nodes if node in read and _is_computed(node)]
-    outputs = {
-        node.name: node
-        for node in program.graph_module.graph.nodes
-        if node in region.nodes and any(user not in region.nodes for user in node.users)
-    }
-    part = extract(program, cut, outputs)
-    names = [node.name for node in part.graph_module.graph.find_nodes(op="placeholder")]
-    values: dict[str, Any] = {}
-
-    def see(name: str, value: Any) -> None:
-        if name in names:
-            values[name] = value
-
-    with torch.no_grad():
-        ProgramInterpreter(program.graph_module, see=see).run(
-            *program.examples, *(item.initial for item in program.state)
-        )
-    return replace(part, examples=tuple(values[name].contiguous() for name in names))
-
-
-def _is_computed(node: Node) -> bool:
-    return node.op != "get_attr" and _is_tensor(node)
-
-
-def _form(program: Program) -> Hashable:
-    """Equal for programs that differ in names and in the numbers of their weights only."""
-    nodes = list(program.graph_module.graph.nodes)
-    number = {node: place for place, node in enumerate(nodes)}
-
-    def spelled(node: Node) -> str:
-        value = node.meta.get("val")
-        shape = (value.dtype, tuple(map(str, value.shape))) if isinstance(value, torch.Tensor) else None
-        args = map_arg((node.args, dict(node.kwargs)), lambda item: f"%{number[item]}")
-        return f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {shape}"
-
-    return tuple(map(spelled, nodes)), tuple(tuple(value.shape) for value in program.examples)

@@ -130,6 +130,7 @@ class Quantize(Pass):
         if context.race is not None:
             raced = gated(scheme, context.race, context)
             scheme, regions = raced.scheme, raced.regions
+            notes += raced.notes
         if self.bias_correction:
             scheme = replace(scheme, biases=corrected_biases(scheme, fit))
         if any(node.target is _BATCH_NORM for node in program.nodes()):

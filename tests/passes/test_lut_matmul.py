@@ -198,6 +198,15 @@ def test_gptq_learns_from_the_data_and_gathers_once() -> None:
     assert lost["gptq"] < 0.5 * lost["nearest"] and lost["gptq,activation-order=true"] < 0.5 * lost["nearest"], lost
 
 
+def test_hessians_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, each in a pass over the data of its own."""
+    program = attention()
+    whole = run(program, quantizer="gptq", bits=2)
+    monkeypatch.setattr("graphopt.passes.lut_matmul.encoding.HESSIAN_BYTES", 1)
+    parts = run(program, quantizer="gptq", bits=2)
+    assert torch.equal(whole(*program.examples)[0], parts(*program.examples)[0])
+
+
 def test_awq_scales_channels_and_folds() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96))
@@ -210,6 +219,34 @@ def test_awq_scales_channels_and_folds() -> None:
         losses.append(noise(result.program(*program.examples)[0], program(*program.examples)[0]))
     assert losses[1] < 0.9 * losses[0]
     assert any("inputs of layers are those of the examples" in note for note in result.report.passes[-1].notes)
+
+
+class Uneven(nn.Module):
+    """Three products of one value, of which the first decides the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.much, self.some, self.little = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * self.much(x) + self.some(x) + 0.01 * self.little(x)
+
+
+def test_a_budget_gives_bits_to_the_layers_that_need_them() -> None:
+    torch.manual_seed(0)
+    feeds = [{"x": torch.randn(8, 64)} for _ in range(20)]
+    program = captured(Uneven().eval(), feeds[0]["x"])
+    share = (3 * 64 * 64 / 2 - 2 * 64 * 64 / 8 + 3 * 8 * 128) / (
+        3 * 64 * 64 * 4
+    )  # two bits fewer in one, or one in two
+    result = graphopt.optimize(program, f"lut-matmul{{group-size=32,size-budget={share}}}", data=feeds)
+    bits = {node.args[8] for node in calls(result.program, ops.wq_gemm.default)}
+    (note,) = [note for note in result.report.passes[-1].notes if "bits by layer" in note]
+    assert "linear 4, linear_1 4, linear_2 2" in note and bits == {2, 4}
+    with pytest.raises(UsageError, match=r"size-budget=0.01 cannot be met: in 2 bits weights take 0.125"):
+        graphopt.optimize(program, "lut-matmul{group-size=32,size-budget=0.01}", data=feeds)
+    with pytest.raises(UsageError, match="size-budget is judged on data"):
+        graphopt.optimize(program, "lut-matmul{size-budget=0.1}")
 
 
 def test_the_report_counts_bits_and_bytes() -> None:
@@ -227,6 +264,8 @@ def test_the_report_counts_bits_and_bytes() -> None:
         ({"group_size": 8}, "group-size=8 must be 16 or more"),
         ({"activation_order": True}, "activation-order is of quantizer=gptq"),
         ({"grid": "nf4", "table": "int8"}, "grid=nf4 has a codebook"),
+        ({"grid": "nf4", "size_budget": 0.1}, "give grid=affine or odd"),
+        ({"bits": 2, "size_budget": 0.1}, "and more bits"),
         ({"group_size": 18, "table": "int8"}, "multiple of 4"),
     ],
 )
@@ -242,3 +281,25 @@ def test_every_grid_survives_a_file(grid: Any, tmp_path: Any) -> None:
     again = graphopt.capture(str(tmp_path / "low.pt2"))
     assert torch.equal(again(*program.examples)[0], program(*program.examples)[0])
     assert targets(again) == targets(program)
+
+
+@pytest.mark.slow
+def test_sentences_keep_their_embeddings_best_with_gptq() -> None:
+    """`low_bit_quality` in three bits: 0.827 by rounding to the nearest, 0.955 with GPTQ."""
+    from graphopt.tools.benchmarking.folding_cases import minilm
+    from graphopt.tools.benchmarking.low_bit_quality import quality
+
+    specs = ["lut-matmul{bits=3}", "lut-matmul{bits=3,quantizer=gptq}"]
+    nearest, gptq = (figures["cosine"] for _, _, figures in quality(minilm(), specs))
+    assert 0.75 < nearest < 0.9 and gptq > 0.94
+
+
+@pytest.mark.parametrize("rows", [3, 9, None])
+def test_what_it_makes_compiles(rows: int | None, tmp_path: Any) -> None:
+    """q, k, v and the projection in three bits, with few rows, many and an open number."""
+    program = run(attention(rows), bits=3, group_size=32)
+    graphopt.compile(program, database=None).save(str(tmp_path / "low.gopt"))
+    session = graphopt.load(str(tmp_path / "low.gopt"))
+    x = program.examples[0]
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), program(x)[0], rtol=1e-4, atol=1e-4)

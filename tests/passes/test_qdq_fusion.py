@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.fx import Node
 
 import graphopt
 from graphopt.contract import PassContext, PassResult
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError
 from graphopt.passes.qdq_fusion import QDQFusion
 from graphopt.program import Program
 
@@ -99,13 +98,6 @@ def test_linear_with_bias_activation_and_quantize(x: Tensor) -> None:
     assert names(after) == ["graphopt.quantize", "graphopt.qlinear"]
     assert [d.reason for d in result.declined] == ["the program's input is numbers"]
     assert "0 at a fallback" in result.notes[-1]
-
-
-def test_operators_on_codes_are_not_written_to_onnx(x: Tensor, tmp_path: Path) -> None:
-    _, after, _ = fused(Quantized(lambda m, x: m.q(F.linear(m.qd(x), m.w()), "fine"), **weights(16, 24)), x)
-    with pytest.raises(UsageError, match=r"qlinear.*save a \.pt2, or write the \.onnx before the pass"):
-        after.to_onnx(str(tmp_path / "m.onnx"))
-    assert not list(tmp_path.iterdir())
 
 
 def test_clip_residual_and_numbers(x: Tensor) -> None:

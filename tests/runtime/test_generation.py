@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 import graphopt
 from graphopt import FeedError, InferenceSession, UsageError
 from graphopt.runtime.generation import Decoder
 from graphopt.runtime.sampling import Sampling
-from graphopt.tools.benchmarking.llama import Layer, Llama, Shape, capture_decoder, entries_of
+from graphopt.tools.benchmarking.llama import Llama, Shape, capture_decoder, entries_of
+from tests.decoders import recomputed
 
 SHAPE = Shape(layers=2, width=64, heads=4, groups=2, hidden=96, vocabulary=40, length=32)
 PROMPT = [7, 1, 30, 30, 5]
@@ -42,33 +41,6 @@ def session(path: Path) -> InferenceSession:
     return InferenceSession(path)
 
 
-def recomputed(module: Llama, ids: Sequence[int]) -> Tensor:
-    """logits [tokens, V] of the whole sequence by other means: no cache, complex rotations, repeated heads."""
-    x = module.embedding(torch.tensor([ids]))
-    rates = 10000.0 ** (-torch.arange(0, SHAPE.depth, 2) / SHAPE.depth)
-    turn = torch.polar(torch.ones(len(ids), SHAPE.depth // 2), torch.arange(len(ids))[:, None] * rates)
-
-    def rotate(y: Tensor) -> Tensor:
-        left, right = y.chunk(2, -1)
-        return torch.cat(torch.view_as_real(torch.complex(left, right) * turn).unbind(-1), -1)
-
-    for layer in module.layers:
-        assert isinstance(layer, Layer)
-        attention = layer.attention
-        h = layer.attention_norm(x)
-        q, k, v = (
-            made(h).unflatten(-1, (-1, SHAPE.depth)).transpose(1, 2)
-            for made in (attention.query, attention.key, attention.value)
-        )
-        k, v = (y.repeat_interleave(SHAPE.heads // SHAPE.groups, 1) for y in (rotate(k), v))
-        found = functional.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
-        x = x + attention.output(found.transpose(1, 2).flatten(2))
-        h = layer.hidden_norm(x)
-        x = x + layer.down(functional.silu(layer.gate(h)) * layer.up(h))
-    logits: Tensor = module.head(module.norm(x))[0]
-    return logits
-
-
 def run(session: InferenceSession, entry: str, ids: Sequence[int], first: int) -> np.ndarray:
     feed = {
         "input_ids": np.array([ids]),
@@ -82,7 +54,7 @@ def test_generation_is_recomputation_of_all_tokens(module: Llama, session: Infer
     ids = list(PROMPT)
     with torch.no_grad():
         for _ in range(24):
-            ids.append(int(recomputed(module, ids)[-1].argmax()))
+            ids.append(int(recomputed(module, torch.tensor([ids]))[0, -1].argmax()))
     assert len(set(ids)) > 8, "a sequence that repeats itself shows nothing"
     assert list(session.generate(PROMPT, 24)) == ids[len(PROMPT) :]
 
@@ -90,7 +62,7 @@ def test_generation_is_recomputation_of_all_tokens(module: Llama, session: Infer
 def test_prefill_and_steps_give_the_same_logits(module: Llama, session: InferenceSession) -> None:
     ids = [*PROMPT, *range(20)]
     with torch.no_grad():
-        expected = recomputed(module, ids).numpy()
+        expected = recomputed(module, torch.tensor([ids]))[0].numpy()
     steps = np.concatenate([run(session, "step", [token], n) for n, token in enumerate(ids)])
     session.reset()
     parts = np.concatenate([run(session, "prefill", ids[:11], 0), run(session, "prefill", ids[11:], 11)])

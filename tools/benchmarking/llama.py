@@ -103,17 +103,28 @@ class Llama(nn.Module):
 
     def __init__(self, shape: Shape, last: bool = True) -> None:
         super().__init__()
-        self.last = last
+        self.shape, self.last = shape, last
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=1e-6)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         if shape.tied:
             self.head.weight = self.embedding.weight
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(shape.length, shape.depth // 2))
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """An empty cache, and the cosines and sines that positions turn by."""
+        shape = self.shape
         rates = shape.rotary_base ** (-torch.arange(0, shape.depth, 2) / shape.depth)
         angles = torch.arange(shape.length)[:, None] * rates
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.attention.keys.zero_()
+            layer.attention.values.zero_()
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         turn = self.cos[positions], self.sin[positions]

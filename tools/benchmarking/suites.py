@@ -70,7 +70,7 @@ def check_needed(arguments: argparse.Namespace) -> None:
 
         if arguments.suite in ("e2e", "int8"):
             import transformers  # noqa: F401
-        if arguments.suite == "int8":
+        if arguments.suite in ("int8", "gemv", "decode"):
             import onnxruntime  # noqa: F401
         if arguments.chart is not None:
             check_suffix(arguments.chart, (CHART,))
@@ -167,6 +167,24 @@ def quantization_suite(arguments: argparse.Namespace, settings: Settings) -> Sui
     return networks_suite(partial(quantization.run_quantization, cases, settings), quantization, draw_quantization)
 
 
+def gemv_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import gemv
+    from graphopt.tools.benchmarking.gemv_cases import CASES
+    from graphopt.tools.benchmarking.gemv_chart import draw_gemv
+
+    cases = chosen_networks(arguments, CASES, "ONNX Runtime and reading memory")
+    return networks_suite(partial(gemv.run_gemv, cases, settings), gemv, draw_gemv)
+
+
+def decode_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import decode
+    from graphopt.tools.benchmarking.decode_cases import PASSES
+    from graphopt.tools.benchmarking.decode_chart import draw_decode
+
+    cases = chosen_networks(arguments, PASSES, "ONNX Runtime")
+    return networks_suite(partial(decode.run_decode, cases, settings), decode, draw_decode)
+
+
 def chosen_networks(arguments: argparse.Namespace, cases: Mapping[str, T], beside: str) -> dict[str, T]:
     """Raises UsageError for --against: these suites bring what they stand beside."""
     from graphopt.tools.benchmarking.models import choose_models
@@ -196,4 +214,6 @@ SUITES: Mapping[str, Callable[[argparse.Namespace, Settings], Suite]] = {
     "exits": exits_suite,
     "int8": int8_suite,
     "quantization": quantization_suite,
+    "gemv": gemv_suite,
+    "decode": decode_suite,
 }

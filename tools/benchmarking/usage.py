@@ -54,7 +54,16 @@ def process_ticks(process: int) -> int:
 
 def peak_memory() -> int:
     """Most bytes this process ever had in memory (getrusage would count its parent's, from before the exec)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return _status("VmHWM")
+
+
+def present_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
 

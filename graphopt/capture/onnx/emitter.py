@@ -91,9 +91,13 @@ class Emitter:
     def transposed(self, value: Tensor) -> Tensor | None:
         """The weight of a linear layer, [out, in], for one that the file holds as [in, out]; None for other values.
 
-        Codes that are dequantized are turned, not the numbers.
+        Codes that are dequantized are turned, not the numbers; numbers that are turned behind them were [out, in].
         """
         node = value.node
+        if node.target is aten.permute.default and node.args[1] == [1, 0]:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            return Tensor(source, source.meta["val"]) if _is_dequantized(source) else None
         if node.target is torch.ops.graphopt.dequantize.default and value.ndim == 2:
             return self._transposed_codes(node)
         return self._turned(node) if node.op == "get_attr" and value.dtype.is_floating_point else None
@@ -296,3 +300,8 @@ def _key(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((name, _key(item)) for name, item in value.items())
     return (type(value), size_key(value))
+
+
+def _is_dequantized(node: Node) -> bool:
+    """Whether it is numbers that codes of the file stand for."""
+    return node.target is torch.ops.graphopt.dequantize.default and node.args[0].op == "get_attr"  # type: ignore[union-attr]

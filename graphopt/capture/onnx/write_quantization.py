@@ -1,7 +1,7 @@
 """How the quantizing operators of graphopt:: are written in ONNX, opset 21.
 
 DequantizeLinear knows no tables, and DynamicQuantizeLinear one range for all; beyond that standard operators spell
-them out, which gives the same numbers.
+them out, which gives the same numbers. Integer operators that `explicit_quantization` writes out do not come here.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import torch
 from onnxscript import opset21 as op
 
 from graphopt.errors import UsageError
+from graphopt.operators import dynamic_products, integer_elements  # noqa: F401
 from graphopt.operators.quantization import CODES, along
-from graphopt.program import Program
 
 OPSET = 21  # the first with blocks and 16 bits
 _FLOATS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
 _BOUNDS = {getattr(onnx_ir.DataType, str(dtype).removeprefix("torch.").upper()): CODES[dtype] for dtype in CODES}
-
-
-def has_codes(program: Program) -> bool:
-    return any(node.target in TRANSLATIONS for _, graph in program.graphs() for node in graph.graph.nodes)
 
 
 def _quantize(
@@ -105,6 +101,25 @@ def _dynamic_quantize(x: Any, axis: int | None = None) -> Any:
     return op.Cast(codes, to=byte), scale, op.Cast(zero, to=byte)
 
 
+def _table256(x: Any, table: Any) -> Any:
+    """Negative indices count from the end, so that the entries of negative codes stand there."""
+    if x.dtype == onnx_ir.DataType.INT8:
+        table = op.Concat(op.Slice(table, _ints(128), _ints(256)), op.Slice(table, _ints(0), _ints(128)), axis=0)
+    return op.Gather(table, op.Cast(x, to=onnx_ir.DataType.INT32))
+
+
+def _dynamic_qlinear(x: Any, x_scale: Any, x_zero_point: Any, weight: Any, weight_scale: Any, bias: Any = None) -> Any:
+    """An integer product where x has one scale, which MatMulInteger asks for; else a product of numbers."""
+    if len(x_scale.shape):
+        by_row = {"axis": len(x.shape) - 1, "block_size": int(x.shape[-1])}
+        rows = op.DequantizeLinear(x, x_scale, x_zero_point, **by_row)
+        number = op.MatMul(rows, op.Transpose(op.DequantizeLinear(weight, weight_scale, axis=0), perm=[1, 0]))
+    else:
+        sums = op.MatMulInteger(x, op.Transpose(weight, perm=[1, 0]), x_zero_point)
+        number = op.Mul(op.Cast(sums, to=onnx_ir.DataType.FLOAT), op.Mul(x_scale, weight_scale))
+    return number if bias is None else op.Add(number, bias)
+
+
 def _ints(*numbers: int) -> Any:
     return op.Constant(value_ints=list(numbers))
 
@@ -114,4 +129,6 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.graphopt.dequantize.default: _dequantize,
     torch.ops.graphopt.dequantize_lookup.default: _dequantize_lookup,
     torch.ops.graphopt.dynamic_quantize.default: _dynamic_quantize,
+    torch.ops.graphopt.dynamic_qlinear.default: _dynamic_qlinear,
+    torch.ops.graphopt.table256.default: _table256,
 }

@@ -25,6 +25,12 @@ def rank(value: Any) -> int:
     return value.meta["val"].dim() if isinstance(value, Node) else -1
 
 
+def _is_held(value: Node) -> bool:
+    """Whether it is a weight, as numbers or as the codes that stand for them."""
+    sources = value.all_input_nodes if value.target is torch.ops.graphopt.dequantize.default else [value]
+    return all(source.op == "get_attr" for source in sources)
+
+
 def pattern_linear(x: Any, w: Any, b: Any) -> Any:
     return aten.add.Tensor(aten.linear.default(x, w), b)
 
@@ -41,7 +47,7 @@ class LinearBias(Rule):
     rewrite: ClassVar[Any] = staticmethod(rewrite_linear)
 
     def check(self, x: Any, w: Any, b: Any) -> str | None:
-        if rank(b) != 1 or b.op != "get_attr" or b.meta["val"].shape[0] != w.meta["val"].shape[0]:
+        if rank(b) != 1 or not _is_held(b) or b.meta["val"].shape[0] != w.meta["val"].shape[0]:
             return "what is added is no bias of the layer"
         return None
 

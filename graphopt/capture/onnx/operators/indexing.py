@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import operator
 from graphopt.capture.onnx.values import Known, Present, Tensor, Value
+from graphopt.operators import integer_elements  # noqa: F401
 
 aten = torch.ops.aten
+_IN_TABLES = (torch.float32, torch.uint8, torch.int8)
 
 
 @operator("Gather")
@@ -23,11 +26,27 @@ def gather(op: Operation, value: Present, index: Present) -> Tensor:
     axis = op.axis(op.attributes.integer("axis"), value.ndim)
     if index.ndim == 0 and (number := op.scalar(index)) is not None:
         return op.call(aten.select.int, value, axis, number)
+    if (found := _table_of_codes(op, value, index)) is not None:
+        return found
     held = value.node.op == "get_attr" or value.node.target is torch.ops.graphopt.dequantize.default
     is_table = axis == 0 and value.ndim == 2 and value.dtype.is_floating_point and held
     if is_table and isinstance(index, Tensor) and index.ndim and index.dtype in (torch.int64, torch.int32):
         return op.call(aten.embedding.default, value, index)
     return op.call(aten.index.Tensor, value, [None] * axis + [op.tensor(index)])
+
+
+def _table_of_codes(op: Operation, table: Tensor, index: Present) -> Tensor | None:
+    """A held table of numbers or codes read at 8-bit codes; at signed ones the upper half is that of negative ones."""
+    source = index.node.args[0] if isinstance(index, Tensor) and index.node.target is aten._to_copy.default else None
+    held = op.emitter.held(table.node)
+    if not isinstance(source, Node) or held is None or tuple(held.shape) != (256,) or held.dtype not in _IN_TABLES:
+        return None
+    codes = Tensor(source, source.meta["val"])
+    if codes.dtype not in (torch.uint8, torch.int8):
+        return None
+    if codes.dtype == torch.int8:
+        table = op.emitter.attribute(op.emitter.weights.constant(held.detach().roll(128)))
+    return op.call(torch.ops.graphopt.table256.default, codes, table)
 
 
 @operator("GatherND")

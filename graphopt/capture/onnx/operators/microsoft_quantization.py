@@ -267,7 +267,9 @@ def _held(op: Operation, name: str, value: torch.Tensor) -> Tensor:
 
 def _shaped(op: Operation, value: Present, rows: int, blocks: int) -> Tensor:
     held = held_tensor(op, value)
-    if held is None or tuple(value.shape) == (rows, blocks):
+    if tuple(value.shape) == (rows, blocks):
+        return op.tensor(value)
+    if held is None:
         return op.reshape(value, [rows, blocks])
     name = str(value.node.target) if isinstance(value, Tensor) else "scales"
     target = op.emitter.weights.add(f"{name}_rows", held.reshape(rows, blocks), trainable=True)
