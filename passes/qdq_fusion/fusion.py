@@ -4,9 +4,10 @@ Before: y = quantize(linear(dequantize(x), dequantize(w), b))        After: y = 
 
 Fused are linears, matrix products and convolutions of codes by constant weights with bias, residual, activation and
 clip, with or without a quantize behind them; sums, products, quotients and matrix products of two activations; sums and
-means over axes and of windows; the larger or smaller of two, and positions of what is sorted; chains of element-wise operators on one of them; and everything that only moves elements, through which dequantize
-is pushed until it meets a quantize or a product. Rewritten codes differ from the program's by at most one, where the
-number before rounding lies within float32's error of a half; moves, pairs and tables are exact.
+means over axes and of windows; the larger or smaller of two, and positions of what is sorted; chains of element-wise
+operators on one of them; and everything that only moves elements, through which dequantize is pushed until it meets a
+quantize or a product. Rewritten codes differ from the program's by at most one, where the number before rounding lies
+within float32's error of a half; moves, pairs, positions and tables are exact.
 
 Signed codes of activations become unsigned ones, exactly: the products of x86 take them so.
 
