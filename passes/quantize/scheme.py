@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -19,6 +20,7 @@ from graphopt.passes.quantize.writing import RULE, Weights, Writer
 from graphopt.passes.scale_folding import PRODUCTS
 from graphopt.program import Program
 
+_EMBEDDING = torch.ops.aten.embedding.default
 Activations = Literal["int8", "dynamic-int8", "none"]
 
 
@@ -79,6 +81,11 @@ class Scheme:
             placement = place(editor, self.rules())
             for item in placement.refused:
                 editor.decline(RULE, item.node, item.reason)
+            for node in editor.graph.find_nodes(op="call_function", target=_EMBEDDING) if self.weight else ():
+                if editor.constant_value(argument(node, "weight")) is not None:
+                    editor.decline(
+                        RULE, node, "the table of an embedding stays float32: only weights of products get codes"
+                    )
             forms = {
                 name: form
                 for node, layer in placement.layers.items()

@@ -211,6 +211,15 @@ def test_ignored_operators_stay_float32(entry: str, left: dict[str, int]) -> Non
     assert any(f"ignored={entry}" in item.reason for item in result.declined)
 
 
+def test_embeddings_are_listed_as_float32() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8)).eval()
+    program = graphopt.capture(model, (torch.tensor([[1, 2]]),))
+    report = graphopt.optimize(program, "quantize").report.passes[0]
+    (reason,) = [item.reason for item in report.declined if item.node == "embedding"]
+    assert reason == "the table of an embedding stays float32: only weights of products get codes"
+    assert not graphopt.optimize(program, "quantize{weights=none}").report.passes[0].declined
+
+
 def test_an_ignored_entry_that_means_nothing_is_an_error() -> None:
     with pytest.raises(UsageError, match="'conv3d' is no node, module or operator"):
         Quantize(ignored=("conv3d",)).run(model("mlp"), PassContext())
