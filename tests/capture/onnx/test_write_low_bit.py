@@ -92,8 +92,9 @@ def test_matmul_of_few_bits_is_lowered_as_it_is(tmp_path: Path) -> None:
         "scales": scales.reshape(-1),
         "zeros": zeros[:, 0] | zeros[:, 1] << 4,
     }
-    sizes = {"K": 64, "N": 64, "bits": 4, "block_size": 32}
-    node = helper.make_node("MatMulNBits", ["x", *held], ["y"], domain="com.microsoft", **sizes)
+    node = helper.make_node(
+        "MatMulNBits", ["x", *held], ["y"], domain="com.microsoft", K=64, N=64, bits=4, block_size=32
+    )
     ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3, 64]) for name in "xy"]
     tensors = [onnx.numpy_helper.from_array(value, name) for name, value in held.items()]
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
