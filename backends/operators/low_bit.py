@@ -19,6 +19,7 @@ from graphopt.backends.rules import low_bit_build, low_bit_gemv
 from graphopt.backends.rules.low_bit_codes import Operands
 from graphopt.backends.rules.low_bit_gemv import Configuration
 from graphopt.backends.rules.low_bit_layout import Layout
+from graphopt.backends.rules.low_bit_tiles import FEWEST_ROWS
 from graphopt.backends.sizes import product
 from graphopt.backends.values import Index, Lazy, Product, View
 from graphopt.errors import CompileError
@@ -46,6 +47,7 @@ def _product(lowering: Lowering, node: Node) -> View:
     n, k = (int(size) for size in weight.shape)
     codes, scale, sums = (lowering.contiguous(given[name]) for name in ("codes", "scale", "sums"))
     bias = None if held["bias"] is None else lowering.weight(held["bias"])
+    fewest = _fewest_rows(lowering, node, given["kernel"])
     masked = low_bit_gemv.masks(target, bits, held["codebook"] is not None)
     rows = product(scale.shape[:-1])
 
@@ -57,11 +59,22 @@ def _product(lowering: Lowering, node: Node) -> View:
     def build(result: Product, end: Any) -> Code:
         def write(choice: Configuration) -> Code:
             operands = _operands(lowering, layout_of(choice.vectors), (padded, scale, sums), held)
-            return low_bit_gemv.gemv(operands, result, end, f"low_bit_{bits}_{n}x{k}", target, choice)
+            return low_bit_gemv.gemv(operands, result, end, f"low_bit_{bits}_{n}x{k}", target, choice, fewest)
 
         return lowering.choose(low_bit_gemv.offer(target, rows, layout_of, end, masked, write))
 
     return lowering.anchored(node, build, _with_bias(bias))
+
+
+def _fewest_rows(lowering: Lowering, node: Node, kernel: str) -> int | None:
+    """From how many rows on tiles multiply; None where none do."""
+    if kernel == "lut":
+        raise CompileError(f"{node.name} asks for kernel='lut', which has no lowering; use 'auto' or 'unpack'")
+    if kernel == "amx" and not lowering.target.amx:
+        raise CompileError(f"{node.name} asks for kernel='amx', and {lowering.target.name} has no tiles; use 'auto'")
+    if kernel == "unpack" or not lowering.target.amx:
+        return None
+    return 1 if kernel == "amx" else FEWEST_ROWS
 
 
 def _with_bias(bias: View | None) -> Callable[[Any], Any]:

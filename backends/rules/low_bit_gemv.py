@@ -27,7 +27,7 @@ from graphopt.backends.low_bit_instructions import multiply_low, multiply_signed
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.low_bit_codes import EVERY, Groups, Operands, Unpacking, shifted_down
 from graphopt.backends.rules.low_bit_layout import QUAD, Field, Layout, Part
-from graphopt.backends.rules.low_bit_tiles import FEWEST_ROWS, write_tiles
+from graphopt.backends.rules.low_bit_tiles import write_tiles
 from graphopt.backends.rules.register_tile import RegisterTile, Tile
 from graphopt.backends.sizes import Size, least, product
 from graphopt.backends.target import Target
@@ -36,9 +36,9 @@ from graphopt.backends.values import Product, View, fused_name
 
 RULE = "low-bit"
 _LINE = 64  # bytes of a cache line
-_AHEAD = (8 << 10, 2 << 10, 12 << 10)  # bytes ahead of the words that are read: memories differ
+_AHEAD = (8 << 10, 2 << 10)  # bytes ahead of the words that are read: the longer, the faster they are used up
 _GROUPS_AHEAD = 8  # whose scales are prefetched
-_OUTPUTS = (16, 32, 64)  # of a panel
+_OUTPUTS = (16, 32)  # of a panel: two vectors of 16 share words of activations, one reads memory more evenly
 _MOST_SUMS = 16  # vectors of them in registers
 _FREE_SUMS = 8  # additions to which do not wait for each other
 _MOST_WRITTEN = 16  # vectors of words in a loop's body
@@ -71,23 +71,39 @@ def offer(
 
 
 def candidates(target: Target, layout: Callable[[int], Layout]) -> list[Configuration]:
-    """Panels of some widths, the least expected time first: narrow ones, unless threads then share worse."""
+    """Panels of some widths, the least expected time first: narrow ones, unless threads then share worse.
+
+    Words of one bit a weight take eight multiplications each, which bound the product, and not memory.
+    """
     found = []
-    for outputs in _OUTPUTS:
+    one_bit = layout(layout(1).together).bits == 1
+    for place, outputs in enumerate(reversed(_OUTPUTS) if one_bit else _OUTPUTS):
         one = layout(max(layout(1).together, outputs // target.lanes))
         share = -(-one.panels // target.threads) * one.outputs
-        found.append((share, one.vectors))
-    every = dict.fromkeys(vectors for _, vectors in sorted(found))
-    return [Configuration(vectors, target.threads, ahead) for ahead in _AHEAD for vectors in every]
+        found.append((share, place, one.vectors))
+    every = dict.fromkeys(vectors for *_, vectors in sorted(found))
+    distances = reversed(_AHEAD) if one_bit else _AHEAD
+    return [Configuration(vectors, target.threads, ahead) for ahead in distances for vectors in every]
 
 
-def gemv(operands: Operands, result: Product, end: Any, name: str, target: Target, choice: Configuration) -> Code:
-    """y[row, n] as graphopt::lut_gemv says, then the element-wise tree `end` over `result`."""
+def gemv(
+    operands: Operands,
+    result: Product,
+    end: Any,
+    name: str,
+    target: Target,
+    choice: Configuration,
+    fewest: int | None,
+) -> Code:
+    """y[row, n] as graphopt::lut_gemv says, then the element-wise tree `end` over `result`.
+
+    From `fewest` rows on there are tiles, where that is not None; the target has them then.
+    """
     layout = operands.layout
     rows = product(result.shape[:-1])
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        Gemv(kernel, operands, result, end, outputs[0], choice).write()
+        Gemv(kernel, operands, result, end, outputs[0], choice, fewest).write()
 
     code = write_kernel(
         RULE,
@@ -103,11 +119,16 @@ def gemv(operands: Operands, result: Product, end: Any, name: str, target: Targe
             "vectors": choice.vectors,
             "panel_shares": choice.panel_shares,
             "ahead": choice.ahead,
+            "products": "tiles of int8" if uses_tiles(rows, fewest) else "bits taken apart",
         },
         flops=2 * rows * layout.n * layout.k + operations([end], target),
     )
-    tiled = target.amx and (not isinstance(rows, int) or rows >= FEWEST_ROWS)
+    tiled = uses_tiles(rows, fewest)
     return replace(code, function=code.function.with_attr(amx.USES_TILES, True)) if tiled else code
+
+
+def uses_tiles(rows: Size, fewest: int | None) -> bool:
+    return fewest is not None and (not isinstance(rows, int) or rows >= fewest)
 
 
 def masks(target: Target, bits: int, book: bool) -> bool:
@@ -136,7 +157,14 @@ def _downs(part: Part, places: tuple[int, ...]) -> dict[int, tuple[int, int]]:
 
 class Gemv:
     def __init__(
-        self, kernel: Kernel, operands: Operands, result: Product, end: Any, output: Output, choice: Configuration
+        self,
+        kernel: Kernel,
+        operands: Operands,
+        result: Product,
+        end: Any,
+        output: Output,
+        choice: Configuration,
+        fewest: int | None,
     ) -> None:
         self.kernel, self.operands, self.choice = kernel, operands, choice
         self.result, self.end, self.output = result, end, output
@@ -148,20 +176,22 @@ class Gemv:
         self.row_count = product(result.shape[:-1])
         self.rows = kernel.size(self.row_count)
         self.masked = masks(self.target, self.layout.bits, operands.book is not None)
+        self.fewest = fewest
 
     def write(self) -> None:
         """Few rows are a tile of so many, also where their number is known at run time."""
         if isinstance(self.row_count, int):
-            if self.target.amx and self.row_count >= FEWEST_ROWS:
+            if uses_tiles(self.row_count, self.fewest):
                 amx.require()
                 write_tiles(self)
             else:
                 self.write_shares(min(self.row_count, _MANY_ROWS))
         else:
-            if self.target.amx:
+            if self.fewest is not None:
                 amx.require()
             fewest = least(self.row_count)
-            self.write_rows([rows for rows in (1, _FEW_ROWS) if fewest <= rows])
+            below = self.fewest or _MANY_ROWS
+            self.write_rows([rows for rows in (1, _FEW_ROWS) if fewest <= rows < below])
 
     def write_rows(self, few: list[int]) -> None:
         """A number of rows known at run time: the first of the tiles of `few` rows that holds all, else many."""
@@ -171,7 +201,7 @@ class Gemv:
                     self.write_rows(few[1:])
                 with T.Else():
                     self.write_shares(few[0])
-        elif self.target.amx:
+        elif self.fewest is not None:
             write_tiles(self)
         else:
             self.write_shares(_MANY_ROWS)

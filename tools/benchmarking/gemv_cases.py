@@ -117,10 +117,12 @@ class GemvCase:
         codes, below = self.codes(), self.grid.codes
         if bits != self.grid.bits:
             below = 1 << bits
-            codes = np.random.default_rng(0).integers(0, below, codes.shape, dtype=np.uint8)
+            drawn: Any = np.random.default_rng(0).integers(0, below, codes.shape, dtype=np.uint8)
+            codes = drawn
         each = 8 // bits
         lanes = codes.reshape(len(codes), blocks, -1, each)
-        packed: Array = np.sum(lanes << (np.arange(each) * bits).astype(np.uint8), axis=-1).astype(np.uint8)
+        shifted: Array = lanes << (np.arange(each) * bits).astype(np.uint8)
+        packed: Array = shifted.sum(-1, dtype=np.uint8)
         nodes, weights, x = [], [], "x"
         if self.n != self.k:
             bounds = {"begin": 0, "end": self.k, "axis": 1}

@@ -19,6 +19,7 @@ from graphopt.arrays import array_of, tensor_of
 from graphopt.backends.target import LEVELS
 from graphopt.capture import capture
 from graphopt.compile import Artifact
+from graphopt.errors import CompileError
 from graphopt.operators import low_bit  # noqa: F401
 
 lut_build, lut_gemv, wq_gemm = (
@@ -142,8 +143,7 @@ TAILS = [
 ]
 
 
-@pytest.mark.parametrize("target", ["cpu:x86-64-v3", "cpu"])
-@pytest.mark.parametrize("rows", [1, 3, 33])
+@pytest.mark.parametrize("target, rows", [("cpu", 1), ("cpu", 33), ("cpu:x86-64-v3", 3)])
 def test_tails_of_outputs_depth_and_groups(target: str, rows: int) -> None:
     artifact, _ = compiled(Products(FEW_TAILS), activations(rows, 256), target)
     assert rules(artifact) >= {"low-bit", "low-bit-build"}
@@ -167,6 +167,17 @@ def test_one_kernel_for_any_number_of_rows() -> None:
             assert torch.equal(tensor_of(array, spec.dtype), want), (rows, spec.name)
 
 
+def test_a_kernel_that_is_asked_for_is_taken() -> None:
+    case, x = [Case(4, 48, 256, 64, "int"), Case(3, 40, 96, 32)], activations(9, 256)
+    for kernel, products in (("unpack", "bits taken apart"), ("amx", "tiles of int8")):
+        artifact, _ = compiled(Products(case, kernel=kernel), x, "cpu:sapphirerapids")
+        kernels = artifact.manifest.variants[0].kernels.values()
+        assert {info.configuration["products"] for info in kernels if info.rule == "low-bit"} == {products}
+    for kernel, target, said in (("amx", "cpu:x86-64-v3", "no tiles"), ("lut", "cpu", "no lowering")):
+        with pytest.raises(CompileError, match=said):
+            compiled(Products(case, kernel=kernel), x, target)
+
+
 class Deep(nn.Module):
     """The largest sums that int32 has to hold."""
 
@@ -183,7 +194,7 @@ class Deep(nn.Module):
         )
 
 
-@pytest.mark.parametrize("target", ["cpu", *KINDS])
+@pytest.mark.parametrize("target", ["cpu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)])
 def test_sums_do_not_saturate(target: str) -> None:
     for rows in (1, 2, 9):
         _, program = compiled(Deep(), torch.full((rows, 65536), -3.5), target)
