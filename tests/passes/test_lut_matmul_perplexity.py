@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,17 @@ def text() -> tuple[Tensor, Tensor]:
     return torch.cat((ids[:first], ids[last:])), ids[first:last]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every small product take longer than one where others run beside them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def program() -> Program:
+def program(one_thread: None) -> Program:
     torch.manual_seed(0)
     module, known = Llama(SHAPE, last=False), text()[0]
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3, weight_decay=0.1)
@@ -71,10 +81,9 @@ def test_perplexity_by_bits(program: Program) -> None:
     floats = of_program(program)
     four, three, two = (of_program(lowered(program, bits)) for bits in (4, 3, 2))
     assert floats < 0.7 * GUESSING
-    assert floats * 0.98 < four < 1.1 * floats
-    assert four < three < two
-    assert three < 1.5 * floats
-    assert two > 1.2 * floats, "2 bits by rounding alone cost much: a test that sees none of it sees nothing"
+    assert floats * 0.98 < four < 1.05 * floats
+    assert four < three < 1.1 * floats
+    assert 1.05 * floats < two < 1.6 * floats, "2 bits by rounding alone cost something, and do not cost all"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt.errors import GraphoptError
+from graphopt.low_bit.grids import Grid
 from graphopt.tools.benchmarking.comparison import Settings
 from graphopt.tools.benchmarking.decode_cases import SHAPE, TITLE, build
 from graphopt.tools.benchmarking.decode_onnx import DecoderFile
@@ -30,7 +31,7 @@ from graphopt.tools.table import format_table
 if TYPE_CHECKING:
     from graphopt.program import Program
 
-PEERED = ("float32", "W4")  # the forms that ONNX Runtime has
+PEERED = {"float32": None, "W4": Grid("affine", 4)}  # the forms that ONNX Runtime has, and where weights lie then
 PROMPT_TOKENS = 16
 MEMORY_SHARE, MEMORY_MORE = 1.1, 32 << 20  # growth of memory asked for: times what is packed, and bytes more
 ROOF_SHARE, OVER_PEER = 0.8, 1.15  # one of which W4 is asked to reach
@@ -111,7 +112,7 @@ def write_form(
     if name not in PEERED:
         return [Entrant("decoder", str(artifact))]
     with progress(f"{name}: writing ONNX"):
-        DecoderFile(module, None if name == "float32" else lowered).write(peer)
+        DecoderFile(module, PEERED[name]).write(peer)
     return [Entrant("decoder", str(artifact)), Entrant("onnxruntime-decoder", str(peer))]
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from graphopt.backends.operators.arguments import arguments
-from graphopt.errors import CompileError
-from graphopt.program import Program, get_attribute
+from graphopt.low_bit.grids import Grid
+from graphopt.low_bit.rounding import rounded
 from graphopt.tools.benchmarking.llama import Layer, Llama
 
 MICROSOFT = "com.microsoft"
+GROUP = 128
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 _LARGE = 1 << 10  # elements from which tensors are kept beside the file
 _EPSILON = 1e-6
@@ -23,16 +21,15 @@ Array = np.ndarray[Any, Any]
 
 
 class DecoderFile:
-    """The nodes and weights of a decoder while it is written; `program` is the lowered one of 4 bits, if there is one.
+    """The nodes and weights of a decoder while it is written, its products in 4 bits or, with no grid, in float32.
 
-    Products stand in the program's graph in the order in which they are written here, neighbours often as one.
+    Weights are rounded as `lut-matmul` does it, in groups of `GROUP`.
     """
 
-    def __init__(self, module: Llama, program: Program | None) -> None:
-        self.module, self.shape = module, module.shape
+    def __init__(self, module: Llama, grid: Grid | None) -> None:
+        self.module, self.shape, self.grid = module, module.shape, grid
         self.nodes: list[Any] = []
         self.tensors: dict[str, Array] = {}
-        self.low_bit = None if program is None else LowBitRows(program)
 
     def write(self, path: Path) -> None:
         """Weights go to a file beside it."""
@@ -103,18 +100,15 @@ class DecoderFile:
 
     def _product(self, x: str, linear: torch.nn.Linear, name: str, output: str = "") -> str:
         outputs = [output or f"{name}.product"]
-        if self.low_bit is None:
+        if self.grid is None:
             self._keep(name, linear.weight.t())
             return self._add("MatMul", [x, name], outputs)
         n, k = linear.weight.shape
-        low = self.low_bit.take(n, k)
-        group = low.group
-        blocks = _in_pairs(low.codes.reshape(n * k // group, group)).reshape(n, k // group, group // 2)
-        self.tensors |= {
-            name: blocks,
-            f"{name}.scale": low.scale.reshape(-1),
-            f"{name}.zero": _in_pairs(low.zero).reshape(-1),
-        }
+        low = rounded(linear.weight.detach(), self.grid, GROUP)
+        assert low.zero is not None and k % GROUP == 0
+        blocks = _in_pairs(low.codes.numpy().reshape(-1, GROUP)).reshape(n, k // GROUP, GROUP // 2)
+        self.tensors |= {name: blocks, f"{name}.scale": low.scale.numpy().reshape(-1)}
+        self.tensors[f"{name}.zero"] = _in_pairs(low.zero.numpy().astype(np.uint8)).reshape(-1)
         return self._add(
             "MatMulNBits",
             [x, name, f"{name}.scale", f"{name}.zero"],
@@ -123,7 +117,7 @@ class DecoderFile:
             K=k,
             N=n,
             bits=4,
-            block_size=group,
+            block_size=GROUP,
             accuracy_level=INT8_ACTIVATIONS,
         )
 
@@ -138,50 +132,6 @@ class DecoderFile:
         names = outputs or [f"{kind.lower()}{len(self.nodes)}"]
         self.nodes.append(helper.make_node(kind, inputs, names, domain=domain, **attributes))
         return names[0]
-
-
-class LowBitRows:
-    """Weights of 4 bits in the order of the program's graph, handed out by rows."""
-
-    def __init__(self, program: Program) -> None:
-        self._products = products(program)
-        self._left: Product | None = None
-
-    def take(self, n: int, k: int) -> Product:
-        """The next `n` rows of `k`. Raises CompileError where a product ends within them or has other rows."""
-        found = self._left or next(self._products)
-        if found.codes.shape[0] < n or found.codes.shape[1] != k:
-            raise CompileError(
-                f"a product of the program is {list(found.codes.shape)} where the decoder has [{n}, {k}]"
-            )
-        self._left = found.rows(slice(n, None)) if found.codes.shape[0] > n else None
-        return found.rows(slice(n))
-
-
-@dataclass(frozen=True)
-class Product:
-    """codes uint8 [N, K], scale float32 [N, G] and zero uint8 [N, G]."""
-
-    codes: Array
-    scale: Array
-    zero: Array
-    group: int
-
-    def rows(self, chosen: slice) -> Product:
-        return Product(self.codes[chosen], self.scale[chosen], self.zero[chosen], self.group)
-
-
-def products(program: Program) -> Iterator[Product]:
-    """Every product with low-bit weights, in order."""
-    targets = (torch.ops.graphopt.lut_gemv.default, torch.ops.graphopt.wq_gemm.default)
-    for node in program.graph_module.graph.nodes:
-        if node.target in targets:
-            given = arguments(node)
-            codes, scale, zero = (
-                get_attribute(program.graph_module, str(given[name].target)).numpy()
-                for name in ("weight", "weight_scale", "weight_zero")
-            )
-            yield Product(codes, scale, zero.astype(np.uint8), int(given["group"]))
 
 
 def _in_pairs(codes: Array) -> Array:
