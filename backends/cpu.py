@@ -21,7 +21,8 @@ from graphopt.backends import amx
 from graphopt.backends.choice import Choices, Tuned
 from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
-from graphopt.backends.lowering import WEIGHT_COUNT, Weights, lower_program, reserve
+from graphopt.backends.lowering import WEIGHT_COUNT, lower_program, reserve
+from graphopt.backends.packed_weights import Weights
 from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
 from graphopt.errors import CompileError

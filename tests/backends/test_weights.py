@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphopt.backends.lowering import Weights
+from graphopt.backends.packed_weights import Weights
 
 
 def test_names_differ_after_one_is_taken_back() -> None:

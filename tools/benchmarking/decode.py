@@ -6,7 +6,6 @@ touches a token over the bandwidth that reading alone reaches in the same turns.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +21,7 @@ from graphopt.tools.benchmarking.decode_cases import SHAPE, TITLE, build
 from graphopt.tools.benchmarking.decode_onnx import DecoderFile
 from graphopt.tools.benchmarking.decode_sides import PROMPT
 from graphopt.tools.benchmarking.llama import Llama, Shape, capture_decoder, entries_of
+from graphopt.tools.benchmarking.memory_reads import READS, write_reads
 from graphopt.tools.benchmarking.networks import Network, Publish, Report, format_suite, format_tables, run_networks
 from graphopt.tools.benchmarking.report import output_error
 from graphopt.tools.benchmarking.turns import Entrant, Measurement, take_turns
@@ -46,7 +46,7 @@ def run_decode(forms: Mapping[str, str], settings: Settings, publish: Publish) -
             module = build(shape)
         with progress(f"{TITLE}: capturing"):
             program = capture_decoder(module)
-        read = write_read(Path(folder), settings)
+        read = write_reads(Path(folder), _READ_BYTES, len(settings.cores))
         networks: list[Network] = [
             (
                 {"name": name, "title": name, "passes": passes, "peer": name in PEERED},
@@ -64,19 +64,6 @@ def run_decode(forms: Mapping[str, str], settings: Settings, publish: Publish) -
         run_networks("decode", networks, settings, lambda report: publish({**report, **about}))
 
 
-def write_read(folder: Path, settings: Settings) -> str:
-    """The task of the side that only reads."""
-    from graphopt.backends import roofs
-
-    threads = len(settings.cores)
-    target = roofs.target_here(threads)
-    (folder / "roofs.so").write_bytes(roofs.build_roofs(threads))
-    unit = 4 * 64 * target.lanes * threads
-    task = {"library": str(folder / "roofs.so"), "function": roofs.READ, "lanes": target.lanes}
-    (folder / "read.json").write_text(json.dumps({**task, "bytes": _READ_BYTES // unit * unit}))
-    return str(folder / "read.json")
-
-
 def measure_form(
     name: str,
     passes: str,
@@ -86,7 +73,7 @@ def measure_form(
     settings: Settings,
     folder: Path,
 ) -> dict[str, Any]:
-    entrants = [*write_form(name, passes, module, program, settings, folder), Entrant("read", read)]
+    entrants = [*write_form(name, passes, module, program, settings, folder), Entrant(READS, read)]
     with progress(f"{name}: measuring"):
         return measure_entrants(entrants, module.shape, settings)
 

@@ -6,12 +6,8 @@ one: the run, and the choice of the likeliest.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -115,27 +111,3 @@ def open_onnx_decoder(path: str, feed: Feed, threads: int) -> Opened:
         "growth_bytes": peak_memory() - before,
     }
     return Opened(lambda: [follow(prompt[None], len(prompt))], about, lambda: seconds_of(generate(TIMED + 1)))
-
-
-def open_read(path: str, feed: Feed, threads: int) -> Opened:
-    """The file names a library with the kernels of `backends.roofs`, and how many bytes a call reads."""
-    from graphopt.runtime.library import ffi, open_library
-    from graphopt.runtime.tensors import aligned_empty
-    from graphopt.runtime.threads import Runner
-
-    task = json.loads(Path(path).read_text())
-    code = Path(task["library"]).read_bytes()
-    library = open_library("roofs", code, hashlib.sha256(code).hexdigest())
-    read = library.get_function(task["function"], query_imports=True)
-    data, sums = (
-        aligned_empty(shape, np.dtype(np.float32)) for shape in ((task["bytes"] // 4,), (threads, task["lanes"]))
-    )
-    data[:] = 1.0
-    arguments, runner = [ffi().from_dlpack(array) for array in (data, sums)], Runner(threads)
-    call: Callable[[], Any] = lambda: read(1, *arguments)  # noqa: E731
-
-    def called() -> Arrays:
-        runner.run(call)
-        return []
-
-    return Opened(called, {"threads": threads, "bytes": task["bytes"]})

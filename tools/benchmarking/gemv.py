@@ -16,6 +16,7 @@ from typing import Any
 
 from graphopt.tools.benchmarking.comparison import Settings, compare, save_compiled
 from graphopt.tools.benchmarking.gemv_cases import STREAMED, GemvCase
+from graphopt.tools.benchmarking.memory_reads import READS, write_reads
 from graphopt.tools.benchmarking.networks import Network, Publish, Report, format_suite, format_tables, run_networks
 from graphopt.tools.benchmarking.turns import Entrant
 from graphopt.tools.progress import progress
@@ -23,7 +24,7 @@ from graphopt.tools.table import format_table
 
 __all__ = ["format_markdown", "format_model", "format_suite", "is_right", "run_gemv"]
 
-OURS, READS = "graphopt", "reads"
+OURS = "graphopt"
 LUT = "mlas.use_lut_gemm"
 OF_MEMORY = 0.85  # share of the speed of reading that streaming is to reach
 AGREE = 0.05  # largest difference of results of the same numbers, whose activations were rounded differently
@@ -51,7 +52,8 @@ def measure_case(case: GemvCase, settings: Settings) -> dict[str, Any]:
         if case.grid.peer == 2:
             entrants.append(peer(folder, "onnxruntime-lut", {LUT: "1"}))
         if case.streaming:
-            entrants.append(reads(folder, len(settings.cores)))
+            path = write_reads(folder, STREAMED, len(settings.cores))
+            entrants.append(Entrant(READS, path, name=READS))
         feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, program.examples, strict=True)}
         expected = [output.numpy() for output in program(*program.examples)]
         with progress(f"{case.title}: measuring"):
@@ -68,15 +70,6 @@ def task(folder: Path, name: str, value: Mapping[str, Any]) -> str:
 def peer(folder: Path, name: str, options: Mapping[str, str]) -> Entrant:
     about = {"model": str(folder / "gemv.onnx"), "options": options}
     return Entrant("bound-onnxruntime", task(folder, name, about), name=name)
-
-
-def reads(folder: Path, threads: int) -> Entrant:
-    from graphopt.backends import roofs
-
-    library = folder / "roofs.so"
-    library.write_bytes(roofs.build_roofs(threads))
-    about = {"library": str(library), "bytes": STREAMED, "lanes": roofs.target_here(threads).lanes}
-    return Entrant("reads", task(folder, READS, about), name=READS)
 
 
 def describe(case: GemvCase) -> dict[str, Any]:

@@ -6,7 +6,6 @@ session; for reading, that of a library with the kernel that reads, and how many
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -67,30 +66,6 @@ def open_bound_onnxruntime(path: str, feed: Feed, threads: int) -> Opened:
 
     about = {"onnxruntime": onnxruntime.__version__, "intra_op_num_threads": threads, **task["options"]}
     return Opened(call, about, lambda: each_call(lambda: session.run_with_iobinding(binding)))
-
-
-def open_reads(path: str, feed: Feed, threads: int) -> Opened:
-    """Reads so many bytes of memory from one end to the other."""
-    from graphopt.backends import roofs
-    from graphopt.runtime.library import ffi, open_library
-    from graphopt.runtime.tensors import aligned_empty
-    from graphopt.runtime.threads import Runner
-
-    task = json.loads(Path(path).read_text())
-    code = Path(task["library"]).read_bytes()
-    read = open_library("roofs", code, hashlib.sha256(code).hexdigest()).get_function(roofs.READ, query_imports=True)
-    data, result = (
-        aligned_empty(shape, np.dtype(np.float32)) for shape in ((task["bytes"] // 4,), (threads, task["lanes"]))
-    )
-    data[:] = 1.0
-    given = [ffi().from_dlpack(array) for array in (data, result)]
-    runner = Runner(threads)
-
-    def call() -> Arrays:
-        runner.run(lambda: read(1, *given))
-        return []
-
-    return Opened(call, {"bytes": task["bytes"], "threads": threads})
 
 
 def each_call(call: Callable[[], Any]) -> list[float]:

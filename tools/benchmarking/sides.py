@@ -92,10 +92,9 @@ SIDES = {
     "multiply-adds": "kernel_sides:open_multiply_adds",
     "bound-graphopt": "gemv_sides:open_bound_graphopt",
     "bound-onnxruntime": "gemv_sides:open_bound_onnxruntime",
-    "reads": "gemv_sides:open_reads",
+    "reads": "memory_reads:open_reads",
     "decoder": "decode_sides:open_decoder",
     "onnxruntime-decoder": "decode_sides:open_onnx_decoder",
-    "read": "decode_sides:open_read",
 }
 """Name -> module beside this one and function in it: opens a file with a feed and a number of threads."""
 
