@@ -123,7 +123,7 @@ BRAIN = tuple(each for each in WINDOWS if each[0] % 2 == 0)
 
 
 def brain(x: Tensor) -> Program:
-    def case(weight: Tensor, channels: int, *given: tuple[int, int]) -> Any:
+    def case(weight: Tensor, channels: int, *given: Any) -> Any:
         return lambda x: F.conv2d(x[:, :channels].float(), weight.float(), None, *given)
 
     return capture(
