@@ -11,6 +11,7 @@ last, so that results depend neither on the tile nor on how threads share the pa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,6 +53,7 @@ class Configuration:
     vectors: int  # of outputs of a panel
     panel_shares: int  # shares of the panels between threads
     ahead: int  # bytes ahead of which lines are prefetched
+    nearest: bool  # into the first-level cache: better where weights stay in the caches, worse from memory
 
 
 def offer(
@@ -82,8 +84,9 @@ def candidates(target: Target, layout: Callable[[int], Layout]) -> list[Configur
         share = -(-one.panels // target.threads) * one.outputs
         found.append((share, place, one.vectors))
     every = dict.fromkeys(vectors for *_, vectors in sorted(found))
-    distances = reversed(_AHEAD) if one_bit else _AHEAD
-    return [Configuration(vectors, target.threads, ahead) for ahead in distances for vectors in every]
+    distances = _AHEAD[::-1] if one_bit else _AHEAD
+    chosen = itertools.product((False, True), distances, every)
+    return [Configuration(vectors, target.threads, ahead, nearest) for nearest, ahead, vectors in chosen]
 
 
 def gemv(
@@ -119,6 +122,7 @@ def gemv(
             "vectors": choice.vectors,
             "panel_shares": choice.panel_shares,
             "ahead": choice.ahead,
+            "nearest": choice.nearest,
             "products": "tiles of int8" if uses_tiles(rows, fewest) else "bits taken apart",
         },
         flops=2 * rows * layout.n * layout.k + operations([end], target),
@@ -342,7 +346,8 @@ class _Tile:
         words = self.layout.step_vectors * gemv_.lanes
         for line in range(-(-words * 4 // _LINE)):
             address = tirx.address_of(gemv_.weight[start + (gemv_.choice.ahead + line * _LINE) // 4])
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+            near = 3 if gemv_.choice.nearest else 2
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, near, 1))
 
     # Groups -----------------------------------------------------------------------------------------------------------
     def add(self, group: Any, start: Any) -> None:
