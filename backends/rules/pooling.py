@@ -23,7 +23,7 @@ from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
 
 RULE = "pooling"
-_START = {"sum": 0.0, "max": -math.inf}
+_START = 0.0  # of sums
 _LOWEST = {"uint8": 0, "int8": -128}
 
 
@@ -39,7 +39,8 @@ def pool(
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         windows = Windows(kernel, x, window, result, end, outputs[0], choice=choice, origin=origin)
-        windows.write(_LOWEST.get(x.dtype, _START[combine]), lambda step: _STEPS[combine](kernel, step))
+        start = _LOWEST.get(x.dtype, -math.inf) if combine == "max" else _START
+        windows.write(start, lambda step: _STEPS[combine](kernel, step))
 
     configuration = {
         "pixels": choice.pixels,
@@ -56,7 +57,7 @@ def adaptive_sum(x: View, result: Product, end: Any, spatial: int, name: str, ta
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         windows = _Adaptive(kernel, x, Window(ones, ones, (0,) * spatial, ones), result, end, outputs[0])
-        windows.write(_START["sum"], lambda step: _sum_row(kernel, step))
+        windows.write(_START, lambda step: _sum_row(kernel, step))
 
     configuration = {"pixels": 1, "lanes": vector_width(result.shape[-1], target)}
     return _kernel(name, x, result, end, target, body, configuration, product(x.shape))

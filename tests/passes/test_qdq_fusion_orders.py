@@ -181,6 +181,26 @@ def test_means_of_windows(number: int) -> None:
         assert "0 at a fallback" in result.notes[-1]
 
 
+@pytest.mark.parametrize("kind, zero", [(torch.uint8, 3), (torch.int8, -5), (torch.int8, 127)])
+def test_sums_of_windows_begin_at_zero(kind: torch.dtype, zero: int) -> None:
+    class Means(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("step", torch.tensor(0.5))
+            self.register_buffer("zero", torch.tensor(zero, dtype=kind))
+
+        def forward(self, x: Tensor) -> Any:
+            least = torch.iinfo(kind).min
+            window = {"kernel_size": [2, 2], "stride": [2, 2], "padding": [0, 0], "divisor": 4}
+            given = {**window, "qmin": least, "qmax": least + 255, "dtype": kind}
+            return ops.qavg_pool(x, self.step, self.zero, self.step, self.zero, **given)
+
+    x = torch.arange(256).to(torch.uint8).view(kind).view(1, 4, 8, 8).transpose(1, 3).contiguous()
+    program = graphopt.capture(Means(), (x,))
+    (found,) = graphopt.compile(program, threads=2).session().run(None, {"x": x.numpy()})
+    assert torch.equal(torch.from_numpy(found), *program(x))
+
+
 def test_quotients_of_every_pair_of_codes() -> None:
     every = torch.arange(256).to(torch.uint8)
 
