@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch.fx import Node
+from torch.utils import _pytree
 
 from graphopt.program import Program
 
@@ -33,6 +34,11 @@ def writes(program: Program) -> list[tuple[str, Node]]:
     for item, place, result in zip(program.state, places, values[len(program.outputs) :], strict=True):
         assert isinstance(result, Node)
         fixed = all(isinstance(size, int) for size in item.spec.shape)
-        if fixed and result.target in _WRITES and result.args[0] is place and set(place.users) == {result}:
+        if fixed and result.target in _WRITES and result.args[0] is place and _read_as_written(place, result):
             found.append((item.spec.name, result))
     return found
+
+
+def _read_as_written(place: Node, result: Node) -> bool:
+    """Whether nothing reads `place` but `result`, which writes to it, and that not as what it writes or where."""
+    return set(place.users) == {result} and place not in _pytree.tree_leaves((result.args[1:], result.kwargs))

@@ -96,6 +96,25 @@ def test_state_is_written_in_place_where_nothing_reads_it_before(reads_before: b
     assert session.profile(feed), "which runs on copies"
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_state_that_is_what_is_written_is_not_in_place(nested: bool) -> None:
+    class Shuffled(Recorder):
+        def forward(self, at: Tensor) -> Tensor:  # type: ignore[override]
+            self.kept.index_copy_(0, at, self.kept.flip(0) if nested else self.kept)
+            return self.kept.sum(1)
+
+    module = Shuffled(False)
+    module.kept = torch.arange(12.0).view(4, 3)
+    at = torch.tensor([1, 2, 3, 0])
+    program = graphopt.capture(module, (at,))
+    assert written_state([program]) == frozenset()
+    session = graphopt.compile(program).session()
+    state = None
+    for _ in range(3):
+        (expected,), state = program.step((at,), state)
+        assert session.run(None, {"at": at.numpy()})[0].tolist() == expected.tolist()
+
+
 def test_a_state_that_one_entry_returns_is_in_place_in_none() -> None:
     entries = {
         str(flag): graphopt.capture(Recorder(flag), (torch.ones(1, 3), torch.tensor([3]))) for flag in (True, False)
