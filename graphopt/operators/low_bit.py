@@ -52,9 +52,9 @@ def lut_build(x: Tensor, group: int, table: str = "exact") -> tuple[Tensor, Tens
     group, 0 with codes 0 where all are 0; sums int32 of the codes.
     "int8": codes int8 [..., ceil(K / 4), 16], entries of tables; scale = the largest entry / 127; sums float32 of x.
 
-    float16 and bfloat16 are taken as float32. NaN and infinities give codes of no meaning in their group. Raises
-    UsageError for what is no float, a group of fewer than one, an unknown table and, for tables, a group of parts of
-    them.
+    float16 and bfloat16 are taken as float32. NaN and infinities give their group a scale of NaN or infinity and
+    codes of no meaning. Raises UsageError for what is no float, a group of fewer than one, an unknown table and, for
+    tables, a group of parts of them.
     """
     _check_table(x, group, table)
     padded = _in_groups(x.detach().to(torch.float32), group)
@@ -108,7 +108,9 @@ def lut_gemv(
     of activations up, "amx" multiplies tiles; "auto" is whichever is fastest. Raises UsageError for operands that do
     not fit.
     """
-    _check_product(codes, scale, weight, weight_scale, weight_zero, codebook, bits, group, table, kernel, tag)
+    _check_product(
+        codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, bits, group, table, kernel, tag
+    )
     if table == "int8":
         return _of_tables(codes, scale, sums, weight, weight_scale, weight_zero, bias, bits, group)
     return _of_codes(codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, group, tag)
@@ -131,7 +133,9 @@ def wq_gemm(
     tag: Tensor | None = None,
 ) -> Tensor:
     """`lut_gemv` for many rows, without tables."""
-    _check_product(codes, scale, weight, weight_scale, weight_zero, codebook, bits, group, table, kernel, tag)
+    _check_product(
+        codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, bits, group, table, kernel, tag
+    )
     _check_exact(table)
     return _of_codes(codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, group, tag)
 
@@ -142,7 +146,9 @@ def _(
     codebook: Tensor | None, bias: Tensor | None, bits: int, group: int, table: str = "exact", kernel: str = "auto",
     tag: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    _check_product(codes, scale, weight, weight_scale, weight_zero, codebook, bits, group, table, kernel, tag)
+    _check_product(
+        codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, bits, group, table, kernel, tag
+    )
     return scale.new_empty([*scale.shape[:-1], weight.shape[0]])
 
 
@@ -152,7 +158,9 @@ def _(
     codebook: Tensor | None, bias: Tensor | None, bits: int, group: int, table: str = "exact", kernel: str = "auto",
     tag: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    _check_product(codes, scale, weight, weight_scale, weight_zero, codebook, bits, group, table, kernel, tag)
+    _check_product(
+        codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, bits, group, table, kernel, tag
+    )
     _check_exact(table)
     return scale.new_empty([*scale.shape[:-1], weight.shape[0]])
 
@@ -245,8 +253,8 @@ def _check_exact(table: str) -> None:
 
 
 def _check_product(
-    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None,
-    codebook: Tensor | None, bits: int, group: int, table: str, kernel: str, tag: Tensor | None,
+    codes: Tensor, scale: Tensor, sums: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None,
+    codebook: Tensor | None, bias: Tensor | None, bits: int, group: int, table: str, kernel: str, tag: Tensor | None,
 ) -> None:  # fmt: skip
     _check_choices(group, table, kernel)
     if not 1 <= bits <= 8:
@@ -258,14 +266,17 @@ def _check_product(
         )
     n, k = weight.shape
     depth = [k] if table == "exact" else [-(-k // TABLE_CODES), 16]
-    if list(codes.shape[scale.dim() - 1 :]) != depth or scale.shape[-1] != -(-k // group):
+    rows, groups = list(scale.shape[:-1]), -(-k // group)
+    if list(codes.shape) != [*rows, *depth] or any(list(each.shape) != [*rows, groups] for each in (scale, sums)):
         raise UsageError(
-            f"activations {list(codes.shape)} with scales {list(scale.shape)} do not fit a weight {[n, k]} in groups "
-            f"of {group}; build them with the same group and table"
+            f"activations {list(codes.shape)} with scales {list(scale.shape)} and sums {list(sums.shape)} do not fit a "
+            f"weight {[n, k]} in groups of {group}; build them with the same group and table"
         )
     for each in (weight_scale, weight_zero, tag):
-        if each is not None and list(each.shape) != [n, -(-k // group)]:
-            raise UsageError(f"{list(each.shape)} does not fit {n} outputs of {-(-k // group)} groups")
+        if each is not None and list(each.shape) != [n, groups]:
+            raise UsageError(f"{list(each.shape)} does not fit {n} outputs of {groups} groups; give {[n, groups]}")
+    if bias is not None and list(bias.shape) != [n]:
+        raise UsageError(f"a bias of {list(bias.shape)} does not fit {n} outputs; give {[n]}")
     if codebook is not None and table == "int8":
         raise UsageError("tables of activations serve numbers made of bits, not codebooks; use table='exact'")
     shape = [2**bits] if tag is None else [codebook.shape[0] if codebook is not None else 0, 2**bits]
