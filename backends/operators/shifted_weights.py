@@ -80,7 +80,8 @@ def missing_of_windows(
     each = View(x.storage, (batch, height, width, groups, inner), steps, x.offset)
     found = reduce(lowering, _centered(each, zero), [4], "int32", "sum")
     sums = View(found.storage, (batch, height, width, groups), found.strides[:4], found.offset)
-    if (batch, height, width) != (outputs[0], *outputs[2:]) or window.taps != (1, 1) or any(window.pads):
+    same = (batch, height, width) == (outputs[0], *outputs[2:]) and not any(window.pads)
+    if not same or window.taps != (1, 1) or window.strides != (1, 1):
         result = Product((outputs[0], *outputs[2:], groups), "int32")
         code = pooling.pool(sums, result, result, window, "sum", "window_sums", lowering.target)
         sums = lowering.call(code)[0]

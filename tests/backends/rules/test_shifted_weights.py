@@ -87,6 +87,25 @@ def test_sums_are_exact(target: str) -> None:
             assert torch.equal(tensor_of(array, spec.dtype), wanted), spec.name
 
 
+@pytest.mark.parametrize("padding", [[0, 0, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0]])
+def test_a_stride_and_padding_that_keep_the_size(padding: list[int]) -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = wide(5, 8, 1, 1)
+            self.register_buffer("one", torch.tensor(1.0))
+            self.register_buffer("zero", torch.tensor(7, dtype=torch.uint8))
+
+        def forward(self, x: Tensor) -> Any:
+            window = {"stride": [2, 2], "padding": padding, "dilation": [1, 1]}
+            return ops.qconv(x, self.one, self.zero, self.weight, self.one, None, *REST, **window, **NUMBER)
+
+    x = codes(1, 8, 2, 2)
+    program = capture(Strided(), (x,))
+    (found,) = graphopt.compile(program, threads=2).session().run(None, {"x": x.numpy()})
+    assert torch.equal(torch.from_numpy(found), *program(x))
+
+
 @pytest.mark.parametrize("sign", [255, -255])
 def test_the_largest_sums_do_not_saturate(sign: int) -> None:
     depth = 33024
