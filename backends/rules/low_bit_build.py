@@ -1,7 +1,8 @@
 """graphopt::lut_build in one pass over each row: the largest number of a group, then its codes or tables.
 
 A group's numbers are read twice, the second time from the first-level cache. Tables are made a vector of entries at a
-time: four activations times vectors of signs. Rows are shared between threads; one row is not worth a launch.
+time: four activations times vectors of signs; the largest one adds up magnitudes. Rows are shared between
+threads; one row is not worth a launch.
 """
 
 from __future__ import annotations
@@ -73,11 +74,11 @@ class _Build:
         kernel = self.kernel
         at = T.bind(row * self.groups + number)
         start = T.bind(row * self.width + number * self.group)
-        best, total = (kernel.registers(_VECTORS, self.lanes, dtype=dtype) for dtype in ("float32", "int32"))
+        best, total = (kernel.registers(_VECTORS, self.lanes, dtype="int32") for _ in range(2))
         self.clear(best)
         for place, vector, count in self.parts(size):
             with kernel.vectorized(count) as lane:
-                larger = tirx.max(best[vector, lane], tirx.abs(self.number(start + place + lane)))
+                larger = tirx.max(best[vector, lane], _magnitude(self.number(start + place + lane)))
                 T.buffer_store(best, larger, [vector, lane])
         fold_lanes(kernel, best, _VECTORS, "max")
         step = self.store_scale(at, best[0, 0])
@@ -97,18 +98,17 @@ class _Build:
         first = T.bind((row * -(-self.width // _QUAD) + number * (self.group // _QUAD)) * _ENTRIES)
         quads, rest = divmod(size, _QUAD)
         parts = range(0, _ENTRIES, lanes)
-        best, entries = kernel.registers(1, lanes), kernel.registers(len(parts), lanes)
+        best, entries = kernel.registers(1, dtype="int32"), kernel.registers(len(parts), lanes)
         total = kernel.registers(1)
-        self.clear(best)
+        T.buffer_store(best, tirx.const(0, "int32"), [0])
         T.buffer_store(total, tirx.const(0.0, "float32"), [0])
 
         def enlarge(quad: Any, count: int) -> None:
             numbers = self.quad(start + quad * _QUAD, count)
             T.buffer_store(total, total[0] + sum(numbers[1:count], numbers[0]), [0])
-            for vector, part in enumerate(parts):
-                self.fill(entries, vector, part, numbers)
-                with kernel.vectorized(lanes) as lane:
-                    T.buffer_store(best, tirx.max(best[0, lane], tirx.abs(entries[vector, lane])), [0, lane])
+            head, *others = (tirx.abs(number) for number in numbers)
+            largest = sum(others, head)
+            T.buffer_store(best, tirx.max(best[0], _magnitude(largest)), [0])
 
         def store(quad: Any, count: int, step: Any) -> None:
             numbers = self.quad(start + quad * _QUAD, count)
@@ -122,8 +122,7 @@ class _Build:
             enlarge(quad, _QUAD)
         if rest:
             enlarge(int64(quads), rest)
-        fold_lanes(kernel, best, 1, "max")
-        step = self.store_scale(at, best[0, 0])
+        step = self.store_scale(at, best[0])
         with kernel.serial(quads) as quad:
             store(quad, _QUAD, step)
         if rest:
@@ -145,8 +144,8 @@ class _Build:
         T.buffer_store(entries, total, [vector, tirx.Ramp(int64(0), int64(1), lanes)])
 
     def store_scale(self, at: Any, largest: Any) -> Any:
-        """Store a group's scale; returns what its numbers are divided by."""
-        scale = T.bind(largest / tirx.const(_LARGEST, "float32"))
+        """Store a group's scale, given its largest magnitude; returns what its numbers are divided by."""
+        scale = T.bind(tirx.reinterpret("float32", largest) / tirx.const(_LARGEST, "float32"))
         T.buffer_store(self.scale, scale, [at])
         zero = tirx.const(0.0, "float32")
         return T.bind(tirx.Select(scale > zero, scale, tirx.const(1.0, "float32")))
@@ -176,6 +175,11 @@ class _Build:
                 yield int64(done), 0, part
                 done += part
             part //= 2
+
+
+def _magnitude(number: Any) -> Any:
+    """The bits of |number|, ordered as int32 as the numbers are, with NaN above infinity: a maximum keeps it."""
+    return tirx.reinterpret("int32", number) & tirx.const(0x7FFFFFFF, "int32")
 
 
 def _code(number: Any, step: Any) -> Any:

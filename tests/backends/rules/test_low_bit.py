@@ -6,6 +6,7 @@ runs here with the same sums made of other instructions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -231,6 +232,28 @@ def test_codes_and_tables_of_activations(table: str, target: str) -> None:
             assert torch.allclose(found, want, rtol=1e-5, atol=1e-5), spec.name
         else:
             assert torch.equal(found, want), spec.name
+
+
+@pytest.mark.parametrize("table, width", [("exact", 256), ("exact", 37), ("int8", 256), ("int8", 40)])
+@pytest.mark.parametrize("target", ["cpu", "cpu:x86-64-v3"])
+def test_scales_keep_what_is_no_number(table: str, width: int, target: str) -> None:
+    """One group, with NaN or an infinity at every position in turn; then with both."""
+
+    class Scales(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            scale: Tensor = lut_build(x, width, table)[1]
+            return scale
+
+    every = torch.eye(width, dtype=torch.bool)
+    rows = [torch.ones(width, width).masked_fill(every, value) for value in (math.nan, -math.nan, math.inf, -math.inf)]
+    infinite = torch.full((width, width), -math.inf)
+    x = torch.cat([*rows, infinite.masked_fill(every, math.nan), infinite])
+    program = capture(Scales(), (torch.ones_like(x),))
+    artifact = graphopt.compile(program, target=target, threads=2)
+    (found,) = artifact.session().run(None, {"x": x.numpy()})
+    (wanted,) = program(x)
+    assert torch.equal(torch.from_numpy(found).nan_to_num(-1.0), wanted.nan_to_num(-1.0))
+    assert int(wanted.isnan().sum()) == 3 * width
 
 
 def test_codes_take_their_bits_in_the_artifact() -> None:
