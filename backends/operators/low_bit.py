@@ -46,9 +46,15 @@ def _product(lowering: Lowering, node: Node) -> View:
     weight, bits, target = held["weight"], given["bits"], lowering.target
     n, k = (int(size) for size in weight.shape)
     codes, scale, sums = (lowering.contiguous(given[name]) for name in ("codes", "scale", "sums"))
+    book = held["codebook"]
+    if book is not None and book.numel() > _BOOK:
+        raise CompileError(
+            f"{node.name} chooses between {book.shape[0]} codebooks of {2**bits} numbers, and kernels look up {_BOOK} "
+            f"numbers; give at most {_BOOK >> bits}"
+        )
     bias = None if held["bias"] is None else lowering.weight(held["bias"])
     fewest = _fewest_rows(lowering, node, given["kernel"])
-    masked = low_bit_gemv.masks(target, bits, held["codebook"] is not None)
+    masked = low_bit_gemv.masks(target, bits, book is not None)
     rows = product(scale.shape[:-1])
 
     def layout_of(vectors: int) -> Layout:

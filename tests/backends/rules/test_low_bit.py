@@ -256,6 +256,12 @@ def test_scales_keep_what_is_no_number(table: str, width: int, target: str) -> N
     assert int(wanted.isnan().sum()) == 3 * width
 
 
+def test_codebooks_beyond_what_kernels_look_up_are_refused() -> None:
+    compiled(Products([Case(4, 5, 64, 32, book=16)]), activations(1, 64), "cpu")
+    with pytest.raises(CompileError, match=r"17 codebooks of 16 numbers.*at most 16"):
+        compiled(Products([Case(4, 5, 64, 32, book=17)]), activations(1, 64), "cpu")
+
+
 def test_codes_take_their_bits_in_the_artifact() -> None:
     artifact, _ = compiled(Products([Case(bits, 64, 1024, 128) for bits in (1, 2, 3, 4)]), activations(1, 1024), "cpu")
     sizes = [each.size for name, each in artifact.weights.items() if "weight" in name]
