@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral
 
 import sympy
 import torch
@@ -23,6 +24,8 @@ def fix_sizes(program: Program, values: Mapping[str, int]) -> Program:
     for name, value in values.items():
         if name not in program.sizes:
             raise UnknownNameError("size", name, program.sizes)
+        if not isinstance(value, Integral):
+            raise UsageError(f"size {name!r} cannot be {value!r}; give a whole number")
         bounds = program.sizes[name]
         if value < bounds.low or (bounds.high is not None and value > bounds.high):
             top = "and up" if bounds.high is None else f"to {bounds.high}"

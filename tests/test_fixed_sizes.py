@@ -56,6 +56,9 @@ def test_sizes_that_cannot_be(program: Program) -> None:
         program.fix_sizes(row=1)
     with pytest.raises(UsageError, match="size 'rows' cannot be 0; it is 1 and up"):
         program.fix_sizes(rows=0)
+    for value in ("1", 1.5):
+        with pytest.raises(UsageError, match=f"size 'rows' cannot be {value!r}; give a whole number"):
+            program.fix_sizes(rows=value)  # type: ignore[arg-type]
 
 
 class Recorder(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ _DEEPEST = 8  # arrays within arrays
 _BYTES = {2: 18, 3: 20, 8: 34}  # of a block, by the number of its type
 _LEAST_ENTRY = 8 + 4 + 4 + 8  # bytes of a tensor's entry, and more than those of a key
 _MOST_AXES = 4
+_SHOWN = 80  # characters of a name, in a message
 
 
 def read_gguf(path: str | os.PathLike[str]) -> dict[str, LowBitWeight]:
@@ -43,11 +45,9 @@ def read_gguf(path: str | os.PathLike[str]) -> dict[str, LowBitWeight]:
     data = mapped(path)
     try:
         entries, start = _entries(_Reader(data))
-        found = {
-            entry.name: _weight(entry, data, start)
-            for entry in entries
-            if entry.kind in _BYTES and len(entry.shape) == 2
-        }
+        wanted = [entry for entry in entries if entry.kind in _BYTES and len(entry.shape) == 2]
+        _check_apart(entries, wanted)
+        found = {entry.name: _weight(entry, data, start) for entry in wanted}
     except CaptureError as error:
         raise CaptureError(f"{name}: {error}") from error
     if not found:
@@ -63,6 +63,9 @@ class _Entry:
     shape: tuple[int, ...]
     kind: int
     offset: int
+
+    def __str__(self) -> str:
+        return f"tensor {self.name[:_SHOWN]}"
 
 
 class _Reader:
@@ -135,21 +138,40 @@ def _entries(reader: _Reader) -> tuple[list[_Entry], int]:
 def _entry(reader: _Reader) -> _Entry:
     name, axes = reader.text(), reader.number("I")
     if axes > _MOST_AXES:
-        raise CaptureError(f"tensor {name} has {axes} axes, over {_MOST_AXES}")
+        raise CaptureError(f"tensor {name[:_SHOWN]} has {axes} axes, over {_MOST_AXES}")
     shape = tuple(reader.number("Q") for _ in range(axes))[::-1]
     return _Entry(name, shape, reader.number("I"), reader.number("Q"))
+
+
+def _check_apart(entries: list[_Entry], wanted: list[_Entry]) -> None:
+    """Names are used once, and no two of `wanted` share bytes."""
+    names: set[str] = set()
+    for entry in entries:
+        if entry.name in names:
+            raise CaptureError(f"two tensors have the name {entry.name[:_SHOWN]}")
+        names.add(entry.name)
+    in_order = sorted(wanted, key=lambda entry: entry.offset)
+    for entry, following in pairwise(in_order):
+        if entry.offset + _size(entry) > following.offset:
+            raise CaptureError(f"{entry} and {following} share bytes")
+
+
+def _size(entry: _Entry) -> int:
+    """Bytes of a matrix in blocks."""
+    rows, columns = entry.shape
+    return rows * columns // BLOCK * _BYTES[entry.kind]
 
 
 def _weight(entry: _Entry, data: memoryview, start: int) -> LowBitWeight:
     rows, columns = entry.shape
     size = _BYTES[entry.kind]
     if not rows or not columns or columns % BLOCK:
-        raise CaptureError(f"tensor {entry.name} is {rows} x {columns}, which is no whole number of blocks of {BLOCK}")
+        raise CaptureError(f"{entry} is {rows} x {columns}, which is no whole number of blocks of {BLOCK}")
     count = rows * columns // BLOCK
     first = start + entry.offset
-    if first + count * size > len(data):
-        raise CaptureError(f"tensor {entry.name} ends behind byte {len(data)}, the last one; get the file again")
-    blocks = np.frombuffer(data[first : first + count * size], np.uint8).reshape(count, size)
+    if first + _size(entry) > len(data):
+        raise CaptureError(f"{entry} ends behind byte {len(data)}, the last one; get the file again")
+    blocks = np.frombuffer(data[first : first + _size(entry)], np.uint8).reshape(count, size)
     scale = _halves(blocks[:, :2])
     _check_finite(entry, scale)
     if entry.kind == 8:
@@ -172,7 +194,7 @@ def _weight(entry: _Entry, data: memoryview, start: int) -> LowBitWeight:
 
 def _check_finite(entry: _Entry, value: np.ndarray) -> None:
     if not np.isfinite(value).all():
-        raise CaptureError(f"tensor {entry.name} has scales that are infinite or no numbers")
+        raise CaptureError(f"{entry} has scales that are infinite or no numbers")
 
 
 def _with_least(codes: np.ndarray, scale: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -108,8 +108,9 @@ def _gptq(layer: _Layer, version: int) -> LowBitWeight:
     zero = unpacked(_bytes(zeros), bits, groups, rows)
     if version == 1:
         zero = (zero + 1) & ((1 << bits) - 1)
-    group = _group(columns, groups)
-    order = _order(layer, columns, group) if layer.has("g_idx") else None
+    index = _index(layer, columns, groups) if layer.has("g_idx") else None
+    group = _group(columns, groups) if index is None else int((index == 0).sum())
+    order = None if index is None else _order(index, group)
     if order is not None:
         codes = codes[:, order].contiguous()
     return LowBitWeight(codes, _turned(scales), bits, group, zero.t().float().contiguous(), permutation=order)
@@ -147,16 +148,23 @@ def _turned(scales: np.ndarray) -> Tensor:
 
 def _group(columns: int, groups: int) -> int:
     if columns % groups:
-        raise CaptureError(f"{groups} groups do not divide its {columns} inputs")
+        raise CaptureError(f"{groups} groups do not divide its {columns} inputs, and no g_idx says which are whose")
     return columns // groups
 
 
-def _order(layer: _Layer, columns: int, group: int) -> Tensor | None:
-    """The inputs in the order of their groups, or None where they are in it."""
+def _index(layer: _Layer, columns: int, groups: int) -> Tensor:
+    """The group of each input."""
     index = torch.from_numpy(layer.words("g_idx", 1).astype(np.int64))
     if len(index) != columns:
         raise CaptureError(f"g_idx has {len(index)} entries for {columns} inputs")
-    wanted = torch.arange(columns) // group
+    if int(index.min()) != 0 or int(index.max()) != groups - 1:
+        raise CaptureError(f"g_idx names groups {int(index.min())} to {int(index.max())}, not 0 to {groups - 1}")
+    return index
+
+
+def _order(index: Tensor, group: int) -> Tensor | None:
+    """The inputs in the order of their groups, or None where they are in it; the last group may be short."""
+    wanted = torch.arange(len(index)) // group
     if torch.equal(index, wanted):
         return None
     order = torch.argsort(index, stable=True)

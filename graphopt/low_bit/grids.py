@@ -65,6 +65,8 @@ class Grid:
     bits: int
 
     def __post_init__(self) -> None:
+        if self.kind not in _BITS:
+            raise UsageError(f"grid={self.kind} does not exist; give one of {', '.join(_BITS)}")
         known = _BITS[self.kind]
         if self.bits not in known:
             raise UsageError(f"grid={self.kind} has {_spelled(known)} bits, not {self.bits}")

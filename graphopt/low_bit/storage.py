@@ -67,6 +67,8 @@ def _weight(name: str, tensors: Tensors) -> LowBitWeight:
     rows, columns, bits, group = form.tolist()
     if min(rows, columns) < 1 or not 1 <= bits <= 8 or codes.numel() != -(-rows * columns * bits // 8):
         raise CaptureError(f"{name} has {codes.numel()} bytes for {rows} x {columns} codes of {bits} bits")
+    if codes.dtype != torch.uint8:
+        raise CaptureError(f"{name}.codes are {str(codes.dtype).removeprefix('torch.')}, not uint8")
     whole = unpacked(codes.numpy().reshape(1, -1), bits, 1, rows * columns).reshape(rows, columns)
     return LowBitWeight(whole, scale, bits, group, **parts)
 

@@ -70,6 +70,10 @@ class LowBitWeight:
         if self.tag is None:
             _check("codebook", self.codebook, torch.int8, (count,))
             return
+        if self.codebook.dim() != 2 or not len(self.codebook):
+            raise UsageError(
+                f"codebook of a low-bit weight with tags is int8 [C, 2^bits], not {_spelled(self.codebook)}"
+            )
         _check("codebook", self.codebook, torch.int8, (len(self.codebook), count))
         _check("tag", self.tag, torch.uint8, (self.rows, self.groups))
         if int(self.tag.max()) >= len(self.codebook):

@@ -94,6 +94,7 @@ class InferenceSession:
         self._set_denormals = find_function(model.library, SET_DENORMALS)
         self._sizes_seen: set[tuple[object, ...]] = set()
         self._last_run: RunInfo | None = None
+        self._sequence = 0
         self.reset()
 
     @property
@@ -139,17 +140,30 @@ class InferenceSession:
         bound = self._entry(entry)
         return [_value_info(bound.entry.outputs[index]) for index in bound.answers]
 
-    def reset(self) -> None:
-        """Put the state back to what it was when the session was opened."""
+    @property
+    def sequence(self) -> int:
+        """How often the state was put back, which tells one sequence from the next."""
+        return self._sequence
+
+    def reset(self) -> int:
+        """Put the state back to what it was when the session was opened; returns the new `sequence`."""
         state = {item.name: item for bound in self._bound.values() for item in bound.entry.state}
         with self._lock:
             self._state = {name: self._initial(item) for name, item in state.items()}
+            self._sequence += 1
+            return self._sequence
 
     def _initial(self, item: TensorInfo) -> Any:
         """Memory of the session's own where the code writes into it, else the mapped file's."""
         stored = self._model.tensors.get(state_name(item.name))
         if stored is None:
-            return zeros(tuple(map(int, item.shape)), item.dtype)
+            try:
+                return zeros(tuple(map(int, item.shape)), item.dtype)
+            except (MemoryError, ValueError, OverflowError) as error:
+                raise ArtifactError(
+                    f"state {item.name[:80]!r} is {item.dtype[:40]} {list(item.shape)}, for which there is no memory; "
+                    "get the file again"
+                ) from error
         return copy_tensor(stored, item.dtype) if item.name in self._written else stored
 
     def clone(self) -> InferenceSession:
@@ -210,15 +224,15 @@ class InferenceSession:
         fewest that have `top_p` of the probability. Equal seeds draw equal tokens. It ends after `max_tokens`, or
         before one of `stop_tokens`. Close the iterator, or leave it, to end early; other runs of the session meanwhile
         would change its state. Raises UsageError, before the first token, where the artifact is no decoder's or the
-        cache has not that many positions.
+        cache has not that many positions; and at the next token where another sequence was begun on the session.
         """
-        from graphopt.runtime.generation import Decoder, check_request
-        from graphopt.runtime.sampling import Sampling
+        from graphopt.runtime.generation import Decoder, check_request, check_stop_tokens
+        from graphopt.runtime.sampling import Sampling, seeded
 
         decoder = Decoder(self)
         prompt = check_request(prompt_ids, max_tokens, decoder.capacity)
         sampling = Sampling(temperature, top_k, top_p)
-        return decoder.generate(prompt, max_tokens, sampling, np.random.default_rng(seed), frozenset(stop_tokens))
+        return decoder.generate(prompt, max_tokens, sampling, seeded(seed), check_stop_tokens(stop_tokens))
 
     def profile(
         self, feed: Mapping[str, np.ndarray], entry: str = "main", rounds: int = 20

@@ -6,12 +6,21 @@ from collections.abc import Mapping
 
 from graphopt.contract import PassResult
 from graphopt.low_bit.weight import LowBitWeight
-from graphopt.passes.lut_matmul.encoding import Inputs
+from graphopt.passes.lut_matmul.encoding import Inputs, Quantizer
 from graphopt.passes.lut_matmul.layers import Found
-from graphopt.passes.lut_matmul.writing import RULE
+from graphopt.passes.lut_matmul.writing import FEW_ROWS, RULE, table_of
+
+FITTED: frozenset[Quantizer] = frozenset({"awq", "gptq"})
 
 
-def describe(written: PassResult, found: Found, weights: Mapping[str, LowBitWeight], inputs: Inputs) -> list[str]:
+def describe(
+    written: PassResult,
+    found: Found,
+    weights: Mapping[str, LowBitWeight],
+    inputs: Inputs,
+    table: str,
+    quantizer: Quantizer,
+) -> list[str]:
     """A sentence on all layers that were written, and one on each."""
     names = [item.id.removeprefix(f"{RULE}@") for item in written.rewrites]
     if not names:
@@ -20,13 +29,18 @@ def describe(written: PassResult, found: Found, weights: Mapping[str, LowBitWeig
     after = sum(weights[name].bytes for name in names)
     bits = f"{32 * after / before:.3g} bits a weight"
     whole = f"{len(names)} weights take {after} bytes instead of {before} in float32, {bits}"
-    return [whole, *(_sentence(name, found, weights[name], inputs) for name in names)]
+    judged = " on the rows that it was fitted to" if quantizer in FITTED else ""
+    each = [_sentence(name, found, weights[name], inputs, table, judged) for name in names]
+    exact = [name for name in names if table_of(found.layers[name], table) != table]
+    if exact:
+        each.append(f"table={table} is for up to {FEW_ROWS} rows; with more, and exact codes: {', '.join(exact)}")
+    return [whole, *each]
 
 
-def _sentence(name: str, found: Found, weight: LowBitWeight, inputs: Inputs) -> str:
+def _sentence(name: str, found: Found, weight: LowBitWeight, inputs: Inputs, table: str, judged: str) -> str:
     size = f"{weight.bits_a_weight:.3g} bits a weight, {4 * weight.codes.numel()} -> {weight.bytes} bytes"
     layer = found.layers[name]
     if layer.held is None:
         return f"{name}: {size}, codes as they were"
-    decibels = inputs.decibels(name, layer.floats(), weight)
-    return f"{name}: {size}" if decibels is None else f"{name}: {size}, SNR of its result {decibels:.1f} dB"
+    decibels = inputs.decibels(name, layer.floats(), weight, table_of(layer, table))
+    return f"{name}: {size}" if decibels is None else f"{name}: {size}, SNR of its result{judged} {decibels:.1f} dB"

@@ -24,6 +24,7 @@ from graphopt.program import Program
 
 Quantizer = Literal["nearest", "mse", "awq", "gptq"]
 JUDGED = 8  # samples whose rows tell signal from noise
+TABLE_BYTES = 1 << 25  # that a product by tables, as PyTorch has it, takes at once
 HESSIAN_BYTES = 1 << 30  # that are held at once, each part summed in a pass over the data
 
 
@@ -102,18 +103,40 @@ class Inputs:
         if part:
             yield part
 
-    def decibels(self, layer: str, weight: Tensor, coded: LowBitWeight) -> float | None:
-        """Signal to noise of the layer's result on the rows seen; None where none are, or all are zero."""
+    def decibels(self, layer: str, weight: Tensor, coded: LowBitWeight, table: str) -> float | None:
+        """Signal to noise of the layer's result on the rows seen; None where none are, or all are zero.
+
+        Noise is what rounding the weight and rounding x, as `table` says, do together.
+        """
         kept = self.rows[self.sources[layer]].kept
         if not kept:
             return None
         x = torch.stack(kept).float()
         wanted = x @ weight.float().t()
-        noise = float((x @ coded.dequantize().t() - wanted).square().sum())
+        noise = float((coded_product(x, coded, table) - wanted).square().sum())
         power = float(wanted.square().sum())
         if not power:
             return None
         return 10 * math.log10(power / noise) if noise else math.inf
+
+
+def coded_product(x: Tensor, weight: LowBitWeight, table: str) -> Tensor:
+    """x [R, K] times the weight [N, K], both rounded as the rewritten layer has them: float32 [R, N]."""
+    order = torch.arange(weight.columns) if weight.permutation is None else weight.permutation
+    codes, scale, sums = torch.ops.graphopt.lut_build(x[:, order], weight.group, table)
+    if table == "exact":
+        rounded_x = torch.empty_like(x)
+        rounded_x[:, order] = codes.float() * weight.spread(scale)
+        return rounded_x @ weight.dequantize().t()
+
+    def of(part: slice) -> Tensor:
+        zero = None if weight.zero is None else weight.zero[part]
+        operands = weight.codes[part], weight.scale[part], zero, None, None, weight.bits, weight.group
+        found: Tensor = torch.ops.graphopt.lut_gemv(codes, scale, sums, *operands, table=table)
+        return found
+
+    step = max(1, TABLE_BYTES // (8 * 4 * weight.columns * weight.bits))
+    return torch.cat([of(slice(first, first + step)) for first in range(0, weight.rows, step)], 1)
 
 
 class Encoder:

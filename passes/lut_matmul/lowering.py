@@ -115,7 +115,7 @@ class LutMatmul(Pass):
             context.progress("lut-matmul: weights", number, len(found.layers))
             weights[name] = layer.low or encoder.encode(name, layer, bits[name])
         written = write(now, found, weights, self.table, self.kernel, context)
-        notes += describe(written, found, weights, inputs)
+        notes += describe(written, found, weights, inputs, self.table, self.quantizer)
         return joined(program, folded, written, notes, ())
 
     def _samples(self, program: Program, context: PassContext) -> tuple[Iterable[Sample], View | None, list[str]]:

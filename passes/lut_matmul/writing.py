@@ -42,6 +42,15 @@ def write(
     return edit.finish()
 
 
+def table_of(layer: Layer, table: str) -> str:
+    """The table that a layer gets where `table` is asked for: products of many rows have none."""
+    return "exact" if _is_many(layer) else table
+
+
+def _is_many(layer: Layer) -> bool:
+    return layer.rows is not None and layer.rows > FEW_ROWS
+
+
 class _Writer:
     """Writes one graph; activations are built once for all layers that read the same value in the same way."""
 
@@ -52,8 +61,7 @@ class _Writer:
         self.built: dict[Any, tuple[Node, ...]] = {}
 
     def rewrite(self, layer: Layer, weight: LowBitWeight) -> None:
-        many = layer.rows is not None and layer.rows > FEW_ROWS
-        table = "exact" if many else self.table
+        table = table_of(layer, self.table)
         if table == "int8" and weight.codebook is not None:
             self.editor.decline(RULE, layer.node, "table=int8 sums bits of codes, and its weight has a codebook")
             return
@@ -73,7 +81,7 @@ class _Writer:
                 options["kernel"] = self.kernel
             if weight.tag is not None:
                 options["tag"] = builder.constant(weight.tag)
-            return [builder.call(_MANY if many else _FEW, *given, **options)]
+            return [builder.call(_MANY if _is_many(layer) else _FEW, *given, **options)]
 
         if self.editor.replace(RULE, [layer.node], build):
             self.built |= fresh

@@ -53,14 +53,19 @@ def least_noise(choices: Mapping[str, Sequence[Choice]], most: float) -> dict[st
     chosen = dict.fromkeys(choices, 0)
     taken = sum(items[0].bytes for items in choices.values())
 
+    def narrower(name: str) -> int | None:
+        """The next choice that saves bytes."""
+        items, now = choices[name], chosen[name]
+        return next((place for place in range(now + 1, len(items)) if items[place].bytes < items[now].bytes), None)
+
     def price(name: str) -> float:
-        now, then = choices[name][chosen[name] : chosen[name] + 2]
+        now, then = choices[name][chosen[name]], choices[name][left[name]]
         return (then.noise - now.noise) / (now.bytes - then.bytes)
 
-    while taken > most and (left := [name for name in choices if chosen[name] + 1 < len(choices[name])]):
+    while taken > most and (left := {name: place for name in choices if (place := narrower(name)) is not None}):
         name = min(left, key=price)
-        taken -= choices[name][chosen[name]].bytes - choices[name][chosen[name] + 1].bytes
-        chosen[name] += 1
+        taken -= choices[name][chosen[name]].bytes - choices[name][left[name]].bytes
+        chosen[name] = left[name]
     return chosen
 
 

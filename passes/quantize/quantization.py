@@ -89,6 +89,16 @@ class Quantize(Pass):
             )
         if self.power_of_two and self.algorithm == "plain" and not self.equalization:
             raise UsageError("power-of-two is of scales that are folded; give an algorithm or equalization=true")
+        if self.migration_strength is not None and self.algorithm != "smoothquant":
+            raise UsageError("migration-strength is of algorithm=smoothquant; give that, or leave it out")
+        if self.percentile != Quantize.percentile and self.calibration != "percentile":
+            raise UsageError("percentile is of calibration=percentile; give that, or leave it out")
+        form = self._weight_form()
+        grouped = self.size_budget is not None or (form is not None and form.granularity == "per-group")
+        if self.group_size != Quantize.group_size and not grouped:
+            raise UsageError(
+                "group-size is of granularity=per-group and size-budget; give one of them, or leave it out"
+            )
         if self.size_budget is not None and self.weights != "int8":
             raise UsageError("size-budget chooses between int8 and int4 for each layer; give weights=int8")
         if self.size_budget is not None and self.latency_budget is not None:
@@ -214,6 +224,8 @@ def joined(
     declined = (*folded.declined, *written.declined)
     notes = (*folded.notes, *notes, *written.notes)
     if not written.rewrites:
+        if not declined:
+            notes = (*notes, "no product with a constant weight was found, so that nothing is done")
         return PassResult(program, declined=declined, notes=notes, trade_offs=tuple(trade_offs))
     return replace(
         written,

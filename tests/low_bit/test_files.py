@@ -15,6 +15,7 @@ from torch import Tensor
 from graphopt.artifact.safetensors import lay_out
 from graphopt.errors import CaptureError, UsageError
 from graphopt.low_bit import Grid, LowBitWeight, load_weights, read_awq, read_gguf, read_gptq, rounded, save_weights
+from graphopt.low_bit.tensor_file import open_tensors
 
 Arrays = dict[str, np.ndarray]
 
@@ -75,6 +76,32 @@ def test_gptq(bits: int, version: Any, index: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(found[1].dequantize(), wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(("columns", "group"), [(96, 64), (80, 32)])
+def test_a_last_group_of_gptq_may_be_short(columns: int, group: int, shuffled: bool, tmp_path: Path) -> None:
+    """Also where the number of groups divides the inputs: 96 in groups of 64 are not two of 48."""
+    generator = np.random.default_rng(0)
+    index = np.arange(columns) // group
+    groups = int(index.max()) + 1
+    if shuffled:
+        index = generator.permutation(index)
+    codes, zeros = generator.integers(0, 16, (32, columns)), generator.integers(1, 16, (groups, 32))
+    scales = generator.random((groups, 32)).astype(np.float16)
+    tensors = {
+        "a.qweight": np.ascontiguousarray(words(codes, 4).T),
+        "a.qzeros": words(zeros - 1, 4),
+        "a.scales": scales,
+        "a.g_idx": index.astype(np.int32),
+    }
+    found = read_gptq(write_tensors(tmp_path / "m.safetensors", tensors))["a.weight"]
+    assert found.group == group and (found.permutation is not None) == shuffled
+    torch.testing.assert_close(found.dequantize(), numbers(codes, zeros, scales, index), rtol=1e-6, atol=1e-7)
+    if columns % groups:
+        del tensors["a.g_idx"]
+        with pytest.raises(CaptureError, match="3 groups do not divide its 80 inputs, and no g_idx says"):
+            read_gptq(write_tensors(tmp_path / "m.safetensors", tensors))
+
+
 def awq() -> tuple[Arrays, Tensor]:
     codes, zeros, scales = layer(4)
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
@@ -116,7 +143,8 @@ def change(name: str, value: Any) -> Callable[[Arrays], None]:
         (change("qweight", np.zeros((8, 32), np.float32)), "qweight is float32, not int32"),
         (change("scales", np.zeros((2, 32, 1), np.float16)), "where 2 axes are needed"),
         (change("scales", np.full((2, 32), np.inf, np.float16)), "layer a: scale and zero .* infinities or NaN"),
-        (change("g_idx", np.zeros(64, np.int32)), "g_idx does not put 32 inputs into each"),
+        (change("g_idx", np.zeros(64, np.int32)), "g_idx names groups 0 to 0, not 0 to 1"),
+        (change("g_idx", (np.arange(64) > 20).astype(np.int32)), "g_idx does not put 21 inputs into each"),
         (change("g_idx", np.zeros(5, np.int32)), "g_idx has 5 entries for 64 inputs"),
     ],
 )
@@ -127,8 +155,10 @@ def test_checkpoints_whose_tensors_do_not_fit(edit: Any, words: str, tmp_path: P
         read_gptq(write_tensors(tmp_path / "m.safetensors", tensors))
 
 
-def gguf(tensors: list[tuple[str, int, tuple[int, int], bytes]], alignment: int | None = None) -> bytes:
-    """A file of version 3 with some keys of every kind, and blocks as they are given."""
+def gguf(
+    tensors: list[tuple[str, int, tuple[int, int], bytes]], alignment: int | None = None, apart: bool = True
+) -> bytes:
+    """A file of version 3 with some keys of every kind, and blocks as they are given; else all are said to be first."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
@@ -145,7 +175,7 @@ def gguf(tensors: list[tuple[str, int, tuple[int, int], bytes]], alignment: int 
     step, body = alignment or 32, b""
     for name, kind, (rows, columns), data in tensors:
         body += bytes(-len(body) % step)
-        head += text(name) + struct.pack("<IQQIQ", 2, columns, rows, kind, len(body))
+        head += text(name) + struct.pack("<IQQIQ", 2, columns, rows, kind, len(body) if apart else 0)
         body += data
     return head + bytes(-len(head) % step) + body
 
@@ -209,7 +239,7 @@ def test_a_gguf_with_altered_bytes_is_read_or_refused(seed: int, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    ids=["magic", "version", "count", "size", "blocks", "kind", "scale"],
+    ids=["magic", "version", "count", "size", "blocks", "kind", "scale", "twice", "overlap", "name"],
     argvalues=[
         (b"GGUX" + bytes(40), "no GGUF"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "it is GGUF 1, and 2 and 3 are read"),
@@ -218,6 +248,9 @@ def test_a_gguf_with_altered_bytes_is_read_or_refused(seed: int, tmp_path: Path)
         (gguf([("w", 2, (1, 48), bytes(36))]), "no whole number of blocks"),
         (gguf([("w", 12, (1, 64), bytes(36))]), "holds no matrix in Q4_0"),
         (gguf([("w", 2, (1, 32), struct.pack("<e", float("inf")) + bytes(16))]), "infinite"),
+        (gguf([("w", 2, (1, 32), bytes(18))] * 2), "two tensors have the name w"),
+        (gguf([(n, 2, (1, 64), bytes(36)) for n in "ab"], apart=False), "tensor a and tensor b share bytes"),
+        (gguf([("w" * 1000, 2, (1, 48), bytes(36))]), "tensor w{80} is 1 x 48"),
     ],
 )
 def test_a_gguf_that_asks_for_too_much(data: bytes, words: str, tmp_path: Path) -> None:
@@ -254,3 +287,24 @@ def test_weights_come_back_from_their_own_file(kind: Any, bits: int, tmp_path: P
         assert torch.equal(found[name].codes, weight.codes) and found[name].group == 32
         assert torch.equal(found[name].dequantize(), weight.dequantize())
     assert (tmp_path / "w.safetensors").stat().st_size < 2 * 5 * 72 * bits // 8 + 8192
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        (
+            "codebook",
+            np.array(1, np.int8),
+            r"codebook .* with tags is int8 \[C, 2\^bits\], not int8\[\]",
+        ),
+        ("codes", np.zeros(5 * 72 * 4 // 8, np.int8), "w.codes are int8, not uint8"),
+        ("codes", np.zeros(5 * 72 * 4 // 8, np.float32), "w.codes are float32, not uint8"),
+    ],
+)
+def test_parts_of_another_form_are_one_sentence(part: str, value: np.ndarray, words: str, tmp_path: Path) -> None:
+    weight = rounded(torch.randn(5, 72, generator=torch.Generator().manual_seed(0)), Grid("bitmod", 4), 32)
+    save_weights({"w": weight}, tmp_path / "w.safetensors")
+    tensors = {name: stored.array() for name, stored in open_tensors(tmp_path / "w.safetensors").items()}
+    write_tensors(tmp_path / "w.safetensors", {**tensors, f"w.{part}": value})
+    with pytest.raises(CaptureError, match=words):
+        load_weights(tmp_path / "w.safetensors")

@@ -125,6 +125,8 @@ def test_zeros_and_tiny_numbers_have_codes(kind: Kind, bits: int) -> None:
 
 
 def test_what_has_no_codes_is_said() -> None:
+    with pytest.raises(UsageError, match="grid=foo does not exist; give one of affine, symmetric, odd"):
+        Grid("foo", 4)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="grid=nf4 has 4 bits, not 3"):
         Grid("nf4", 3)
     for weight, group, words in (

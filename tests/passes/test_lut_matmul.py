@@ -12,6 +12,8 @@ import graphopt
 from graphopt.contract import PassContext
 from graphopt.errors import UsageError
 from graphopt.passes.lut_matmul import LutMatmul
+from graphopt.passes.quantize import Quantize
+from graphopt.passes.quantize.budget import Choice, least_noise
 from graphopt.program import Program
 from tests.passes.checking import captured, check_pass, targets
 
@@ -254,6 +256,55 @@ def test_the_report_counts_bits_and_bytes() -> None:
     size = 64 * 64 // 4 + 2 * 4 * 64 * 2
     assert notes[0] == f"4 weights take {4 * size} bytes instead of {4 * 4 * 4096} in float32, 4 bits a weight"
     assert notes[1].startswith(f"linear: 4 bits a weight, 16384 -> {size} bytes, SNR of its result ")
+
+
+class Outlier(nn.Module):
+    """One linear; its input has a channel that is far larger than the others of its group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(128, 80, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 8},
+        {"bits": 8, "table": "int8"},
+        {"bits": 3, "quantizer": "gptq", "activation_order": True},
+        {"grid": "nf4"},
+    ],
+)
+@pytest.mark.parametrize("rows", [3, 40])
+def test_noted_noise_is_that_of_weight_and_activations(options: dict[str, Any], rows: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, 128) * torch.cat([torch.ones(127), torch.tensor([50.0])])
+    program = captured(Outlier().eval(), x)
+    result = LutMatmul(**options).run(program, PassContext())
+    true = -10 * torch.log10(torch.tensor(noise(result.program(x)[0], program(x)[0]))).item()
+    (note,) = [note for note in result.notes if "SNR" in note]
+    assert float(note.removesuffix(" dB").rsplit(" ", 1)[1]) == pytest.approx(true, abs=0.1)
+    assert ("on the rows that it was fitted to" in note) == (options.get("quantizer") == "gptq")
+    dropped = options.get("table") == "int8" and rows > 4
+    assert ("table=int8 is for up to 4 rows" in result.notes[-1]) == dropped
+
+
+def test_a_program_without_products_says_so() -> None:
+    program = captured(nn.ReLU(), torch.randn(3, 4))
+    refused = LutMatmul().run(attention(), PassContext(allow=lambda identity: False))
+    assert not refused.rewrites and not any("was found" in note for note in refused.notes)
+    for passed in (LutMatmul(), Quantize()):
+        result = passed.run(program, PassContext())
+        assert not result.rewrites and result.notes[-1].startswith("no product with a constant weight was found")
+
+
+def test_widths_of_equal_bytes_are_no_narrowing() -> None:
+    choices = {"a": [Choice(3, 0.1), Choice(3, 0.2), Choice(2, 0.3)], "b": [Choice(5, 0.0), Choice(5, 0.9)]}
+    assert least_noise(choices, 7) == {"a": 2, "b": 0}
+    assert least_noise(choices, 1) == {"a": 2, "b": 0}
 
 
 @pytest.mark.parametrize(

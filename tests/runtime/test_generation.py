@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 import graphopt
 from graphopt import FeedError, InferenceSession, UsageError
-from graphopt.runtime.generation import Decoder
+from graphopt.runtime.generation import Decoder, _check_entry, _counts
+from graphopt.runtime.manifest import Bounds
 from graphopt.runtime.sampling import Sampling
 from graphopt.tools.benchmarking.llama import Llama, Shape, capture_decoder, entries_of
 from tests.decoders import recomputed
@@ -76,8 +79,64 @@ def test_prompts_in_parts_and_by_steps_alone(session: InferenceSession) -> None:
     whole = list(session.generate(PROMPT, 8))
     decoder = Decoder(session)
     for most in (1, 2):
-        decoder.at_once = most
+        decoder.least, decoder.at_once = 1, most
         assert list(decoder.generate(PROMPT, 8, Sampling(), np.random.default_rng(0), frozenset())) == whole
+
+
+@pytest.fixture(scope="module")
+def four(module: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("four") / "llama.gopt"
+    entries = entries_of(capture_decoder(module))
+    graphopt.compile({**entries, "prefill": entries["prefill"].fix_sizes(tokens=4)}).save(path)
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 10])
+def test_a_prefill_of_four_tokens_serves_prompts_of_any_number(
+    four: Path, session: InferenceSession, count: int
+) -> None:
+    prompt = [*PROMPT, *PROMPT][:count]
+    assert list(InferenceSession(four).generate(prompt, 6)) == list(session.generate(prompt, 6))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "runs"),
+    [
+        (Bounds(4, 8), [8, 1, 1]),
+        (Bounds(1, 4), [4, 4, 2]),
+        (Bounds(2, 3), [3, 3, 3, 1]),
+        (Bounds(1, None), [10]),
+        (None, [1] * 10),
+    ],
+)
+def test_prompts_go_in_runs_that_prefill_takes(
+    session: InferenceSession, bounds: Bounds | None, runs: list[int]
+) -> None:
+    decoder = Decoder(session)
+    prefill = replace(session.manifest.entries["prefill"], sizes={} if bounds is None else {"tokens": bounds})
+    decoder.least, decoder.at_once = _counts(prefill)
+    left, found = 10, []
+    while left:
+        found.append(decoder._run_of(left))
+        left -= found[-1]
+    assert found == runs
+
+
+def test_a_cache_that_is_read_whole_is_refused_at_once(session: InferenceSession) -> None:
+    inputs = session.manifest.entries["step"].inputs
+    fixed = tuple(replace(item, shape=(1, 32)) if item.name == "attention_mask" else item for item in inputs)
+    entry = replace(session.manifest.entries["step"], inputs=fixed)
+    with pytest.raises(UsageError, match="entry 'step' reads 32 positions of its cache, whatever the token"):
+        _check_entry("step", entry)
+
+
+@pytest.mark.parametrize("begin", [InferenceSession.reset, lambda session: next(session.generate([3, 2], 4))])
+def test_a_sequence_ends_where_another_begins(session: InferenceSession, begin: Callable[..., Any]) -> None:
+    tokens = session.generate(PROMPT, 12)
+    assert len(list(itertools.islice(tokens, 3))) == 3
+    begin(session)
+    with pytest.raises(UsageError, match=r"another sequence was begun .* session\.clone\(\)"):
+        next(tokens)
 
 
 def test_equal_seeds_draw_equal_tokens(session: InferenceSession) -> None:
@@ -132,9 +191,21 @@ def test_requests_that_cannot_be_met(session: InferenceSession) -> None:
         ([[1, 2]], 3, "list of one or more token ids"),
         (PROMPT, 0, "max_tokens is 0"),
         (PROMPT, 29, "over the 32 positions of the cache"),
+        (PROMPT, 2.5, "max_tokens is 2.5; give a whole number"),
+        (PROMPT, "4", "max_tokens is '4'; give a whole number"),
+        ([[1, 2], [3]], 3, "rows of several lengths"),
+        ([1 << 63], 3, "9223372036854775808, which is no id of a token"),
     ):
         with pytest.raises(UsageError, match=text):
             session.generate(prompt, most)  # type: ignore[arg-type]
+    for options, text in (
+        ({"seed": -1}, "seed is -1; give a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; give a whole number"),
+        ({"stop_tokens": 5}, "stop_tokens is 5; give a list"),
+        ({"stop_tokens": "5"}, "stop_tokens is '5'; give a list"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            session.generate(PROMPT, 3, **options)  # type: ignore[arg-type]
     assert len(list(session.generate(PROMPT, 28))) == 28
 
 
@@ -159,6 +230,7 @@ def test_sampling_leaves_the_unlikely_out() -> None:
     np.testing.assert_allclose(share(Sampling(1.0, top_p=0.01)), [0, 1, 0, 0])
     squared = np.array([0.05, 0.5, 0.15, 0.3]) ** 2
     np.testing.assert_allclose(share(Sampling(0.5)), squared / squared.sum(), atol=0.03)
+    np.testing.assert_allclose(share(Sampling(1e-320)), [0, 1, 0, 0])
     assert Sampling().choose(np.array([1.0, 3.0, 3.0]), np.random.default_rng(0)) == 1
 
 
@@ -167,11 +239,14 @@ def test_sampling_leaves_the_unlikely_out() -> None:
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "top_k": 1.5}, "top_k is 1.5"),
+        ({"temperature": 1.0, "top_p": "all"}, "top_p is 'all'"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": 3}, "temperature above 0"),
     ],
 )
-def test_sampling_that_means_nothing(options: dict[str, float], text: str) -> None:
+def test_sampling_that_means_nothing(options: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        Sampling(**options)  # type: ignore[arg-type]
+        Sampling(**options)

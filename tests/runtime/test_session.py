@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt.errors import FeedError, RunError, UnknownNameError, UsageError
+from graphopt.errors import ArtifactError, FeedError, RunError, UnknownNameError, UsageError
 from graphopt.runtime import InferenceSession, ValueInfo
 from graphopt.runtime import session as session_module
 from graphopt.runtime.dtypes import DTYPES
+from graphopt.runtime.manifest import TensorInfo
 from graphopt.runtime.tensors import aligned_copy, copy_tensor
 
 W, B = np.arange(8, dtype=np.float32), np.ones(8, np.float32)
@@ -215,6 +216,18 @@ def test_state_is_kept_reset_and_out_of_reach(artifact: Path) -> None:
     np.testing.assert_array_equal(other.run(None, {"x": one}, entry="count")[0], one)
     session.reset()
     np.testing.assert_array_equal(session.run(None, {"x": one}, entry="count")[0], one)
+
+
+@pytest.mark.parametrize("shape", [(1 << 50, 1 << 12), (1 << 62, 8)])
+def test_state_that_no_memory_holds_is_one_line(parts: Any, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    state = (TensorInfo("cache", "float32", shape),)
+    entry = replace(parts.manifest.entries["count"], state=state, written=("cache",))
+    path = parts.write(
+        tmp_path / "big.gopt", manifest=replace(parts.manifest, entries={**parts.manifest.entries, "count": entry})
+    )
+    with pytest.raises(ArtifactError, match=r"state 'cache' is float32 \[.*no memory") as raised:
+        InferenceSession(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_refused_feed_leaves_the_state(artifact: Path) -> None:
