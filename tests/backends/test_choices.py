@@ -82,7 +82,8 @@ def bench() -> Iterator[Bench]:
 
 
 def test_every_rule_with_a_choice_is_asked(sites: tuple[Program, list[Site]]) -> None:
-    rules = [site.made.choice.workload.rule for site in sites[1]]
+    on_vectors = {"amx-gemm": "packed-gemm"}  # where the host has tiles, the one in bfloat16 is on them
+    rules = [on_vectors.get(rule, rule) for rule in (site.made.choice.workload.rule for site in sites[1])]
     assert {rule: rules.count(rule) for rule in rules} == {
         "packed-gemm": 3,  # one is what an LSTM does with all its inputs
         "convolution": 4,
@@ -158,7 +159,9 @@ def test_a_configuration_that_does_not_exist_is_ignored_and_noted(
     module = lowered({"packed-gemm": settings}, found)
     assert not any(info.configuration.get("tuned") for info in module.kernels.values())
     notes = list(module.choices.notes)
-    assert len(notes) == 3 and all(note.startswith("ignored a tuned configuration") for note in notes)
+    assert len(notes) == sum(site.made.choice.workload.rule == "packed-gemm" for site in every) and all(
+        note.startswith("ignored a tuned configuration") for note in notes
+    )
 
 
 def test_a_trial_has_the_values_of_its_weights_and_leaves_nothing_behind(sites: tuple[Program, list[Site]]) -> None:

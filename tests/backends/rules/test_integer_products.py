@@ -225,7 +225,7 @@ def test_sums_of_codes_end_the_product_before_them(step: float, zeros: Any, boun
     """With the smallest step numbers leave int32 before they are clipped."""
     inputs = (codes(2, 5, 7, 20), codes(2, 5, 7, 72, seed=4))
     artifact, program = compiled(Summed(step, zeros, bounds), inputs, "cpu")
-    assert rules(artifact) == {"integer-gemm"}
+    assert rules(artifact) <= {"integer-gemm", "amx-gemm"}
     feed = dict(zip(("x", "added"), map(array_of, inputs), strict=True))
     assert np.array_equal(artifact.session().run(None, feed)[0], array_of(program(*inputs)[0]))
 

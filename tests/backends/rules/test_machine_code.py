@@ -49,7 +49,7 @@ class Expected:
     wide: bool = True
 
 
-AMX = "amx-gemm"  # where the target has tiles
+AMX = ("amx-gemm", "amx-convolution")  # where the target has tiles
 PRODUCTS = {  # what a kernel says that it multiplies -> the instructions that do it
     "pairs of bfloat16": {"vdpbf16ps"},
     "tiles of bfloat16": {"tdpbf16ps"},
@@ -71,11 +71,14 @@ NARROW = {  # level -> what multiplies narrow numbers there
 }
 EXPECTED = {
     "packed-gemm": Expected(accumulates=True),
-    AMX: Expected(),  # its sums have a test of their own
+    "amx-gemm": Expected(),  # its sums have a test of their own
+    "amx-convolution": Expected(workspace=True),
     "integer-gemm": Expected(accumulates=True),
     "integer-convolution": Expected(accumulates=True, workspace=True),
     "batched-gemm": Expected(accumulates=True, workspace=True),
     "integer-batched-gemm": Expected(accumulates=True, workspace=True),
+    "low-bit-build": Expected(wide=False),  # of the rest of a row
+    "low-bit": Expected(workspace=True, wide=False),  # bits are taken apart between products, groups end in scalars
     "fused-attention": Expected(accumulates=True, workspace=True),
     "direct-convolution": Expected(accumulates=True, workspace=True),
     "winograd": Expected(workspace=True),  # its transforms multiply and store as much as its products add
@@ -122,6 +125,19 @@ class Codes(nn.Module):
     def forward(self, x: Tensor) -> Any:
         given = (x, self.step, self.zero, self.weight, self.step, None, self.step, self.zero, None, None, None)
         return self.operator(*given, **self.options, dtype=torch.uint8)
+
+
+class LowBit(nn.Module):
+    """A product with 96 columns of 4-bit weights in groups of 128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.ones(96, 256, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(96, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        built = torch.ops.graphopt.lut_build(x, 128)
+        return torch.ops.graphopt.lut_gemv(*built, self.codes, self.scale, None, None, None, 4, 128)
 
 
 class ProductOfCodes(nn.Module):
@@ -198,6 +214,11 @@ def programs() -> dict[str, Program]:
             Codes(torch.ops.graphopt.qconv, 96, 96, 3, 3, stride=[2, 2], padding=[1, 1], dilation=[1, 1]),
             (torch.ones(1, 96, 64, 64, dtype=torch.uint8),),
         ),
+        "codes_groups": (
+            Codes(torch.ops.graphopt.qconv, 96, 48, 3, 3, stride=[2, 2], padding=[1, 1], dilation=[1, 1], groups=2),
+            (torch.ones(1, 96, 64, 64, dtype=torch.uint8),),
+        ),
+        "low_bit": (LowBit(), (r(1, 256),)),
         "codes_products": (
             ProductOfCodes(),
             (torch.ones(8, 96, 64, dtype=torch.uint8), torch.ones(8, 64, 96, dtype=torch.uint8)),
@@ -226,6 +247,9 @@ class Compiled:
         """Kernel -> its functions."""
         return {name: kernel_functions(self.code, name) for name, kernel in self.kernels.items() if kernel.rule == rule}
 
+    def of_rules(self, rules: tuple[str, ...]) -> dict[str, dict[str, tuple[str, ...]]]:
+        return {name: parts for rule in rules for name, parts in self.of_rule(rule).items()}
+
     def narrow(self, body: tuple[str, ...]) -> list[str]:
         """Arithmetic on floats in less than the widest registers."""
         return [line for line in body if ARITHMETIC.match(line) and WIDE[self.lanes] not in line]
@@ -241,6 +265,8 @@ def compiled(request: pytest.FixtureRequest, captured: dict[str, Program]) -> Co
     target = resolve_target(request.param, threads=2)
     if request.param in ONLY_CODES:
         captured = {name: captured[name] for name in captured if name.startswith("codes")}
+    if not target.amx:  # whose tiles take windows of codes but for groups
+        captured = {name: captured[name] for name in captured if name != "codes_groups"}
     lowered = cpu.lower(captured, target)
     text = cpu.generate(lowered.module, target).mod.imports[0].inspect_source("s")
     return Compiled(target.name, target.lanes, target.pairs, target.amx, lowered.kernels, functions(text))
@@ -258,7 +284,7 @@ def test_every_rule_is_looked_at(compiled: Compiled) -> None:
     if compiled.level in ONLY_CODES:
         assert used >= {"integer-gemm", "integer-convolution"}
     else:
-        assert used == (set(EXPECTED) if compiled.amx else set(EXPECTED) - {AMX})
+        assert used == (set(EXPECTED) if compiled.amx else set(EXPECTED) - set(AMX))
 
 
 @pytest.mark.parametrize("rule", EXPECTED)
@@ -267,7 +293,7 @@ def test_no_library_is_called(compiled: Compiled, rule: str) -> None:
     for kernel, parts in compiled.of_rule(rule).items():
         named = {name for body in parts.values() for name in calls(body) if re.match(r"[A-Za-z_]\w*$", name)}
         named = {name for name in named if not name.startswith("__tvm_set_raised")}  # an error's message
-        named -= {"syscall"} if rule == AMX else set()
+        named -= {"syscall"} if rule in AMX else set()
         named -= {"memset", "memcpy", "memmove", *(f"x{number}" for number in range(31))}
         assert not named, kernel
 
@@ -320,6 +346,8 @@ def test_products_of_narrow_numbers_have_the_instruction_that_is_told(compiled: 
     """And roundings to bfloat16 one of theirs; what saturates is used nowhere."""
     every, used = set().union(*PRODUCTS.values()), set()
     for name, info in compiled.kernels.items():
+        if info.rule == "low-bit":  # takes what the level has, VPMADDUBSW too where its bits cannot saturate
+            continue
         lines = [line for body in kernel_functions(compiled.code, name).values() for line in body]
         found = {word for word in every if any(f"\t{word}\t" in line for line in lines)}
         told = PRODUCTS.get(str(info.configuration.get("products")), set())
@@ -335,7 +363,7 @@ def test_products_of_narrow_numbers_have_the_instruction_that_is_told(compiled: 
 
 def test_tiles_are_multiplied_in_a_loop_of_nothing_else(compiled: Compiled) -> None:
     """Four multiplications for four loads, whole or several times; no vector is touched, and sums stay in tiles."""
-    for kernel, parts in compiled.of_rule(AMX).items():
+    for kernel, parts in compiled.of_rules(AMX).items():
         if not {"brain_deep", "codes_deep"} & {*compiled.kernels[kernel].nodes}:
             continue
         found = [loop for loop in innermost(parts) if any("\ttdp" in line for line in loop.body)]
@@ -347,7 +375,7 @@ def test_tiles_are_multiplied_in_a_loop_of_nothing_else(compiled: Compiled) -> N
 
 
 def test_tiles_are_released_by_the_task_that_configured_them(compiled: Compiled) -> None:
-    for kernel, parts in compiled.of_rule(AMX).items():
+    for kernel, parts in compiled.of_rules(AMX).items():
         for name, body in parts.items():
             words = [line.split()[0] for line in body if TILES.match(line)]
             if words:
