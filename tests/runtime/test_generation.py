@@ -205,7 +205,7 @@ def test_requests_that_cannot_be_met(session: InferenceSession) -> None:
         ({"stop_tokens": "5"}, "stop_tokens is '5'; give a list"),
     ):
         with pytest.raises(UsageError, match=text):
-            session.generate(PROMPT, 3, **options)  # type: ignore[arg-type]
+            session.generate(PROMPT, 3, **options)
     assert len(list(session.generate(PROMPT, 28))) == 28
 
 

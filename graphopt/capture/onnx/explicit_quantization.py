@@ -23,7 +23,7 @@ from graphopt.contract import PassContext
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.errors import UsageError
 from graphopt.matcher import argument
-from graphopt.operators import integer_elements, integer_products, integer_sums  # noqa: F401
+from graphopt.operators import integer_elements, integer_pooling, integer_products, integer_sums  # noqa: F401
 from graphopt.operators.quantization import CODES
 from graphopt.program import Program
 
@@ -39,6 +39,8 @@ _ACTIVATIONS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "hardswish": (aten.hardswish.default, {}),
     "hardsigmoid": (aten.hardsigmoid.default, {}),
 }
+
+_POOLS = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
 
 
 def explicit(program: Program) -> Program:
@@ -166,11 +168,27 @@ def _sum(op: _Operator) -> Node:
     return op.builder.call(aten.sum.dim_IntList, op.numbers("x", scale=scale), axes, op.given("keepdim"))
 
 
+def _average(op: _Operator) -> Node:
+    """A mean of windows; a divisor other than their elements is taken by the scale."""
+    kernel, divisor = op.given("kernel_size"), op.given("divisor")
+    shape = kernel, op.given("stride"), op.given("padding"), op.given("ceil_mode")
+    scale = None
+    if divisor is not None and op.given("ceil_mode"):
+        raise UsageError(
+            f"{op.node.name} is {op.node.target} with ceil_mode and a divisor, which ONNX has no form for; save a .pt2"
+        )
+    if divisor is not None and divisor != math.prod(kernel):
+        scale = op.builder.constant(op.held("x_scale") * math.prod(kernel) / divisor)
+    return op.builder.call(_POOLS[len(kernel)], op.numbers("x", scale=scale), *shape, divisor is not None)
+
+
 _NUMBERS: Mapping[Any, Callable[[_Operator], Node]] = {
     graphopt.qlinear.default: _linear,
     graphopt.qconv.default: _convolution,
     graphopt.qadd.default: _sum_of_two,
     graphopt.qmul.default: functools.partial(_pair, aten.mul.Tensor),
+    graphopt.qdiv.default: functools.partial(_pair, aten.div.Tensor),
     graphopt.qmatmul.default: functools.partial(_pair, aten.matmul.default),
     graphopt.qsum.default: _sum,
+    graphopt.qavg_pool.default: _average,
 }

@@ -78,6 +78,21 @@ def two(m: Any, target: Any, x: Tensor, into: Any, **options: Any) -> Tensor:
     return result
 
 
+def average(m: Any, x: Tensor, padding: list[int], divisor: int | None = None, ceil_mode: bool = False) -> Tensor:
+    result: Tensor = ops.qavg_pool(
+        *(x, m.scale, m.zero, m.other, m.low),
+        **{
+            "kernel_size": [3, 2],
+            "stride": [2, 1],
+            "padding": padding,
+            "divisor": divisor,
+            "ceil_mode": ceil_mode,
+            **BYTE,
+        },
+    )
+    return result
+
+
 def dynamic(m: Any, x: Tensor, axis: int | None) -> Tensor:
     result: Tensor = ops.dynamic_qlinear(*ops.dynamic_quantize(x, axis=axis), m.weight, m.rows, m.bias)
     return result
@@ -112,10 +127,22 @@ CASES: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "sum": (lambda m, x: two(m, ops.qadd, x, (m.coarse, m.zero), qmin=120), CODES),
     "difference": (lambda m, x: two(m, ops.qadd, x, (m.coarse, m.zero), b_scale=m.minus), CODES),
     "product": (lambda m, x: two(m, ops.qmul, x, (m.coarse, m.zero)), CODES),
+    "quotient": (
+        lambda m, x: ops.qdiv(x, m.scale, m.zero, x.flip(0) // 2 + 9, m.other, m.low, m.coarse, m.zero, **BYTE),
+        CODES,
+    ),
     "matrices": (lambda m, x: two(m, ops.qmatmul, x[:4, :4], (m.coarse, m.zero)), CODES),
     "matrices of numbers": (lambda m, x: two(m, ops.qmatmul, x[:4, :4], (None, None), dtype=torch.float32), CODES),
     "mean": (lambda m, x: ops.qsum(x, m.scale, m.zero, m.other, m.low, dim=[2, 3], divisor=90, **BYTE), IMAGES),
     "total": (lambda m, x: ops.qsum(x, m.scale, m.zero, m.coarse, m.zero, dim=[1], keepdim=True, **BYTE), IMAGES),
+    "windows": (lambda m, x: average(m, x, [1, 1], divisor=6), IMAGES),
+    "windows that count": (lambda m, x: average(m, x, [1, 0]), IMAGES),
+    "windows of a row": (
+        lambda m, x: ops.qavg_pool(
+            *(x, m.scale, m.zero, m.other, m.low), kernel_size=[2], stride=[2], padding=[0], divisor=2, **BYTE
+        ),
+        IMAGES[0],
+    ),
     "table": (lambda m, x: ops.table256(x, m.table), CODES),
     "table of signed codes": (lambda m, x: ops.table256(linear(m, x, (m.coarse, m.signed), **CODE), m.numbers), CODES),
     "dynamic": (lambda m, x: dynamic(m, x, None), NUMBERS),
@@ -179,6 +206,12 @@ def test_every_operator(tmp_path: Path) -> None:
             assert (apart > 2e-5).double().mean() < 0.02, spec.name
     assert integer_operators(again) == integer_operators(program)
     assert len(integer_operators(program)) > len(CASES)
+
+
+def test_a_divisor_of_windows_beyond_the_edge_has_no_form(tmp_path: Path) -> None:
+    program = graphopt.capture(Operators(lambda m, x: average(m, x, [0, 0], divisor=6, ceil_mode=True)), (IMAGES,))
+    with pytest.raises(UsageError, match="with ceil_mode and a divisor"):
+        program.to_onnx(str(tmp_path / "m.onnx"))
 
 
 def test_moves_of_codes_and_sizes_that_vary(tmp_path: Path) -> None:
