@@ -264,6 +264,10 @@ def test_a_model(name: str, kind: str, tmp_path: Path) -> None:
         steps = "O2,quantize" if kind == "ours" else "O2,quantize{activations=dynamic-int8}"
     program = graphopt.optimize(program, f"{steps},qdq-fusion", verify="off").program
     path, x = str(tmp_path / "written.onnx"), draw(MODELS[name][1], 10)
+    if "dynamic_qconv" in str(program.graph_module.graph):
+        with pytest.raises(UsageError, match="dynamic_qconv"):
+            program.to_onnx(path)
+        return
     program.to_onnx(path)
     (wanted,), (found,) = program(x), run_by_onnxruntime(path, program, [x])
     assert (found - wanted).abs().max() <= wanted.abs().max() / 50
