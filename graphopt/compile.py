@@ -17,6 +17,7 @@ import torch
 
 from graphopt.arrays import array_of, tensor_of
 from graphopt.artifact.write import write_artifact
+from graphopt.checking.exactness import same
 from graphopt.checking.operators_alone import alone, compare
 from graphopt.checking.output_check import check_session
 from graphopt.database import Database, hardware_of, open_store
@@ -267,7 +268,7 @@ def _initial_state(entries: Mapping[str, Program], written: frozenset[str]) -> d
     for name, program in entries.items():
         for state in program.state:
             other = found.setdefault(state.spec.name, state)
-            if other.spec != state.spec or not torch.equal(other.initial, state.initial):
+            if other.spec != state.spec or not same(other.initial, state.initial):
                 raise UsageError(
                     f"entry {name!r} has state {state.spec.name!r} of another shape or value than an entry before it; "
                     "capture both from one module"

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,3 +138,20 @@ def test_entries_share_a_state_only_where_it_is_the_same() -> None:
     entries = {"a": graphopt.capture(Recorder(False), example), "b": graphopt.capture(Other(), example)}
     with pytest.raises(UsageError, match="entry 'b' has state 'kept' of another shape or value"):
         graphopt.compile(entries)
+
+
+def test_a_state_that_begins_as_not_a_number_is_the_same_in_every_entry() -> None:
+    class Hole(nn.Module):
+        kept: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept", torch.tensor([1.0, math.nan]))
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            self.kept.add_(value)
+            return self.kept * 2
+
+    entries = {name: graphopt.capture(Hole(), (torch.ones(2),)) for name in ("a", "b")}
+    session = graphopt.compile(entries).session()
+    assert [session.run(None, {"value": np.ones(2, np.float32)}, entry=name)[0][0] for name in entries] == [4.0, 6.0]
