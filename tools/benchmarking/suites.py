@@ -176,6 +176,14 @@ def gemv_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     return networks_suite(partial(gemv.run_gemv, cases, settings), gemv, draw_gemv)
 
 
+def overhead_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import overhead
+    from graphopt.tools.benchmarking.overhead_chart import draw_overhead
+
+    cases = chosen_networks(arguments, overhead.CASES, "its kernel and ONNX Runtime")
+    return networks_suite(partial(overhead.run_overhead, cases, settings), overhead, draw_overhead)
+
+
 def decode_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     from graphopt.tools.benchmarking import decode
     from graphopt.tools.benchmarking.decode_cases import PASSES
@@ -216,4 +224,5 @@ SUITES: Mapping[str, Callable[[argparse.Namespace, Settings], Suite]] = {
     "quantization": quantization_suite,
     "gemv": gemv_suite,
     "decode": decode_suite,
+    "overhead": overhead_suite,
 }

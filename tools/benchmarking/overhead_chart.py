@@ -1,0 +1,23 @@
+"""`--suite overhead` as a picture: microseconds of a call, of its kernel, and of ONNX Runtime's call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graphopt.tools.benchmarking.chart import finish, label, new_figure, write
+from graphopt.tools.benchmarking.report import format_machine
+
+
+def draw_overhead(path: str, report: Mapping[str, Any]) -> None:
+    """A PNG, whole or not at all: a bar for each side of each case."""
+    rows = [(model["title"], row) for model in report["models"] if "failed" not in model for row in model["rows"]]
+    figure, axes = new_figure(len(rows) * 2)
+    for at, (_, row) in enumerate(rows):
+        time = 1e6 * row["seconds"]
+        axes.barh(at, time, height=0.6, color="#0b57d0")
+        label(axes, 1.02 * time, at, f"{time:.2f} us")
+    most = max((1e6 * row["seconds"] for _, row in rows), default=1.0)
+    finish(axes, [f"{title}, {row['side']}" for title, row in rows], 1.3 * most, "microseconds")
+    axes.set_title(format_machine(report), loc="left", fontsize=9)
+    write(path, figure)
