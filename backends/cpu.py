@@ -236,7 +236,9 @@ def own_functions(target: Target, kernels: Iterable[Any]) -> dict[str, tirx.Prim
 
 
 def set_denormals(target: Target) -> tirx.PrimFunc:
-    """graphopt_set_denormals(flush, threads): each of the caller's pool treats denormals as zero; flush 0 undoes it.
+    """graphopt_set_denormals(flush, threads): so many of the caller's pool treat denormals as zero; flush 0 undoes it.
+
+    The caller is the first of them; alone it waits for no other.
 
     Denormal operands cost an x86 core a microcode assist each: a matrix product over them runs 200 times slower. Arm
     cores take them in their stride; there it is done so that results are the same.
@@ -247,18 +249,24 @@ def set_denormals(target: Target) -> tirx.PrimFunc:
             T.func_attr({"tirx.noalias": True, "global_symbol": SET_DENORMALS})
             flush = T.arg("flush", tirx.Var("flush", "int32"))
             threads = T.arg("threads", tirx.Var("threads", "int32"))
-            everywhere = T.parallel(tirx.const(0, "int32"), threads)  # one task for each thread
-            with _importing(definitions(target)), everywhere:
-                if target.machine == "aarch64":
-                    word = T.bind(tirx.call_llvm_intrin("int64", "llvm.aarch64.get.fpcr"))
-                    T.evaluate(tirx.call_llvm_intrin("void", "llvm.aarch64.set.fpcr", _flushed(word, _FZ, flush)))
-                else:
-                    word = T.alloc_buffer((1,), "int32", scope="local", layout=None)
-                    address = tirx.address_of(word[0])
-                    T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.stmxcsr", address))
-                    T.buffer_store(word, _flushed(word[0], _FTZ_DAZ, flush), [0])
-                    T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.ldmxcsr", address))
+            with _importing(definitions(target)), T.If(threads > 1):
+                with T.Then(), T.parallel(tirx.const(0, "int32"), threads):  # one task for each thread
+                    _set_denormals_here(target, flush)
+                with T.Else():
+                    _set_denormals_here(target, flush)
         return builder.get()
+
+
+def _set_denormals_here(target: Target, flush: Any) -> None:
+    if target.machine == "aarch64":
+        word = T.bind(tirx.call_llvm_intrin("int64", "llvm.aarch64.get.fpcr"))
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.aarch64.set.fpcr", _flushed(word, _FZ, flush)))
+    else:
+        word = T.alloc_buffer((1,), "int32", scope="local", layout=None)
+        address = tirx.address_of(word[0])
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.stmxcsr", address))
+        T.buffer_store(word, _flushed(word[0], _FTZ_DAZ, flush), [0])
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.ldmxcsr", address))
 
 
 def _importing(code: str) -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from graphopt.errors import ArtifactError, BoundInputError, FeedError
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.runtime.manifest import Bounds, Entry, TensorInfo
 from graphopt.runtime.sizes import Expression, parse_size
-from graphopt.runtime.tensors import to_device
+from graphopt.runtime.tensors import SMALL, aligned_empty, to_device
 
 
 class FeedCheck:
@@ -24,21 +24,19 @@ class FeedCheck:
         self._known = frozenset(self._names)
         self._bounds = entry.sizes
         self._state = tuple(_InputCheck(item) for item in entry.state)
-        self._fixed = None if any(check.may_vary for check in (*self._inputs, *self._state)) else self._inputs
+        self._needs_a_look = any(check.expressions or check.bound is not None for check in self._inputs)
 
     def bind(self, feed: Mapping[str, np.ndarray], state: Iterable[Any] = ()) -> tuple[list[Any], dict[str, int]]:
         """The feed as tensors in the entry's order, and the symbolic sizes it has; raises FeedError or BoundInputError.
 
-        An array is copied only when it is not aligned to 64 bytes, contiguous and in the machine's byte order.
+        Large arrays are copied only when they are not aligned to 64 bytes, contiguous and in the machine's byte order;
+        small ones always, into memory that the next call writes to again, unless `forget` comes before it.
         """
-        if self._fixed is not None and isinstance(feed, dict) and len(feed) == len(self._fixed):
-            tensors = [check.exactly(feed.get(check.name)) for check in self._fixed]
-            if None not in tensors:
-                return tensors, {}
+        sizes = self._sizes_of(state)
+        if self._is_right(feed, sizes):
+            return [check.to_device(feed[check.name]) for check in self._inputs], sizes
         self._check_names(feed)
-        sizes: dict[str, int] = {}
-        for check, tensor in zip(self._state, state, strict=False):
-            check.read_names(tensor.shape, sizes)
+        sizes = self._sizes_of(state)
         where: dict[str, str] = {}
         arrays = [feed[name] for name in self._names]
         for check, array in zip(self._inputs, arrays, strict=True):
@@ -50,7 +48,31 @@ class FeedCheck:
             if check.bound is not None:
                 check.check_value(array)
         self._check_bounds(sizes, where)
-        return [to_device(array, check.dtype) for check, array in zip(self._inputs, arrays, strict=True)], sizes
+        return [check.to_device(array) for check, array in zip(self._inputs, arrays, strict=True)], sizes
+
+    def forget(self) -> None:
+        """Leave the memory of the last call to whoever may still read it."""
+        for check in self._inputs:
+            check.forget()
+
+    def _sizes_of(self, state: Iterable[Any]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for check, tensor in zip(self._state, state, strict=False):
+            check.read_names(tensor.shape, sizes)
+        return sizes
+
+    def _is_right(self, feed: Mapping[str, np.ndarray], sizes: dict[str, int]) -> bool:
+        """Whether a quick look finds nothing wrong; it adds to `sizes`. Where it does, other checks say what it is."""
+        if self._needs_a_look or not isinstance(feed, dict) or len(feed) != len(self._inputs):
+            return False
+        for check in self._inputs:
+            if not check.is_right(feed.get(check.name), sizes):
+                return False
+        for name, value in sizes.items():
+            bounds = self._bounds.get(name, _DEFAULT_BOUNDS)
+            if value < bounds.low or (bounds.high is not None and value > bounds.high):
+                return False
+        return True
 
     def _check_names(self, feed: Mapping[str, np.ndarray]) -> None:
         if not isinstance(feed, Mapping):
@@ -92,6 +114,7 @@ class _InputCheck:
         self._fixed: list[tuple[int, int]] = []
         self._names: list[tuple[int, str]] = []
         self.expressions: list[tuple[int, Expression]] = []
+        self._staged: tuple[np.ndarray, Any] | None = None  # where a small array is copied to, and its tensor
         self.bound = None if info.bound is None else _bound_value(info)
         for axis, size in enumerate(info.shape):
             if isinstance(size, int):
@@ -101,16 +124,35 @@ class _InputCheck:
             else:
                 self.expressions.append((axis, expression))
 
-    @property
-    def may_vary(self) -> bool:
-        """Whether a look at dtype and shape does not tell all."""
-        return bool(self._names or self.expressions) or self.bound is not None
+    def is_right(self, array: Any, sizes: dict[str, int]) -> bool:
+        """Whether it is just what is expected, the common case; notes the sizes that have names."""
+        if not isinstance(array, np.ndarray) or array.dtype != self._carrier:
+            return False
+        shape: tuple[int, ...] = array.shape
+        if not self._names:
+            return shape == self._shape
+        if len(shape) != len(self._shape):
+            return False
+        for axis, size in self._fixed:
+            if shape[axis] != size:
+                return False
+        return all(sizes.setdefault(name, shape[axis]) == shape[axis] for axis, name in self._names)
 
-    def exactly(self, array: Any) -> Any:
-        """The tensor of an array that is just what is expected, the common case; None sends others to the checks."""
-        if isinstance(array, np.ndarray) and array.dtype == self._carrier and array.shape == self._shape:
+    def to_device(self, array: np.ndarray) -> Any:
+        """A tensor over the array's memory where kernels can read that and it is large, else over a copy."""
+        staged = self._staged
+        if array.dtype != self._carrier:
             return to_device(array, self.dtype)
-        return None
+        if staged is None or staged[0].shape != array.shape:
+            if not 0 < array.nbytes <= SMALL:
+                return to_device(array, self.dtype)
+            memory = aligned_empty(array.shape, self._carrier)
+            staged = self._staged = memory, to_device(memory, self.dtype)
+        staged[0][...] = array
+        return staged[1]
+
+    def forget(self) -> None:
+        self._staged = None
 
     def check_kind(self, array: np.ndarray) -> None:
         """Type, dtype, rank and fixed sizes."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -68,7 +68,8 @@ class _Bound:
                 raise ArtifactError(
                     f"output {item.name} has dtype {item.dtype[:40]!r}, which this graphopt does not know"
                 )
-        self.copied = not self.returned and all(_is_small(item) for item in self.entry.outputs)
+        self.state = tuple(item.name for item in self.entry.state)
+        self.bytes = tuple(DTYPES[item.dtype].carrier.itemsize for item in self.entry.outputs)
         self.function = bind_function(name, model, machine)
 
 
@@ -93,7 +94,7 @@ class InferenceSession:
         self._written = frozenset(name for bound in self._bound.values() for name in bound.entry.written)
         self._set_denormals = find_function(model.library, SET_DENORMALS)
         self._sizes_seen: set[tuple[object, ...]] = set()
-        self._last_run: RunInfo | None = None
+        self._last_run: tuple[float, dict[str, int], str, tuple[int, ...] | None] | None = None
         self._sequence = 0
         self.reset()
 
@@ -120,7 +121,10 @@ class InferenceSession:
     @property
     def last_run(self) -> RunInfo | None:
         """About the latest run that succeeded; None before the first."""
-        return self._last_run
+        if self._last_run is None:
+            return None
+        seconds, sizes, entry, exits = self._last_run
+        return RunInfo(seconds, MappingProxyType(sizes), entry, exits)
 
     @property
     def report(self) -> Any:
@@ -183,17 +187,18 @@ class InferenceSession:
         has another value, UnknownNameError for an unknown output or entry, RunError when the compiled code fails; after
         an error the state is what it was before, but for what RunError left in state that is written in place.
         """
-        bound = self._entry(entry)
-        wanted = self._select(bound, output_names)
+        bound = self._bound.get(entry) or self._entry(entry)
+        wanted = bound.answers if output_names is None else self._select(bound, output_names)
         with self._lock:
-            state = [self._state[item.name] for item in bound.entry.state]
+            state = [self._state[name] for name in bound.state]
             inputs, sizes = bound.check.bind(feed, state)
             seconds, results = self._call(bound, inputs, state)
             arrays = self._arrays(bound, results, inputs, state)
             told = bound.entry.exits
             exits = None if told is None else tuple(arrays(bound.outputs[told]).tolist())
-            self._bound_memory(sizes)
-            self._last_run = RunInfo(seconds, MappingProxyType(sizes), entry, exits)
+            if sizes:
+                self._bound_memory(sizes)
+            self._last_run = seconds, sizes, entry, exits
             return [arrays(index) for index in wanted]
 
     def _arrays(
@@ -203,8 +208,9 @@ class InferenceSession:
         if bound.entry.stages:  # arrays of their own already
             return lambda index: widen(results[index], bound.results[index].dtype)
         outputs = self._own(bound, results, inputs, state)
-        following = zip(bound.returned, outputs[len(bound.entry.outputs) :], strict=True)
-        self._state = self._state | {item.name: tensor for item, tensor in following}  # all of it or nothing
+        if bound.returned:
+            following = zip(bound.returned, outputs[len(bound.entry.outputs) :], strict=True)
+            self._state = self._state | {item.name: tensor for item, tensor in following}  # all of it or nothing
         return lambda index: from_device(outputs[index], bound.results[index].dtype)
 
     def generate(
@@ -276,7 +282,11 @@ class InferenceSession:
 
     def _call(self, bound: _Bound, inputs: list[Any], state: list[Any]) -> tuple[float, list[Any]]:
         begin = time.perf_counter()
-        result = self._runner.run(lambda: self._guarded(bound.name, bound.function, (*inputs, *state)))
+        try:
+            result = self._runner.run(self._guarded, bound.name, bound.function, (*inputs, *state))
+        except BaseException:
+            bound.check.forget()  # a call that was interrupted may still be reading
+            raise
         seconds = time.perf_counter() - begin
         results = as_list(result)
         if len(results) != len(bound.results):
@@ -286,25 +296,32 @@ class InferenceSession:
         return seconds, results
 
     def _guarded(self, entry: str, function: Any, arguments: tuple[Any, ...]) -> Any:
-        """Call with denormals flushed to zero on this thread, if the library knows how; they slow kernels 200 times."""
+        """Call with denormals flushed to zero on this thread, if the library knows how; they slow kernels 200 times.
+
+        Workers of the pool run compiled code alone and are told so once.
+        """
+        flush = self._set_denormals
         try:
-            if self._set_denormals is not None:
-                self._set_denormals(1, self.threads)
+            if flush is not None:
+                self._runner.prepare_workers(partial(flush, 1))
+                flush(1, 1)
             return function(*arguments)
         except Exception as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise RunError(f"entry {entry!r} of {self.manifest.name} failed: {reason}") from e
         finally:
-            if self._set_denormals is not None:
-                self._set_denormals(0, self.threads)
+            if flush is not None:
+                flush(0, 1)
 
     def _own(self, bound: _Bound, results: list[Any], inputs: list[Any], state: list[Any]) -> list[Any]:
         """Results that share no memory with inputs, weights, state or each other: the caller may write into them.
 
         New state comes first and may be the old one or a weight, which nobody writes into.
         """
-        if bound.copied:
-            return results
+        if not bound.returned and all(
+            tensor.numel() * each <= SMALL for tensor, each in zip(results, bound.bytes, strict=True)
+        ):
+            return results  # which `from_device` copies
         count = len(bound.entry.outputs)
         owned = list(results)
         taken = [_span(tensor, item) for tensor, item in zip(inputs, bound.entry.inputs, strict=True)]
@@ -389,13 +406,6 @@ def _span(tensor: Any, info: TensorInfo) -> tuple[int, int]:
 def _overlaps(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
     start, end = span
     return any(start < other_end and other_start < end for other_start, other_end in others)
-
-
-def _is_small(item: TensorInfo) -> bool:
-    """Whether `from_device` always copies it."""
-    if not all(isinstance(size, int) for size in item.shape):
-        return False
-    return math.prod(map(int, item.shape)) * DTYPES[item.dtype].carrier.itemsize <= SMALL
 
 
 def _value_info(item: TensorInfo) -> ValueInfo:

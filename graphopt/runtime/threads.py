@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from graphopt.errors import UsageError
 from graphopt.runtime.library import ffi
@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 _SHARE_ALL_CORES = -3
 
 
 class _Pool(threading.local):
-    """This thread's pool: the process that made it, its workers, and how many of them are in use now."""
+    """This thread's pool: the process that made it, its threads, how many are in use now, and how many are prepared."""
 
     process = 0
     capacity = 0
     used = 0
+    prepared = 1  # the calling thread is no worker
 
 
 _pool = _Pool()
@@ -58,21 +60,27 @@ class Runner:
         self._own: ThreadPoolExecutor | None = None
         self._process = 0
 
-    def run(self, function: Callable[[], T]) -> T:
+    def run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call `function` with the pool set."""
         if (_pool.used == self.threads and _pool.process == os.getpid()) or _configure(self.threads):
-            return self._alone(function)
+            return self._alone(function, *arguments)
         if self._own is None or self._process != os.getpid():
             from concurrent.futures import ThreadPoolExecutor  # most sessions never need it
 
             self._own = ThreadPoolExecutor(1, "graphopt", _configure, (self.threads,))
             self._process = os.getpid()
-        return self._own.submit(self._alone, function).result()
+        return self._own.submit(lambda: self._alone(function, *arguments)).result()
 
-    def _alone(self, function: Callable[[], T]) -> T:
+    def _alone(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """A caller that was interrupted may be gone while its call still runs; the next one waits for that."""
         with self._busy:
-            return function()
+            return function(*arguments)
+
+    def prepare_workers(self, prepare: Callable[[int], object]) -> None:
+        """Inside `run`: `prepare` is called with the number of threads, unless it was for all of these workers."""
+        if _pool.prepared < self.threads:
+            prepare(self.threads)
+            _pool.prepared = self.threads
 
 
 def _configure(threads: int) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -66,6 +68,14 @@ def test_denormals_are_zero_inside_a_run_and_untouched_outside() -> None:
     assert not session.run(None, {"x": tiny})[0].any()
     assert (tiny * np.float32(0.5)).all()
     assert (torch.from_numpy(tiny) * 0.5).all()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_denormals_are_zero_on_all_threads() -> None:
+    shape = 64, 1 << 14  # rows for more than one thread
+    session = compile(capture(Tiny(), (torch.zeros(shape),)), threads=2).session(threads=2)
+    for _ in range(2):
+        assert not session.run(None, {"x": np.full(shape, 1e-39, np.float32)})[0].any()
 
 
 def kernels(module: nn.Module, *inputs: torch.Tensor) -> dict[str, str]:

@@ -156,10 +156,26 @@ def test_any_layout_of_an_input(session: InferenceSession, name: str) -> None:
     np.testing.assert_array_equal(array, before)
 
 
-def test_an_aligned_input_is_not_copied(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_aligned_input_is_not_copied(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.runtime.tensors.aligned_copy", None)
+    monkeypatch.setattr("graphopt.runtime.feed.SMALL", 0)
     session.run(None, {"x": LAYOUTS["aligned"]})
     session.run(None, {"x": LAYOUTS["read-only"]})
+
+
+def test_a_call_that_was_interrupted_keeps_its_inputs(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, running = InferenceSession(artifact), []
+    run = session._runner.run
+
+    def interrupted(*call: Any) -> Any:
+        running.append(call)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(session._runner, "run", interrupted)
+        session.run(None, {"x": rows(2)})
+    session.run(None, {"x": rows(2) + 7})
+    np.testing.assert_allclose(np.from_dlpack(run(*running[0])), rows(2) * W + B)
 
 
 def test_outputs_survive_later_runs(session: InferenceSession) -> None:

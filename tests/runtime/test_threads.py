@@ -82,6 +82,17 @@ def test_a_pool_that_tvm_made_itself_does_not_limit_a_session() -> None:
     assert in_new_thread(check) == 2
 
 
+@needs_two
+def test_workers_are_prepared_once_for_each_pool() -> None:
+    def check() -> list[int]:
+        calls: list[int] = []
+        for runner in (Runner(2), Runner(1), Runner(2)):
+            runner.run(runner.prepare_workers, calls.append)
+        return calls
+
+    assert [in_new_thread(check) for _ in range(2)] == [[2], [2]]
+
+
 def test_errors_cross_from_the_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, configure = Runner(1), threads._configure
     here = threading.get_ident()
