@@ -21,6 +21,7 @@ def package_files() -> set[str]:
     names = {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in (ROOT / "graphopt").rglob("*.py")}
     names |= {f"graphopt/{path.relative_to(ROOT)}" for link in LINKS for path in (ROOT / link).rglob("*.py")}
     data = [path for suffix in ("yaml", "html", "css", "js") for path in (ROOT / "graphopt").rglob(f"*.{suffix}")]
+    data += [path for path in (ROOT / "graphopt" / "package" / "cpp").rglob("*") if path.is_file()]
     names |= {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in data}
     return names | {"graphopt/py.typed", "graphopt/report.schema.json", "graphopt/backends/tuner/common.jsonl"}
 

@@ -36,6 +36,7 @@ VERBS = {
     "run-pass": "run_pass",
     "explain": "explain",
     "compile": "compile",
+    "package": "package",
     "tune": "tune",
     "run": "run",
     "compare": "compare",

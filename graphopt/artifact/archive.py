@@ -44,10 +44,24 @@ def create(path: str | os.PathLike[str]) -> Iterator[Sink]:
     """
     text = os.fspath(path)
     try:
-        with _folder(text.rstrip("/") or "/") if text.endswith("/") else _file(text) as sink:
+        with _folder(text.rstrip("/") or "/", MANIFEST, "artifact") if text.endswith("/") else _file(text) as sink:
             yield sink
     except OSError as e:
         raise WriteError(f"cannot write {text}: {e.strerror or e}") from e
+
+
+@contextmanager
+def create_folder(path: str | os.PathLike[str], marker: str, kind: str) -> Iterator[Sink]:
+    """A sink whose members are files of the folder `path`, in place of one of its `kind`, which holds `marker`.
+
+    Raises WriteError where something else is there, or the disk refuses.
+    """
+    text = os.fspath(path).rstrip("/") or "/"
+    try:
+        with _folder(text, marker, kind) as sink:
+            yield sink
+    except OSError as e:
+        raise WriteError(f"cannot write {text}/: {e.strerror or e}") from e
 
 
 @contextmanager
@@ -75,10 +89,10 @@ def _file(path: str) -> Iterator[Sink]:
 
 
 @contextmanager
-def _folder(path: str) -> Iterator[Sink]:
+def _folder(path: str, marker: str, kind: str) -> Iterator[Sink]:
     target = os.path.realpath(path)
-    if os.path.exists(target) and not _replaceable(target):
-        raise WriteError(f"cannot write {path}/: it exists and is no artifact; give another name or remove it")
+    if os.path.exists(target) and not _replaceable(target, marker):
+        raise WriteError(f"cannot write {path}/: it exists and is no {kind}; give another name or remove it")
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".graphopt-{secrets.token_hex(8)}.tmp")
     retired = temporary + ".old"
@@ -100,8 +114,8 @@ def _folder(path: str) -> Iterator[Sink]:
     _flush(folder)
 
 
-def _replaceable(path: str) -> bool:
-    return os.path.isdir(path) and (os.path.exists(os.path.join(path, MANIFEST)) or not os.listdir(path))
+def _replaceable(path: str, marker: str) -> bool:
+    return os.path.isdir(path) and (os.path.exists(os.path.join(path, marker)) or not os.listdir(path))
 
 
 def _flush(folder: str) -> None:

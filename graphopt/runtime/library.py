@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -107,7 +107,10 @@ def _load() -> ModuleType:
             import tvm_ffi
     except ModuleNotFoundError as e:
         raise MissingExtraError(f"running an artifact needs {e.name}; pip install apache-tvm-ffi") from e
-    _check_version("apache-tvm-ffi")
+    except (ImportError, OSError) as e:
+        reason = str(e).splitlines()[0]
+        raise UsageError(f"tvm_ffi cannot be imported ({reason}); pip install {_pair()}") from e
+    _check_version("apache-tvm-ffi", tvm_ffi.__version__)
     if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
         path = find_runtime()
         try:
@@ -123,7 +126,8 @@ def _load() -> ModuleType:
 
 
 def find_runtime() -> str:
-    """The path of `libtvm_runtime.so`: what the environment says, else the one in the installed tvm package."""
+    """The path of `libtvm_runtime.so`: what the environment says, else the one beside this file, in a folder that
+    was made to ship, else the one in the installed tvm package."""
     given = os.environ.get(RUNTIME_VARIABLE)
     if given:
         if os.path.isdir(given):
@@ -131,10 +135,14 @@ def find_runtime() -> str:
         if not os.path.isfile(given):
             raise UsageError(f"{RUNTIME_VARIABLE} is {given}, and there is no such file")
         return given
+    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), RUNTIME_LIBRARY)
+    if os.path.isfile(shipped):
+        return shipped
     for folder in _package_folders("tvm"):
         path = os.path.join(folder, "lib", RUNTIME_LIBRARY)
         if os.path.isfile(path):
-            _check_version("apache-tvm")
+            with suppress(importlib.metadata.PackageNotFoundError):
+                _check_version("apache-tvm", importlib.metadata.version("apache-tvm"))
             return path
     raise MissingExtraError(
         f"running an artifact needs {RUNTIME_LIBRARY}; pip install apache-tvm=={PINNED['apache-tvm']}, "
@@ -153,17 +161,16 @@ def _package_folders(name: str) -> Sequence[str]:
     return list(spec.submodule_search_locations or ()) if spec else ()
 
 
-def _check_version(distribution: str) -> None:
+def _check_version(distribution: str, found: str) -> None:
     """TVM and its ffi guard no ABI between versions: another pair crashes without a word."""
-    try:
-        found = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return
     if found != PINNED[distribution]:
-        wanted = " ".join(f"{name}=={version}" for name, version in PINNED.items())
         raise UsageError(
-            f"{distribution} {found} is installed, graphopt works with one pair only; pip install {wanted}"
+            f"{distribution} {found} is installed, graphopt works with one pair only; pip install {_pair()}"
         )
+
+
+def _pair() -> str:
+    return " ".join(f"{name}=={version}" for name, version in PINNED.items())
 
 
 class _Hide:

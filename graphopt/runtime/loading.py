@@ -74,10 +74,7 @@ def load(path: str | os.PathLike[str], verify: Verify) -> Model:
     archive = open_archive(path)
     manifest = parse(bytes(archive.member(MANIFEST)))
     variant = choose_variant(manifest.variants)
-    for name in manifest.files:
-        _check_size(archive, manifest, name)
-    for name in manifest.files if verify == "full" else {REPORT} & set(manifest.files):
-        _check_hash(archive, manifest, name, archive.member(name))
+    check_files(archive, manifest, manifest.files if verify == "full" else {REPORT} & set(manifest.files))
     stored = read_tensors(WEIGHTS, archive.member(WEIGHTS))
     _check_header(archive, manifest)
     _check_tensors(manifest, variant, stored)
@@ -88,6 +85,14 @@ def load(path: str | os.PathLike[str], verify: Verify) -> Model:
     tensors = {name: to_device(item.array(), item.dtype) for name, item in _used(manifest, variant, stored)}
     addresses = _addresses(archive.member(WEIGHTS))
     return Model(archive, manifest, variant, library, tensors, _constant_shapes(library), addresses)
+
+
+def check_files(archive: Archive, manifest: Manifest, hashed: Iterable[str]) -> None:
+    """Raises ArtifactError where a member is absent or has another size, or one of `hashed` another sha256."""
+    for name in manifest.files:
+        _check_size(archive, manifest, name)
+    for name in hashed:
+        _check_hash(archive, manifest, name, archive.member(name))
 
 
 def choose_variant(variants: Iterable[Variant]) -> Variant:

@@ -133,9 +133,15 @@ def test_a_runtime_that_is_another_library() -> None:
 
 
 def test_another_version_of_the_pair_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.15")
+    import tvm_ffi
+
+    monkeypatch.setattr(tvm_ffi, "__version__", "0.1.15")
     with pytest.raises(UsageError, match=r"apache-tvm-ffi 0\.1\.15 is installed, .*; pip install apache-tvm-ffi==0\.1"):
-        library._check_version("apache-tvm-ffi")
+        library._load()
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.28")
+    with pytest.raises(UsageError, match=r"apache-tvm 0\.28 is installed, .*; pip install apache-tvm-ffi==0\.1"):
+        library.find_runtime()
 
 
 def test_the_pair_is_the_one_the_package_pins() -> None:
