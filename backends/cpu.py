@@ -25,7 +25,7 @@ from graphopt.backends.lowering import WEIGHT_COUNT, lower_program, reserve
 from graphopt.backends.packed_weights import Weights
 from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
-from graphopt.errors import CompileError
+from graphopt.errors import CodeGenerationError, CompileError
 from graphopt.in_place import written_state
 from graphopt.program import Program
 from graphopt.runtime.manifest import KernelInfo
@@ -173,7 +173,7 @@ def finalize() -> tvm.transform.Pass:
 
 
 def generate(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
-    """Code for the target, not linked yet. Raises CompileError where code generation fails."""
+    """Code for the target, not linked yet. Raises CodeGenerationError."""
     native = native_target(target)
     own = {
         relax.GlobalVar(name): function for name, function in own_functions(target, module.functions.values()).items()
@@ -183,11 +183,11 @@ def generate(module: tvm.IRModule, target: Target) -> relax.VMExecutable:
         with native, tvm.transform.PassContext(opt_level=3):
             return relax.build(module, native, relax_pipeline=finalize(), tir_pipeline=register())
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as e:
-        raise CompileError(f"code generation for {target.name} failed: {str(e).strip().splitlines()[-1]}") from e
+        raise CodeGenerationError(f"code generation for {target.name} failed: {str(e).strip().splitlines()[-1]}") from e
 
 
 def build(module: tvm.IRModule, target: Target) -> bytes:
-    """The shared library. Raises CompileError where code generation or linking fails."""
+    """The shared library. Raises CompileError where code generation, its kind CodeGenerationError, or linking fails."""
     executable = generate(module, target)
     with tempfile.TemporaryDirectory() as folder:
         _check_space(folder)

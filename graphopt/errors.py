@@ -100,6 +100,10 @@ class CompileError(GraphoptError):
     """A program cannot be lowered for the target."""
 
 
+class CodeGenerationError(CompileError):
+    """A program was lowered, and no code came of it."""
+
+
 class FitError(GraphoptError):
     """Training broke down: a loss or gradient that is not finite, or a step that PyTorch cannot compute."""
 

@@ -42,6 +42,7 @@ VERBS = {
     "compare": "compare",
     "benchmark": "benchmark",
     "profile": "profile_artifact",
+    "conformance": "conformance",
 }
 INTERRUPTED = 130
 UNUSABLE_INPUT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS)
