@@ -13,14 +13,15 @@ from graphopt.tools.table import format_bytes, format_shape, format_table
 def describe_file(path: str) -> dict[str, Any]:
     """JSON-able; nothing is imported, so that it also serves for files that cannot be. Raises CaptureError."""
     import graphopt.capture.onnx.operators  # noqa: F401  fills the table
-    from graphopt.capture.onnx.graphs import all_nodes, operator_name
-    from graphopt.capture.onnx.importer import CONTROL_FLOW
+    from graphopt.capture.onnx.graphs import DOMAINS, all_nodes, operator_name
+    from graphopt.capture.onnx.importer import is_imported
     from graphopt.capture.onnx.reading import read_model
-    from graphopt.capture.onnx.registry import OPERATORS
     from graphopt.untrusted.limits import Limits
 
     model, _ = read_model(path, Limits())
     nodes = list(all_nodes(model.graph))
+    opset = max((o.version for o in model.opset_import if o.domain in DOMAINS), default=0)
+    unknown = {operator_name(node) for node in nodes if not is_imported(node, opset)}
     counts, used = Counter(map(operator_name, nodes)), {node.domain for node in nodes}
     held = {proto.name for proto in model.graph.initializer}
     return {
@@ -30,8 +31,7 @@ def describe_file(path: str) -> dict[str, Any]:
         "inputs": [_describe_value(value) for value in model.graph.input if value.name not in held],
         "outputs": [_describe_value(value) for value in model.graph.output],
         "operators": [
-            {"operator": name, "nodes": count, "imported": name in OPERATORS or name in CONTROL_FLOW}
-            for name, count in counts.most_common()
+            {"operator": name, "nodes": count, "imported": name not in unknown} for name, count in counts.most_common()
         ],
         **_describe_tensors(model),
     }

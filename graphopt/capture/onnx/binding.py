@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MOST_ELEMENTS = 4096  # of an input that is bound, and of every value on the way to a number
 _MOST_NODES = 1000
-_NUMBERS = (torch.float16, torch.float32, torch.float64)
+_NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class ReadAgain(Exception):
@@ -63,6 +63,8 @@ class Binding:
     def _bindable(self, placeholder: Node) -> str | None:
         """The input's name where it is likely to hold settings: whole numbers, or a short list of floats."""
         item = self.inputs[str(placeholder.target)]
+        if item.narrow is not None:
+            return None
         example = None if self.examples is None else self.examples[item.name]
         shape = item.shape if example is None else tuple(example.shape)
         if math.prod(size for size in shape if isinstance(size, int)) > MOST_ELEMENTS:

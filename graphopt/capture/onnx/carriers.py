@@ -3,12 +3,13 @@
 A value keeps its declared type. Before an operator it is cast to its carrier, after it the result is cast back, which
 wraps around as arithmetic modulo 2^n does. A uint64 has a carrier of its own size: its bits stand for a signed number.
 What only moves, adds or multiplies bits is exact there; what compares them sees them with the sign bit flipped, which
-keeps the order; anything else is refused. So is whatever reads an 8-bit float and does not widen it.
+keeps the order; anything else is refused. So is whatever computes with a float of 8 bits or a type of fewer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -17,16 +18,15 @@ import torch
 from graphopt.capture.onnx.graphs import DOMAINS
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.tensors import FLOAT8
-from graphopt.capture.onnx.values import Known, Present, Value, known
+from graphopt.capture.onnx.values import Known, Present, Value, known, narrow_of
 from graphopt.errors import CaptureError
 
 aten = torch.ops.aten
 
 CARRIERS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 _SIGN = -(2**63)
-_FLOAT8 = ("Cast", "DequantizeLinear")  # what reads weights of 8-bit floats
 _BY_TYPE = frozenset({
-    "Cast", "CastLike", "Constant", "ConstantOfShape", "EyeLike", "Identity", "Shape", "Size",
+    "Cast", "CastLike", "BitCast", "Constant", "ConstantOfShape", "EyeLike", "Identity", "Shape", "Size",
     "QuantizeLinear", "DequantizeLinear", "com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear",
 })  # fmt: skip
 """Operators that look at types themselves."""
@@ -35,6 +35,9 @@ _SAME_BITS = frozenset({
     "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "Where", "Pad", "Reshape", "Transpose", "Concat", "Split",
     "Slice", "Gather", "GatherElements", "GatherND", "Squeeze", "Unsqueeze", "Expand", "Tile", "Flatten",
     "DepthToSpace", "SpaceToDepth", "Trilu", "OneHot",
+})  # fmt: skip
+_MOVES = frozenset({
+    "Reshape", "Transpose", "Concat", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Expand", "Tile", "Flatten",
 })  # fmt: skip
 _ORDER = frozenset({
     "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Max", "Min", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin",
@@ -46,10 +49,21 @@ def is_unsigned(value: Value) -> bool:
     return value is not None and value.dtype in CARRIERS
 
 
+def is_small(value: Value) -> bool:
+    """Whether it has a type that numbers are only stored in."""
+    return value is not None and (value.dtype in FLOAT8.values() or narrow_of(value) is not None)
+
+
+def _name(value: Any) -> str:
+    kind = narrow_of(value)
+    return str(value.dtype).removeprefix("torch.") if kind is None else kind.name
+
+
 def carried(op: Operation, inputs: Sequence[Value]) -> list[Value]:
     """The inputs in types that the operator can be computed in. Raises CaptureError where no such type is exact."""
-    if op.name not in _FLOAT8 and any(value is not None and value.dtype in FLOAT8.values() for value in inputs):
-        raise CaptureError(f"{op.name} of float8 is not imported; cast the numbers, or dequantize them, before it")
+    for value in inputs:
+        if is_small(value) and op.name not in _BY_TYPE | _MOVES:
+            raise CaptureError(f"{op.name} of {_name(value)} is not imported; cast or dequantize the numbers before it")
     if op.name in _BY_TYPE or not any(map(is_unsigned, inputs)):
         return list(inputs)
     widest = any(value is not None and value.dtype == torch.uint64 for value in inputs)
@@ -60,6 +74,10 @@ def carried(op: Operation, inputs: Sequence[Value]) -> list[Value]:
 
 def declared(op: Operation, node: Any, inputs: Sequence[Value], results: Any) -> Any:
     """The results of an operator on carriers in the types that they have in the file."""
+    if op.name in _MOVES and (kind := next((found for found in map(narrow_of, inputs) if found), None)) is not None:
+        parts = results if isinstance(results, tuple) else (results,)
+        kept = tuple(replace(op.tensor(part), narrow=kind) for part in parts)
+        return kept if isinstance(results, tuple) else kept[0]
     if op.name in _BY_TYPE or not any(map(is_unsigned, inputs)):
         return results
     types = _types(op, node, inputs)

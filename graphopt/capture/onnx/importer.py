@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,9 +18,12 @@ from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.capture.onnx.graphs import all_nodes, operator_name
 from graphopt.capture.onnx.ledger import Ledger
 from graphopt.capture.onnx.metadata import read_provenance
+from graphopt.capture.onnx.narrow import NARROW
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
-from graphopt.capture.onnx.tensors import FLOAT8, FOUR_BITS, read_four_bits, read_tensor
+from graphopt.capture.onnx.scan import scan
+from graphopt.capture.onnx.standard_functions import called, function_of, has_function
+from graphopt.capture.onnx.tensors import FLOAT8, read_narrow, read_tensor
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, MOST_KNOWN, Known, Tensor, Value, known_tensor, stays_known
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.untrusted.limits import Limits
@@ -28,7 +31,6 @@ from graphopt.untrusted.limits import Limits
 _STATISTICS = {("BatchNormalization", 3), ("BatchNormalization", 4)}
 _SETTINGS = {("Resize", 1), ("Resize", 2), ("Clip", 1), ("Clip", 2), ("Pad", 2), ("OneHot", 2)}
 _MAKES_VALUES = ("Range", "ConstantOfShape", "Shape", "Size")
-_READS_CODES = {("DequantizeLinear", 0), ("DequantizeLinear", 2)}
 _KEEPS_CODES = ("QuantizeLinear", "DequantizeLinear")  # what is stored small stays so, whatever its size
 # What fake kernels and array arithmetic raise on arguments that do not go together.
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ArithmeticError)
@@ -41,16 +43,20 @@ _ADVICE = {
     "": "export the model to .pt2 with torch.export.save instead",
 }
 
-CONTROL_FLOW = {"If": branch, "Loop": loop}  # operators with graphs inside
+CONTROL_FLOW = {"If": branch, "Loop": loop, "Scan": scan}  # operators with graphs inside
+
+
+def is_imported(node: Any, opset: int) -> bool:
+    name = operator_name(node)
+    return name in OPERATORS or name in CONTROL_FLOW or has_function(node, opset)
 
 
 def refuse_unknown(model: Any, opset: int) -> None:
     """Raise CaptureError that lists every operator without a function, with the nodes that use it."""
     unknown: dict[str, list[str]] = {}
     for node in all_nodes(model.graph):
-        name = operator_name(node)
-        if name not in OPERATORS and name not in CONTROL_FLOW:
-            unknown.setdefault(name, []).append(node.name or next(iter(node.output), ""))
+        if not is_imported(node, opset):
+            unknown.setdefault(operator_name(node), []).append(node.name or next(iter(node.output), ""))
     if unknown:
         listed = "; ".join(f"{name} ({_some(nodes)})" for name, nodes in sorted(unknown.items()))
         advice = next((text for domain, text in _ADVICE.items() if any(name.startswith(domain) for name in unknown)))
@@ -113,8 +119,9 @@ class Importer:
         statistics, settings = roles
         if proto.name in self.values:
             raise CaptureError(f"two values of the ONNX graph are called {proto.name!r}; names must be unique")
-        if proto.data_type in FOUR_BITS:
-            self._codes(graph, proto)
+        if (narrow := NARROW.get(proto.data_type)) is not None:
+            target = self.emitter.weights.add(proto.name, read_narrow(proto, self.external), trainable=False)
+            self.values[proto.name] = replace(self.emitter.attribute(target), narrow=narrow)
             return
         tensor = read_tensor(proto, self.external)
         floating = tensor.is_floating_point()
@@ -124,17 +131,6 @@ class Importer:
             return
         trainable = floating and proto.name not in statistics and proto.data_type not in FLOAT8
         target = self.emitter.weights.add(proto.name, tensor, trainable=trainable)
-        self.values[proto.name] = self.emitter.attribute(target)
-
-    def _codes(self, graph: Any, proto: Any) -> None:
-        """Codes of 4 bits in bytes, for readers that do not tell them from codes of 8."""
-        readers = ((node.op_type, place, name) for node in graph.node for place, name in enumerate(node.input))
-        roles = {(operator, place) for operator, place, name in readers if name == proto.name}
-        if not roles <= _READS_CODES or proto.name in {value.name for value in graph.output}:
-            name, other = proto.name, next(iter(sorted(roles - _READS_CODES)), ("the output", 0))[0]
-            raise CaptureError(f"{other} reads {name!r} of 4-bit type, which is only imported for DequantizeLinear")
-        target = self.emitter.weights.add(proto.name, read_four_bits(proto, self.external), trainable=False)
-        self.emitter.weights.codes[target] = FOUR_BITS[proto.data_type][1]
         self.values[proto.name] = self.emitter.attribute(target)
 
     def nodes(self, graph: Any) -> None:
@@ -191,6 +187,8 @@ class Importer:
         op = Operation(name, attributes, self.opset, max(used, default=-1) + 1, self.emitter)
         if name in CONTROL_FLOW:
             return CONTROL_FLOW[name](self, op, inputs)
+        if name not in OPERATORS:
+            return self._written_out(node, inputs)
         result: Any = None
         present = [value for value in inputs if value is not None]
         is_constant = bool(present) and all(isinstance(value, Known) for value in present)
@@ -203,6 +201,16 @@ class Importer:
         if unread := attributes.unread():
             raise CaptureError(f"attribute {unread[0]!r} is not imported; export the model without it")
         return result if isinstance(result, tuple) else (result,)
+
+    def _written_out(self, node: Any, inputs: list[Value]) -> tuple[Value, ...]:
+        """The function that the standard defines the operator by, in its place."""
+        if not has_function(node, self.opset):
+            raise CaptureError(f"{operator_name(node)} is not imported; {_ADVICE['']}")
+        function, opset = function_of(node, self.opset, inputs)
+        inner = Importer(self.emitter, opset, self.external, self.steps, self.ledger)
+        inner.values = called(function, inputs)
+        inner.nodes(function)
+        return tuple(inner.values.get(name) for name in function.output)
 
     def _stay_known(self, results: tuple[Any, ...]) -> bool:
         arrays = [value for value in results if isinstance(value, Known)]

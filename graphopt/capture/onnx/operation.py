@@ -48,14 +48,14 @@ class Operation:
         tensor = self.tensor(value)
         if tensor.dtype == dtype:
             return tensor
-        if tensor.dtype in FLOAT8.values():
+        if tensor.dtype in FLOAT8.values() and self.emitter.held(tensor.node) is not None:
             return self.weight(tensor, lambda held: held.to(dtype))
         return self.call(torch.ops.aten._to_copy.default, tensor, dtype=dtype)
 
     def weight(self, value: Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensor:
         """What `change` makes of a tensor that the file holds, held in its place."""
         held = self.emitter.held(value.node)
-        assert held is not None  # only weights are float8
+        assert held is not None
         target = self.emitter.weights.add(f"{value.node.target}_wide", change(held.detach()), trainable=True)
         return self.emitter.attribute(target)
 

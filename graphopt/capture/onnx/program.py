@@ -165,7 +165,10 @@ def _read_graph(
     emitter = Emitter(symbols.mode, Binding({placeholder_name(item.name): item for item in inputs}, examples))
     importer = Importer(emitter, file.opset, ExternalData(file.folder, steps.limits), steps, ledger)
     fakes = {item.name: fake_input(item, symbols) for item in inputs}
-    tensors = {name: emitter.placeholder(placeholder_name(name), fake) for name, fake in fakes.items()}
+    tensors = {
+        item.name: replace(emitter.placeholder(placeholder_name(item.name), fakes[item.name]), narrow=item.narrow)
+        for item in inputs
+    }
     importer.values.update(tensors)
     for name, value in form.bound.items():
         importer.values[name] = bound_input(emitter, value)

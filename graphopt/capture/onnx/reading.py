@@ -22,7 +22,7 @@ from graphopt.untrusted.child import run_child
 from graphopt.untrusted.limits import Limits
 from graphopt.untrusted.onnx_file import MOST_BYTES
 
-LEAST_OPSET = 11
+LEAST_OPSET = 7
 
 
 def read_model(source: Any, limits: Limits) -> tuple[Any, Path | None]:
@@ -79,13 +79,31 @@ def _texts(graph: Any) -> Iterator[Any]:
 
 
 def opset_of(model: Any) -> int:
-    """The version of the standard operators. Raises CaptureError where it is missing or too old."""
+    """The version of the standard operators. Raises CaptureError where it is missing, too old or too new."""
     versions = [entry.version for entry in model.opset_import if entry.domain in DOMAINS]
+    names = {node.op_type for node in all_nodes(model.graph) if node.domain in DOMAINS}
+    newest = onnx.defs.onnx_opset_version()
     if not versions:
-        raise CaptureError("the ONNX model does not say its opset; export it again")
-    if versions[0] < LEAST_OPSET:
+        if names:
+            raise CaptureError("the ONNX model does not say its opset; export it again")
+        return newest
+    if versions[0] > newest:
+        raise CaptureError(
+            f"the ONNX model has opset {versions[0]}, and the installed onnx knows {newest}; install a newer onnx, or "
+            f"export the model with opset_version={newest}"
+        )
+    if versions[0] < LEAST_OPSET and any(_has_changed(name, versions[0]) for name in names):
         raise CaptureError(
             f"the ONNX model has opset {versions[0]}; graphopt imports {LEAST_OPSET} and later: export it with "
             "opset_version=18, or convert it with onnx.version_converter"
         )
     return int(versions[0])
+
+
+def _has_changed(name: str, opset: int) -> bool:
+    """Whether an operator is not what it was in an opset before the least one."""
+    try:
+        since, now = (onnx.defs.get_schema(name, version).since_version for version in (opset, LEAST_OPSET))
+    except onnx.defs.SchemaError:
+        return True
+    return bool(since != now)

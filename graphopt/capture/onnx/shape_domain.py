@@ -15,9 +15,10 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.capture.onnx.carriers import CARRIERS
+from graphopt.capture.onnx.narrow import NARROW
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import shape_operator
-from graphopt.capture.onnx.tensors import dtype_of
+from graphopt.capture.onnx.tensors import FLOAT8, dtype_of
 from graphopt.capture.onnx.values import MOST_KNOWN, SYMBOLIC, Known, known
 
 
@@ -125,9 +126,15 @@ for _name, (_function, _dtype) in _FUNCTIONS.items():
 
 @shape_operator("Cast")
 def cast(op: Operation, value: Known) -> Known | None:
-    dtype = dtype_of(op.attributes.integer("to"), "the result of Cast")
+    code = op.attributes.integer("to")
+    dtype = dtype_of(code, "the result of Cast")
     op.attributes.ignore("saturate", "round_mode")
-    if dtype in CARRIERS or any(isinstance(item, (torch.SymFloat, torch.SymBool)) for item in value.items()):
+    if (
+        code in NARROW
+        or dtype in CARRIERS
+        or dtype in FLOAT8.values()
+        or any(isinstance(item, (torch.SymFloat, torch.SymBool)) for item in value.items())
+    ):
         return None
     if dtype.is_floating_point:
         convert: Callable[[Any], Any] = torch.sym_float

@@ -12,6 +12,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from graphopt.capture.onnx.narrow import NARROW, Narrow
 from graphopt.capture.onnx.tensors import dtype_of
 from graphopt.errors import CaptureError, FeedError
 from graphopt.program import evaluate_size, placeholder_name
@@ -26,6 +27,7 @@ class Input:
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
+    narrow: Narrow | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def read_input(value: Any) -> Input:
             shape.append(int(size.dim_value))
         else:
             shape.append(size.dim_param or _unnamed(value.name, axis))
-    return Input(value.name, dtype_of(tensor.elem_type, f"input {value.name!r}"), tuple(shape))
+    dtype = dtype_of(tensor.elem_type, f"input {value.name!r}")
+    return Input(value.name, dtype, tuple(shape), NARROW.get(tensor.elem_type))
 
 
 def _unnamed(name: str, axis: int) -> str:

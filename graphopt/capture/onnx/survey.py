@@ -16,10 +16,9 @@ from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.external_data import ExternalData
 from graphopt.capture.onnx.form import MOST_READINGS, Form, first_form
 from graphopt.capture.onnx.graphs import all_graphs, operator_name
-from graphopt.capture.onnx.importer import CONTROL_FLOW, Importer, Steps
+from graphopt.capture.onnx.importer import Importer, Steps, is_imported
 from graphopt.capture.onnx.ledger import FixedSize, Ledger
 from graphopt.capture.onnx.reading import opset_of
-from graphopt.capture.onnx.registry import OPERATORS
 from graphopt.capture.onnx.sizes import (
     Symbols,
     fake_input,
@@ -169,7 +168,7 @@ class _Surveyor(Importer):
         label = f"{operator_name(node)} {(node.name or next(iter(node.output), ''))!r}"
         before = len(self.notes.problems)
         try:
-            if operator_name(node) not in OPERATORS and operator_name(node) not in CONTROL_FLOW:
+            if not is_imported(node, self.opset):
                 raise CaptureError("the operator is not imported")
             if any(name in self.notes.lost for name in node.input):
                 self.notes.unseen += 1

@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from graphopt.capture.onnx.external_data import ExternalData
+from graphopt.capture.onnx.narrow import NARROW, unpacked
 from graphopt.errors import CaptureError
 
 DTYPES: dict[int, torch.dtype] = {
@@ -38,20 +39,21 @@ _FIELDS = {
 FLOAT8: dict[int, torch.dtype] = {
     TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
     TensorProto.FLOAT8E5M2: torch.float8_e5m2,
+    TensorProto.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
+    TensorProto.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
+    TensorProto.FLOAT8E8M0: torch.float8_e8m0fnu,
 }
-"""Types that a file may hold numbers in: they are widened as the file is read."""
+"""Types without arithmetic: what a file holds of them is widened where it is read."""
 
-FOUR_BITS: dict[int, tuple[torch.dtype, tuple[int, int]]] = {
-    TensorProto.UINT4: (torch.uint8, (0, 15)),
-    TensorProto.INT4: (torch.int8, (-8, 7)),
-}
-"""The type that holds the codes once they are unpacked, and the lowest and highest of them."""
+DTYPES |= FLOAT8
 
 
 def dtype_of(code: int, what: str) -> torch.dtype:
-    """The torch type of an ONNX element type; `what` has it, for the error. Raises CaptureError."""
+    """The torch type that holds an ONNX element type; `what` has it, for the error. Raises CaptureError."""
     if code in DTYPES:
         return DTYPES[code]
+    if code in NARROW:
+        return NARROW[code].carrier
     name = TensorProto.DataType.Name(code).lower() if code in TensorProto.DataType.values() else f"number {code}"
     raise CaptureError(f"{what} has the element type {name}, which graphopt does not import; use floats or integers")
 
@@ -62,7 +64,9 @@ def read_tensor(proto: Any, external: ExternalData) -> torch.Tensor:
     Raises CaptureError where type, size or place of the data cannot be.
     """
     what = f"tensor {proto.name!r}" if proto.name else "a tensor without a name"
-    dtype, shape = FLOAT8.get(proto.data_type) or dtype_of(proto.data_type, what), tuple(proto.dims)
+    if proto.data_type in NARROW:
+        return read_narrow(proto, external)
+    dtype, shape = dtype_of(proto.data_type, what), tuple(proto.dims)
     if any(size < 0 for size in shape):
         raise CaptureError(f"{what} has the shape {list(shape)}; a size must be 0 or more")
     count = math.prod(shape)
@@ -83,25 +87,22 @@ def read_tensor(proto: Any, external: ExternalData) -> torch.Tensor:
     return torch.from_numpy(np.array(numpy_helper.to_array(proto))).reshape(shape)
 
 
-def read_four_bits(proto: Any, external: ExternalData) -> torch.Tensor:
-    """The values of a TensorProto of two codes a byte, the first in the lower bits, each as a byte of its own.
+def read_narrow(proto: Any, external: ExternalData) -> torch.Tensor:
+    """The values of a TensorProto of two or four bits each, in the type that holds them.
 
     Raises CaptureError as `read_tensor` does.
     """
-    dtype, _ = FOUR_BITS[proto.data_type]
-    what, shape = f"tensor {proto.name!r}", tuple(proto.dims)
+    kind = NARROW[proto.data_type]
+    what, shape = f"tensor {proto.name!r}" if proto.name else "a tensor without a name", tuple(proto.dims)
     if any(size < 0 for size in shape):
         raise CaptureError(f"{what} has the shape {list(shape)}; a size must be 0 or more")
     count = math.prod(shape)
-    size = (count + 1) // 2
+    size = (count * kind.bits + 7) // 8
     if proto.data_location == TensorProto.EXTERNAL:
         packed = external.read(proto, what, size)
     else:
         data = proto.raw_data if proto.HasField("raw_data") else bytes(byte & 255 for byte in proto.int32_data)
         if len(data) != size:
             raise CaptureError(f"{what} of shape {list(shape)} holds {len(data)} bytes; the file is damaged")
-        packed = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
-    codes = torch.stack([packed & 15, packed >> 4], -1).reshape(-1)[:count]
-    if dtype == torch.int8:
-        codes = ((codes ^ 8).to(torch.int8) - 8).to(torch.int8)
-    return codes.reshape(shape)
+        packed = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)) if size else torch.empty(0).byte()
+    return unpacked(packed, count, kind).reshape(shape)

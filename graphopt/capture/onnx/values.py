@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from graphopt.capture.onnx.narrow import Narrow
+
 KNOWN_ELEMENTS = 64  # a larger array is a tensor
 MOST_KNOWN = 1024  # of what is computed from known arrays: doubled a few times, an array takes all memory
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -44,10 +46,11 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A node of the graph and its fake tensor."""
+    """A node of the graph and its fake tensor; `narrow`: the type in the file where torch has none of its bits."""
 
     node: Node
     fake: torch.Tensor
+    narrow: Narrow | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -105,3 +108,8 @@ def _hint(item: Any) -> Any:
     if not isinstance(item, torch.SymInt):
         return 0 if isinstance(item, SYMBOLIC) else item
     return 0 if item.node.hint is None else item.node.hint
+
+
+def narrow_of(value: Value) -> Narrow | None:
+    """The type in the file where torch has none of its bits."""
+    return value.narrow if isinstance(value, Tensor) else None

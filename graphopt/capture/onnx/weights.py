@@ -17,7 +17,6 @@ class Weights:
 
     def __init__(self) -> None:
         self.root = torch.nn.Module()
-        self.codes: dict[str, tuple[int, int]] = {}  # of tensors that the file holds in fewer bits: lowest, highest
         self._constants: dict[tuple[object, ...], str] = {}
 
     def add(self, name: str, tensor: torch.Tensor, *, trainable: bool) -> str:

@@ -11,7 +11,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import operator
-from graphopt.capture.onnx.tensors import dtype_of
 from graphopt.capture.onnx.values import Known, Present, Tensor
 
 aten = torch.ops.aten
@@ -172,18 +171,6 @@ def _fits(mask: Present, value: Tensor) -> bool:
     return all(statically_known_true(a == b) or statically_known_true(a == 1) for a, b in pairs)
 
 
-@operator("Cast")
-def cast(op: Operation, value: Present) -> Tensor:
-    op.attributes.ignore("saturate", "round_mode")  # of 8-bit floats
-    return op.cast(value, dtype_of(op.attributes.integer("to"), "the result of Cast"))
-
-
-@operator("CastLike")
-def cast_like(op: Operation, value: Present, like: Present) -> Tensor:
-    op.attributes.ignore("saturate", "round_mode")
-    return op.cast(value, like.dtype)
-
-
 @operator("Identity")
 def identity(op: Operation, value: Present) -> Present:
     return value
@@ -191,10 +178,24 @@ def identity(op: Operation, value: Present) -> Present:
 
 @operator("Dropout")
 def dropout(op: Operation, value: Present, ratio: Present | None = None, training: Present | None = None) -> Any:
+    """The value, and where asked for a mask that keeps everything; dropping no share of it is the same in training."""
     op.attributes.ignore("ratio", "seed")
     refusal = "it drops values at random; export the model in eval mode"
-    if training is not None and op.number(training, "the mode of Dropout", refusal) is not False:
+    trains = training is not None and op.number(training, "the mode of Dropout", refusal) is not False
+    if trains and (ratio is None or op.number(ratio, "the ratio of Dropout", refusal) != 0):
         raise op.refuse(refusal)
     if op.outputs == 1:
         return value
-    return value, op.call(aten.ones_like.default, value, dtype=torch.bool)
+    dtype = torch.bool if op.opset >= 10 else value.dtype
+    return value, op.call(aten.ones_like.default, value, dtype=dtype)
+
+
+@operator("Shrink")
+def shrink(op: Operation, value: Present) -> Tensor:
+    """0 between -lambd and lambd; `bias` nearer to it elsewhere."""
+    bound, bias = op.attributes.number("lambd", 0.5), op.attributes.number("bias", 0.0)
+    value = op.tensor(value)
+    nearer = op.call(aten.sub.Tensor, value, bias), op.call(aten.add.Tensor, value, bias)
+    zeros = op.call(aten.zeros_like.default, value)
+    low = op.call(aten.where.self, op.call(aten.lt.Scalar, value, -bound), nearer[1], zeros)
+    return op.cast(op.call(aten.where.self, op.call(aten.gt.Scalar, value, bound), nearer[0], low), value.dtype)

@@ -1,4 +1,4 @@
-"""Reading and writing by index."""
+"""Reading by index."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch.fx import Node
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import operator
-from graphopt.capture.onnx.values import Known, Present, Tensor, Value
+from graphopt.capture.onnx.values import Known, Present, Tensor, known
 from graphopt.operators import integer_elements  # noqa: F401
+from graphopt.operators.quantization import along
 
 aten = torch.ops.aten
 _IN_TABLES = (torch.float32, torch.uint8, torch.int8)
@@ -68,34 +69,10 @@ def gather_nd(op: Operation, value: Present, index: Present) -> Tensor:
 def gather_elements(op: Operation, value: Present, index: Present) -> Tensor:
     value = op.tensor(value)
     axis = op.axis(op.attributes.integer("axis"), value.ndim)
-    return op.call(aten.gather.default, value, axis, _from_start(op, index, value.shape[axis]))
+    return op.call(aten.gather.default, value, axis, from_start(op, index, value.shape[axis]))
 
 
-@operator("ScatterElements")
-def scatter_elements(op: Operation, value: Present, index: Present, updates: Present) -> Tensor:
-    value = op.tensor(value)
-    axis = op.axis(op.attributes.integer("axis"), value.ndim)
-    index = _from_start(op, index, value.shape[axis])
-    kinds = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
-    reduction = op.attributes.text("reduction", "none")
-    if reduction == "none":
-        return op.call(aten.scatter.src, value, axis, index, updates)
-    return op.call(aten.scatter_reduce.two, value, axis, index, updates, kinds[reduction])
-
-
-@operator("ScatterND")
-def scatter_nd(op: Operation, value: Present, index: Present, updates: Present) -> Tensor:
-    if op.attributes.text("reduction", "none") != "none":
-        raise op.refuse("ScatterND that combines values is not imported")
-    index = op.tensor(index)
-    depth = index.shape[-1]
-    if not isinstance(depth, int):
-        raise op.refuse("the last axis of the indices of ScatterND is dynamic; give it a number")
-    places = [op.call(aten.select.int, index, -1, item) for item in range(depth)]
-    return op.call(aten.index_put.default, op.tensor(value), places, updates)
-
-
-def _from_start(op: Operation, index: Present, size: Any) -> Tensor:
+def from_start(op: Operation, index: Present, size: Any) -> Tensor:
     """Indices of which negative ones count from the end, as PyTorch's gather and scatter want them."""
     if isinstance(index, Known) and all(isinstance(item, int) and item >= 0 for item in index.items()):
         return op.cast(index, torch.int64)
@@ -104,43 +81,25 @@ def _from_start(op: Operation, index: Present, size: Any) -> Tensor:
     return op.call(aten.where.self, op.call(aten.lt.Scalar, index, 0), shifted, index)
 
 
-@operator("TopK")
-def top_k(op: Operation, value: Present, count: Present) -> Any:
-    axis, largest = op.attributes.integer("axis", -1), bool(op.attributes.integer("largest", 1))
-    ordered = bool(op.attributes.integer("sorted", 1))
-    return op.parts(aten.topk.default, value, op.integers(count, "the count of TopK")[0], axis, largest, ordered)
+@operator("ReverseSequence")
+def reverse_sequence(op: Operation, value: Present, lengths: Present) -> Tensor:
+    """Each sample's first elements along the time axis, as many as its length, in reverse."""
+    value = op.tensor(value)
+    batch = op.axis(op.attributes.integer("batch_axis", 1), value.ndim)
+    time = op.axis(op.attributes.integer("time_axis", 0), value.ndim)
+    if batch == time:
+        raise op.refuse("ReverseSequence has one axis for batch and time; they must differ")
+    ends = op.reshape(op.cast(lengths, torch.int64), along(batch, value.ndim))
+    steps = op.reshape(op.call(aten.arange.default, value.shape[time]), along(time, value.ndim))
+    last = op.call(aten.sub.Tensor, ends, 1)
+    index = op.call(aten.where.self, op.call(aten.lt.Tensor, steps, ends), op.call(aten.sub.Tensor, last, steps), steps)
+    return op.call(aten.gather.default, value, time, op.call(aten.expand.default, index, list(value.shape)))
 
 
-@operator("ArgMax", "ArgMin")
-def arg_extremum(op: Operation, value: Present) -> Tensor:
-    if op.attributes.integer("select_last_index"):
-        raise op.refuse("select_last_index is not imported")
-    target = aten.argmax.default if op.name == "ArgMax" else aten.argmin.default
-    return op.call(target, value, op.attributes.integer("axis"), bool(op.attributes.integer("keepdims", 1)))
-
-
-@operator("OneHot")
-def one_hot(op: Operation, index: Present, depth: Present, values: Present) -> Tensor:
-    axis = op.attributes.integer("axis", -1)
-    size = op.integers(depth, "the depth of OneHot")[0]
-    off, on = op.tensor(values), op.tensor(values)
-    off, on = op.call(aten.select.int, off, 0, 0), op.call(aten.select.int, on, 0, 1)
-    place = op.axis(axis, index.ndim + 1)
-    whole = op.cast(index, torch.int64)
-    whole = op.call(aten.unsqueeze.default, op.call(aten.remainder.Scalar, whole, size), place)
-    rows = op.reshape(op.call(aten.arange.default, size), [-1 if a == place else 1 for a in range(index.ndim + 1)])
-    return op.call(aten.where.self, op.call(aten.eq.Tensor, whole, rows), on, off)
-
-
-@operator("CumSum")
-def cumulative_sum(op: Operation, value: Present, axis: Value) -> Tensor:
-    along = op.axis(op.integers(axis, "the axis of CumSum")[0], value.ndim)
-    reverse, exclusive = op.attributes.integer("reverse"), op.attributes.integer("exclusive")
-    result = op.tensor(value)
-    if reverse:
-        result = op.call(aten.flip.default, result, [along])
-    before = result
-    result = op.call(aten.cumsum.default, result, along, dtype=value.dtype)
-    if exclusive:
-        result = op.call(aten.sub.Tensor, result, before)
-    return op.call(aten.flip.default, result, [along]) if reverse else result
+@operator("Compress")
+def compress(op: Operation, value: Present, condition: Present) -> Tensor:
+    """The slices, or without an axis the elements, whose condition is true; the condition may be shorter."""
+    axis = op.attributes.integer("axis") if op.attributes.has("axis") else None
+    value = op.tensor(value) if axis is not None else op.reshape(value, [-1])
+    places = [place for place, item in enumerate(op.integers(condition, "the condition of Compress")) if item]
+    return op.call(aten.index_select.default, value, 0 if axis is None else op.axis(axis, value.ndim), known(places))

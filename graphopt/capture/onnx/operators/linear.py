@@ -47,3 +47,8 @@ def gemm(op: Operation, left: Present, right: Present, bias: Present | None = No
 def einsum(op: Operation, *values: Present) -> Tensor:
     equation = op.attributes.text("equation", "")
     return op.call(aten.einsum.default, equation.replace(" ", ""), list(values))
+
+
+@operator("Det")
+def determinant(op: Operation, value: Present) -> Tensor:
+    return op.call(aten.linalg_det.default, value)

@@ -77,12 +77,15 @@ def split(op: Operation, value: Present, sizes: Value = None) -> Any:
     axis = op.axis(op.attributes.integer("axis"), value.ndim)
     given = op.attributes.integers("split") if sizes is None else op.sizes(sizes, "the sizes of Split")
     parts = op.attributes.integer("num_outputs", op.outputs)
+    length = value.shape[axis]
+    if given is None and isinstance(length, int) and not -(-length // parts) * (parts - 1) < length:
+        most = -(-length // parts)
+        given = [max(min(most, length - most * place), 0) for place in range(parts)]
     if given is None:
-        length = value.shape[axis]
         if not isinstance(length, int) and not statically_known_true(length % parts == 0):
             raise op.refuse("a dynamic size is split into equal parts; give the sizes of the parts")
         return op.parts(aten.split.Tensor, op.tensor(value), -(-length // parts), axis)
-    if all(isinstance(size, int) and size == given[0] for size in given):
+    if given and given[0] and all(isinstance(size, int) and size == given[0] for size in given):
         return op.parts(aten.split.Tensor, op.tensor(value), given[0], axis)
     return op.parts(aten.split_with_sizes.default, op.tensor(value), given, axis)
 
@@ -165,7 +168,7 @@ def pad(op: Operation, value: Present, pads: Present, fill: Value = None, axes: 
 
 @operator("DepthToSpace")
 def depth_to_space(op: Operation, value: Present) -> Tensor:
-    block, mode = op.attributes.integer("blocksize"), op.attributes.text("mode", "DCR")
+    block, mode = op.attributes.integer("blocksize"), _block_mode(op)
     if mode == "CRD":
         return op.call(aten.pixel_shuffle.default, value, block)
     batch, channels, height, width = value.shape
@@ -176,11 +179,19 @@ def depth_to_space(op: Operation, value: Present) -> Tensor:
 
 @operator("SpaceToDepth")
 def space_to_depth(op: Operation, value: Present) -> Tensor:
-    block = op.attributes.integer("blocksize")
+    block, mode = op.attributes.integer("blocksize"), _block_mode(op)
     batch, channels, height, width = value.shape
     split = op.reshape(value, [batch, channels, height // block, block, width // block, block])
-    moved = op.call(aten.permute.default, split, [0, 3, 5, 1, 2, 4])
+    moved = op.call(aten.permute.default, split, [0, 1, 3, 5, 2, 4] if mode == "CRD" else [0, 3, 5, 1, 2, 4])
     return op.reshape(moved, [batch, channels * block**2, height // block, width // block])
+
+
+def _block_mode(op: Operation) -> str:
+    """Whether channels are those of a block's column and row, or a block's those of a channel."""
+    mode = op.attributes.text("mode", "DCR")
+    if mode not in ("DCR", "CRD"):
+        raise op.refuse(f"mode {mode!r} of {op.name} is neither DCR nor CRD")
+    return mode
 
 
 @operator("Trilu")

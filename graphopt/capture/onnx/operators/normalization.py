@@ -49,14 +49,34 @@ def _normalized(op: Operation, value: Tensor) -> list[Any]:
 
 
 @operator("BatchNormalization")
-def batch_norm(
-    op: Operation, value: Present, weight: Present, bias: Present, mean: Present, variance: Present
-) -> Tensor:
-    if op.attributes.integer("training_mode") or op.outputs > 1:
-        raise op.refuse("it updates its statistics; export the model in eval mode")
+def batch_norm(op: Operation, value: Present, weight: Present, bias: Present, mean: Present, variance: Present) -> Any:
+    """In training mode with the statistics of the batch, and new running ones behind the result."""
     epsilon, momentum = op.attributes.number("epsilon", 1e-5), op.attributes.number("momentum", 0.9)
+    if op.opset < 9 and op.attributes.integer("spatial", 1) != 1:
+        raise op.refuse("it has statistics for each element; export the model with spatial=1")
+    if op.opset < 14 and op.outputs > 1:
+        raise op.refuse("it updates its statistics; export the model in eval mode")
     statistics = [op.tensor(item) for item in (weight, bias, mean, variance)]
-    return op.call(aten.batch_norm.default, value, *statistics, False, 1 - momentum, epsilon, True)
+    if not op.attributes.integer("training_mode"):
+        return op.call(aten.batch_norm.default, value, *statistics, False, 1 - momentum, epsilon, True)
+    return _in_training(op, op.tensor(value), statistics[:2], statistics[2:], epsilon, momentum)
+
+
+def _in_training(
+    op: Operation, value: Tensor, scaling: list[Tensor], running: list[Tensor], epsilon: float, momentum: float
+) -> tuple[Tensor, ...]:
+    along = [0, *range(2, value.ndim)]
+    wide = op.cast(value, running[0].dtype)
+    mean = op.call(aten.mean.dim, wide, along, True)
+    apart = op.call(aten.sub.Tensor, wide, mean)
+    variance = op.call(aten.mean.dim, op.call(aten.mul.Tensor, apart, apart), along, True)
+    now = [op.reshape(item, [value.shape[1]]) for item in (mean, variance)]
+    kept = [
+        op.call(aten.add.Tensor, op.call(aten.mul.Tensor, old, momentum), op.call(aten.mul.Tensor, new, 1 - momentum))
+        for old, new in zip(running, now, strict=True)
+    ]
+    result = op.call(aten.batch_norm.default, value, *scaling, *now, False, 1 - momentum, epsilon, True)
+    return result, *kept
 
 
 @operator("InstanceNormalization")
@@ -81,3 +101,16 @@ def lp_normalization(op: Operation, value: Present) -> Tensor:
     length = op.call(aten.linalg_vector_norm.default, value, order, [axis], True)
     zero = op.call(aten.eq.Scalar, length, 0)
     return op.call(aten.div.Tensor, value, op.call(aten.masked_fill.Scalar, length, zero, 1.0))
+
+
+@operator("LRN")
+def local_response(op: Operation, value: Present) -> Tensor:
+    """Each element by a power of the squares of channels near its own."""
+    value, size = op.tensor(value), op.attributes.integer("size")
+    alpha, beta = op.attributes.number("alpha", 1e-4), op.attributes.number("beta", 0.75)
+    squares = op.reshape(op.call(aten.mul.Tensor, value, value), [value.shape[0], 1, value.shape[1], -1])
+    padded = op.call(aten.constant_pad_nd.default, squares, [0, 0, (size - 1) // 2, size // 2], 0.0)
+    means = op.call(aten.avg_pool2d.default, padded, [size, 1], [1, 1])
+    scaled = op.call(aten.mul.Tensor, op.reshape(means, list(value.shape)), alpha)
+    around = op.call(aten.add.Tensor, scaled, op.attributes.number("bias", 1.0))
+    return op.call(aten.div.Tensor, value, op.call(aten.pow.Tensor_Scalar, around, beta))

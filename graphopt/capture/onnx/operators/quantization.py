@@ -10,11 +10,15 @@ Integer products (MatMulInteger, ConvInteger) are float products of code - zero_
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
+from onnx import TensorProto
 
+from graphopt.capture.onnx.narrow import NARROW, Narrow
 from graphopt.capture.onnx.operation import Operation
+from graphopt.capture.onnx.operators.casting import code_of, stored
 from graphopt.capture.onnx.operators.convolution import conv
 from graphopt.capture.onnx.operators.linear import matmul
 from graphopt.capture.onnx.registry import operator
@@ -31,13 +35,20 @@ _EXACT = {torch.float32: 2**24, torch.float64: 2**53}  # up to which every integ
 
 @operator("QuantizeLinear", "com.microsoft.QuantizeLinear")
 def quantize_linear(op: Operation, value: Present, scale: Present, zero: Present | None = None) -> Tensor:
-    op.attributes.ignore("saturate")  # of 8-bit floats
+    saturate = bool(op.attributes.integer("saturate", 1))
     axis, block = op.attributes.integer("axis", 1), op.attributes.integer("block_size")
-    if op.attributes.integer("precision") not in (0, 1):
-        raise op.refuse("QuantizeLinear with a precision other than float is not imported")
-    asked = op.attributes.integer("output_dtype")
-    dtype = dtype_of(asked, "the result of QuantizeLinear") if asked else torch.uint8
-    return quantized(op, value, scale, zero, axis, block, dtype if zero is None else zero.dtype)
+    precision = op.attributes.integer("precision") or TensorProto.FLOAT
+    asked = op.attributes.integer("output_dtype") or TensorProto.UINT8
+    code = asked if zero is None else code_of(zero)
+    if dtype_of(precision, "the precision of QuantizeLinear") != torch.float32:
+        if precision != TensorProto.FLOAT16:
+            raise op.refuse("QuantizeLinear with a precision other than float and float16 is not imported")
+        value, scale = op.cast(value, torch.float16), op.cast(scale, torch.float16)
+    dtype = dtype_of(code, "the result of QuantizeLinear")
+    if dtype in FLOAT8.values():
+        steps = _spread(op, op.tensor(value), scale, axis, block)
+        return stored(op, op.call(aten.div.Tensor, op.tensor(value), steps), code, "QuantizeLinear", saturate)
+    return quantized(op, value, scale, zero, axis, block, dtype, NARROW.get(code))
 
 
 @operator("DequantizeLinear", "com.microsoft.DequantizeLinear")
@@ -50,17 +61,25 @@ def dequantize_linear(op: Operation, value: Present, scale: Present, zero: Prese
 
 def quantized(
     op: Operation, value: Present, scale: Present, zero: Value, axis: int = 1, block: int = 0,
-    dtype: torch.dtype = torch.uint8,
+    dtype: torch.dtype = torch.uint8, kind: Narrow | None = None,
 ) -> Tensor:  # fmt: skip
-    """The codes of a tensor; the type of the zero point, where there is one, decides theirs."""
+    """The codes of a tensor, of the type of the zero point where there is one; `kind`: a type of few bits."""
     value, dtype = op.tensor(value), dtype if zero is None else zero.dtype
-    if dtype not in (torch.uint8, torch.int8, torch.int16):
-        raise op.refuse(f"quantization to {str(dtype).removeprefix('torch.')} is not imported; use 8 bits")
     if not value.dtype.is_floating_point:
         value = op.cast(value, torch.float32)
-    low, high = CODES[dtype]
+    if dtype == torch.uint16:
+        middle = known(2**15, torch.int32) if zero is None else op.cast(zero, torch.int32)
+        zero = op.cast(op.call(aten.sub.Tensor, op.tensor(middle), 2**15), torch.int16)
+        if zero.ndim < scale.ndim:
+            zero = op.call(aten.expand.default, zero, list(scale.shape))
+        codes = quantized(op, value, scale, zero, axis, block)
+        return op.cast(op.call(aten.add.Tensor, op.cast(codes, torch.int32), 2**15), dtype)
+    if dtype not in (torch.uint8, torch.int8, torch.int16):
+        raise op.refuse(f"quantization to {str(dtype).removeprefix('torch.')} is not imported; use 8 bits")
+    low, high = CODES[dtype] if kind is None else (kind.low, kind.high)
     scale, zero, where = parameters(op, value, scale, zero, axis, block)
-    return op.call(_QUANTIZE, value, scale, zero, **where, qmin=low, qmax=high, dtype=dtype)
+    codes = op.call(_QUANTIZE, value, scale, zero, **where, qmin=low, qmax=high, dtype=dtype)
+    return replace(codes, narrow=kind)
 
 
 def dequantized(
@@ -68,13 +87,16 @@ def dequantized(
     dtype: torch.dtype | None = None, codes: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The numbers that codes stand for, by default in the type of the scale; `codes`: the lowest and highest one."""
-    value = op.tensor(value)
+    value, dtype = op.tensor(value), scale.dtype if dtype is None else dtype
     if value.dtype in FLOAT8.values():
-        return _widened(op, value, scale, axis, block, scale.dtype if dtype is None else dtype)
+        return _widened(op, value, scale, axis, block, dtype)
+    kind = value.narrow
+    if value.dtype == torch.uint16:
+        value, zero = op.cast(value, torch.int32), None if zero is None else op.cast(zero, torch.int32)
+        codes = 0, 2**16 - 1
     if value.dtype not in CODES:
         raise op.refuse(f"codes of type {str(value.dtype).removeprefix('torch.')} are not imported; use 8 bits")
-    low, high = codes or op.emitter.weights.codes.get(str(value.node.target)) or CODES[value.dtype]
-    dtype = scale.dtype if dtype is None else dtype
+    low, high = codes or (CODES[value.dtype] if kind is None else (kind.low, kind.high))
     scale, zero, where = parameters(op, value, scale, zero, axis, block)
     return op.call(_DEQUANTIZE, value, scale, zero, **where, qmin=low, qmax=high, dtype=dtype)
 
@@ -82,11 +104,26 @@ def dequantized(
 def _widened(op: Operation, value: Tensor, scale: Present, axis: int, block: int, dtype: torch.dtype) -> Tensor:
     """Weights of 8-bit floats times their scale; the standard allows no zero point but 0."""
     steps = held_tensor(op, scale)
-    if steps is None or block:
-        raise op.refuse("float8 with a scale that is computed, or in blocks, is not imported")
+    if steps is None or block or op.emitter.held(value.node) is None:
+        numbers = op.cast(value, torch.float32)
+        spread = op.cast(_spread(op, numbers, scale, axis, block), torch.float32)
+        return op.cast(op.call(aten.mul.Tensor, numbers, spread), dtype)
     if steps.numel() > 1:
         steps = steps.reshape(along(op.axis(axis, value.ndim), value.ndim))
     return op.weight(value, lambda held: (held.float() * steps.float()).to(dtype).reshape(held.shape))
+
+
+def _spread(op: Operation, value: Tensor, scale: Present, axis: int, block: int) -> Tensor:
+    """Scales in the shape of what they divide, or one that broadcasts to it."""
+    if scale.dtype in FLOAT8.values():
+        scale = op.cast(scale, torch.float32)
+    steps, _, where = parameters(op, value, scale, None, axis, block)
+    if not where:
+        return op.tensor(steps)
+    if not block:
+        return op.reshape(steps, along(where["axis"], value.ndim))
+    repeated = op.call(aten.repeat_interleave.self_int, op.tensor(steps), block, where["axis"])
+    return op.call(aten.slice.Tensor, repeated, where["axis"], 0, value.shape[where["axis"]])
 
 
 def parameters(

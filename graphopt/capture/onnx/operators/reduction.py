@@ -28,6 +28,8 @@ def reduce_(op: Operation, value: Present, axes: Value = None) -> Tensor:
             return op.call(aten.mean.dim, prepared, along, keep)
         case "ReduceMax" | "ReduceMin":
             target = aten.amax.default if op.name == "ReduceMax" else aten.amin.default
+            if any(isinstance(value.shape[axis], int) and value.shape[axis] == 0 for axis in along):
+                return _of_nothing(op, value, along, keep)
             return op.call(target, prepared, along, keep)
         case "ReduceLogSumExp":
             return op.call(aten.logsumexp.default, prepared, along, keep)
@@ -39,6 +41,18 @@ def reduce_(op: Operation, value: Present, axes: Value = None) -> Tensor:
     if op.name == "ReduceL2":
         return op.cast(op.call(aten.sqrt.default, total), value.dtype)
     return op.call(aten.log.default, total) if op.name == "ReduceLogSum" else total
+
+
+def _of_nothing(op: Operation, value: Tensor, along: list[int], keep: bool) -> Tensor:
+    """The least or the largest number of the type, which the standard gives for no elements."""
+    if value.dtype == torch.bool:
+        least, most = 0.0, 1.0
+    elif value.dtype.is_floating_point:
+        least, most = float("-inf"), float("inf")
+    else:
+        least, most = torch.iinfo(value.dtype).min, torch.iinfo(value.dtype).max
+    sizes = [1 if axis in along else size for axis, size in enumerate(value.shape) if keep or axis not in along]
+    return op.call(aten.full.default, sizes, least if op.name == "ReduceMax" else most, dtype=value.dtype)
 
 
 def _prepare(op: Operation, value: Tensor) -> Tensor:
