@@ -93,11 +93,12 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _size(proto: Any) -> tuple[int, int]:
-    from graphopt.capture.onnx.tensors import DTYPES, FOUR_BITS
+    from graphopt.capture.onnx.narrow import NARROW
+    from graphopt.capture.onnx.tensors import DTYPES
 
     elements = math.prod(proto.dims)
-    if proto.data_type in FOUR_BITS:
-        return elements, (elements + 1) // 2
+    if proto.data_type in NARROW:
+        return elements, (elements * NARROW[proto.data_type].bits + 7) // 8
     dtype = DTYPES.get(proto.data_type)
     return elements, len(proto.raw_data) if dtype is None else elements * dtype.itemsize
 
