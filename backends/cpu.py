@@ -22,6 +22,7 @@ from graphopt.backends.choice import Choices, Tuned
 from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
 from graphopt.backends.lowering import WEIGHT_COUNT, lower_program, reserve
+from graphopt.backends.operators.low_bit import takes_tables
 from graphopt.backends.packed_weights import Weights
 from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
@@ -64,7 +65,7 @@ def lower(programs: Mapping[str, Program], target: Target, tuned: Tuned | None =
     written = written_state(programs.values())
     for entry in programs:
         reserve(entry, builder)
-    for entry, program in sorted(programs.items(), key=lambda item: len(item[1].sizes)):  # the rest read their packing
+    for entry, program in sorted(programs.items(), key=_packs_first):  # the rest read their packing
         lowered = lower_program(program, target, entry, weights, builder, choices, written)
         arguments[entry] = lowered.weights
         for kernel, info in lowered.kernels.items():
@@ -72,6 +73,12 @@ def lower(programs: Mapping[str, Program], target: Target, tuned: Tuned | None =
             kernels[kernel] = replace(known, nodes={**known.nodes, **info.nodes})
     functions.update(builder.get().functions)
     return Module(tvm.IRModule(functions), weights.arrays, arguments, kernels, choices)
+
+
+def _packs_first(item: tuple[str, Program]) -> tuple[bool, int]:
+    """Tables take weights in one order only, other products in any; kernels of fixed sizes are choosier than others."""
+    _, program = item
+    return not any(takes_tables(node) for node in program.nodes()), len(program.sizes)
 
 
 @tvm.transform.module_pass(opt_level=0)

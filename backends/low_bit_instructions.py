@@ -5,7 +5,8 @@
 VPMADDUBSW is exact for these: pairs of products are at most 2 * 127 * 127 < 32768. `multiply_signed` takes left bytes
 from -128 to 127: their sign goes to the right one. NEON multiplies to 16 bits and adds neighbours twice.
 
-`look_up_16` replaces each byte, below 16, by an entry of a table: VPSHUFB or TBL.
+`look_up_16` replaces each byte, below 16, by an entry of a table: VPSHUFB or TBL. `look_up_64` has tables of 64
+entries: VPERMB of AVX512-VBMI.
 """
 
 from __future__ import annotations
@@ -39,9 +40,14 @@ def look_up_16(codes: Any, table: Any, lanes: int) -> Any:
     return tirx.call_pure_extern(f"uint32x{lanes}", "graphopt_look_up_16", codes, table)
 
 
+def look_up_64(codes: Any, table: Any) -> Any:
+    """Entries for the bytes, below 64, of 16 uint32; the table is 16 uint32 too."""
+    return tirx.call_pure_extern("uint32x16", "graphopt_look_up_64", codes, table)
+
+
 def low_bit_definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
-    found = _look_up(target)
+    found = _look_up(target) + (_look_up_64(target) if target.lanes == 16 else "")
     if not target.quads:
         declaration, low, signed = _products(target)
         found += declaration + _function("low", target.lanes, low) + _function("signed", target.lanes, signed)
@@ -116,6 +122,35 @@ def _neon() -> tuple[str, str, str]:
     return declaration, body, body
 
 
+def _look_up_64(target: Target) -> str:
+    begin = (
+        "define <16 x i32> @graphopt_look_up_64(<16 x i32> %codes, <16 x i32> %table) {\n"
+        "  %c = bitcast <16 x i32> %codes to <64 x i8>\n"
+        "  %t = bitcast <16 x i32> %table to <64 x i8>\n"
+    )
+    end = "  %result = bitcast <64 x i8> %found to <16 x i32>\n  ret <16 x i32> %result\n}\n"
+    if "avx512vbmi" in target.extensions:
+        name = "llvm.x86.avx512.permvar.qi.512"
+        return (
+            f"declare <64 x i8> @{name}(<64 x i8>, <64 x i8>)\n{begin}"
+            f"  %found = call <64 x i8> @{name}(<64 x i8> %t, <64 x i8> %c)\n{end}"
+        )
+    return begin + _one_by_one(64, 64) + end
+
+
+def _one_by_one(lanes: int, entries: int) -> str:
+    """`%found`: entries of %t by number %c."""
+    lines, before = "", "poison"
+    for lane in range(lanes):
+        lines += (
+            f"  %c{lane} = extractelement <{lanes} x i8> %c, i32 {lane}\n"
+            f"  %e{lane} = extractelement <{entries} x i8> %t, i8 %c{lane}\n"
+            f"  %r{lane} = insertelement <{lanes} x i8> {before}, i8 %e{lane}, i32 {lane}\n"
+        )
+        before = f"%r{lane}"
+    return lines.replace(f"%r{lanes - 1} =", "%found =")
+
+
 def _look_up(target: Target) -> str:
     lanes = target.lanes
     bytes_, words = f"<{4 * lanes} x i8>", f"<{lanes} x i32>"
@@ -140,12 +175,4 @@ def _look_up(target: Target) -> str:
             f"declare <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8>, <16 x i8>)\n{begin}"
             f"  %found = call <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8> %t, <16 x i8> %c)\n{end}"
         )
-    lines, before = "", "poison"
-    for lane in range(4 * lanes):
-        lines += (
-            f"  %c{lane} = extractelement {bytes_} %c, i32 {lane}\n"
-            f"  %e{lane} = extractelement <16 x i8> %t, i8 %c{lane}\n"
-            f"  %r{lane} = insertelement {bytes_} {before}, i8 %e{lane}, i32 {lane}\n"
-        )
-        before = f"%r{lane}"
-    return f"{begin}{lines}".replace(f"%r{4 * lanes - 1} =", "%found =") + end
+    return begin + _one_by_one(4 * lanes, 16) + end

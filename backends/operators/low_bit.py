@@ -17,12 +17,14 @@ from graphopt.backends.operators.element_wise import like
 from graphopt.backends.operators.integer_products import constants
 from graphopt.backends.rules import low_bit_build, low_bit_gemv
 from graphopt.backends.rules.low_bit_codes import Operands
-from graphopt.backends.rules.low_bit_gemv import Configuration
-from graphopt.backends.rules.low_bit_layout import Layout
+from graphopt.backends.rules.low_bit_gemv import Configuration, Means
+from graphopt.backends.rules.low_bit_layout import QUAD, TURNED, Layout
+from graphopt.backends.rules.low_bit_lut import MOST_ROWS, looks_up
 from graphopt.backends.rules.low_bit_tiles import FEWEST_ROWS
 from graphopt.backends.sizes import product
 from graphopt.backends.values import Index, Lazy, Product, View
 from graphopt.errors import CompileError
+from graphopt.operators.low_bit import MOST_LOOKED_UP
 
 if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 _CONSTANTS = ("weight", "weight_scale", "weight_zero", "codebook", "bias", "tag")
 _UNSIGNED = 128  # added to numbers of codebooks where instructions multiply bytes without a sign
 _SMALL_BOOK, _BOOK = 16, 256  # entries that instructions look up
+_CACHED = 32 << 20  # bytes of packed weights that stay in the caches of most machines from call to call
+_FEW, _MANY = torch.ops.graphopt.lut_gemv.default, torch.ops.graphopt.wq_gemm.default
+_PLANES = "planes"  # what keys of weights packed for tables of bytes begin with
 
 
 def _build(lowering: Lowering, node: Node) -> tuple[View, ...]:
@@ -41,9 +46,8 @@ def _build(lowering: Lowering, node: Node) -> tuple[View, ...]:
 
 def _product(lowering: Lowering, node: Node) -> View:
     given, held = arguments(node), constants(lowering, node, _CONSTANTS)
-    if given["table"] != "exact":
-        raise CompileError(f"{node.name} multiplies tables of int8, which has no lowering; use table='exact'")
     weight, bits, target = held["weight"], given["bits"], lowering.target
+    tables = given["table"] == "int8"
     n, k = (int(size) for size in weight.shape)
     codes, scale, sums = (lowering.contiguous(given[name]) for name in ("codes", "scale", "sums"))
     book = held["codebook"]
@@ -53,34 +57,60 @@ def _product(lowering: Lowering, node: Node) -> View:
             f"numbers; give at most {_BOOK >> bits}"
         )
     bias = None if held["bias"] is None else lowering.weight(held["bias"])
-    fewest = _fewest_rows(lowering, node, given["kernel"])
+    means = _means(lowering, node, given["kernel"], bits, book, tables)
     masked = low_bit_gemv.masks(target, bits, book is not None)
     rows = product(scale.shape[:-1])
+    planes = tables or any(key.startswith(_PLANES) for key in lowering.weights.packings(weight))
 
     def layout_of(vectors: int) -> Layout:
-        return Layout(n, k, bits, given["group"], target.lanes, vectors)
+        return Layout(n, k, bits, given["group"], target.lanes, vectors, planes)
 
-    padded = _padded(lowering, codes, layout_of(2))
+    padded = _padded(lowering, codes, layout_of(2), tables)
+
+    cached = _packed_bytes(lowering) <= _CACHED
 
     def build(result: Product, end: Any) -> Code:
         def write(choice: Configuration) -> Code:
-            operands = _operands(lowering, layout_of(choice.vectors), (padded, scale, sums), held)
-            return low_bit_gemv.gemv(operands, result, end, f"low_bit_{bits}_{n}x{k}", target, choice, fewest)
+            operands = _operands(lowering, layout_of(choice.vectors), (padded, scale, sums), held, tables)
+            return low_bit_gemv.gemv(operands, result, end, f"low_bit_{bits}_{n}x{k}", target, choice, means)
 
-        return lowering.choose(low_bit_gemv.offer(target, rows, layout_of, end, masked, write))
+        return lowering.choose(low_bit_gemv.offer(target, rows, layout_of, end, masked, means, cached, write))
 
     return lowering.anchored(node, build, _with_bias(bias))
 
 
-def _fewest_rows(lowering: Lowering, node: Node, kernel: str) -> int | None:
-    """From how many rows on tiles multiply; None where none do."""
-    if kernel == "lut":
-        raise CompileError(f"{node.name} asks for kernel='lut', which has no lowering; use 'auto' or 'unpack'")
-    if kernel == "amx" and not lowering.target.amx:
-        raise CompileError(f"{node.name} asks for kernel='amx', and {lowering.target.name} has no tiles; use 'auto'")
-    if kernel == "unpack" or not lowering.target.amx:
-        return None
-    return 1 if kernel == "amx" else FEWEST_ROWS
+def takes_tables(node: Node) -> bool:
+    """Whether a node is a product by tables of bytes."""
+    return node.target is _FEW and arguments(node)["table"] == "int8"
+
+
+def _packed_bytes(lowering: Lowering) -> int:
+    """Of the weights that the graph multiplies, which is what is read before the same ones are again."""
+    sizes = {}
+    for node in lowering.order:
+        if node.target in (_FEW, _MANY):
+            given = arguments(node)
+            sizes[given["weight"]] = given["weight"].meta["val"].numel() * given["bits"] // 8
+    return sum(sizes.values())
+
+
+def _means(lowering: Lowering, node: Node, kernel: str, bits: int, book: Any, tables: bool) -> Means:
+    """What the product may be made of. Raises CompileError for a kernel that cannot be what is asked for."""
+    target, name = lowering.target, node.name
+    exact = looks_up(target) and book is None and bits <= MOST_LOOKED_UP
+    if (tables or kernel == "lut") and not looks_up(target):
+        raise CompileError(
+            f"{name} looks sums of activations up, and {target.name} has no instructions for it (AVX512-VBMI and "
+            "VNNI); use table='exact' with kernel='auto'"
+        )
+    if kernel == "amx" and not target.amx:
+        raise CompileError(f"{name} asks for kernel='amx', and {target.name} has no tiles; use 'auto'")
+    tiled = None if kernel == "unpack" or not target.amx else 1 if kernel == "amx" else FEWEST_ROWS
+    if tables or kernel == "lut":
+        return Means((True,), MOST_ROWS, tiled)
+    if kernel == "auto" and exact:
+        return Means((True, False) if bits == 1 else (False, True), 1, tiled)
+    return Means(tiled=tiled)
 
 
 def _with_bias(bias: View | None) -> Callable[[Any], Any]:
@@ -97,9 +127,9 @@ def _with_bias(bias: View | None) -> Callable[[Any], Any]:
 
 
 def _operands(
-    lowering: Lowering, layout: Layout, activations: tuple[View, View, View], held: dict[str, Any]
+    lowering: Lowering, layout: Layout, activations: tuple[View, View, View], held: dict[str, Any], tables: bool
 ) -> Operands:
-    key = f"bits{layout.bits}x{layout.outputs}x{layout.group}"
+    key = f"{_PLANES if layout.planes else 'bits'}{layout.bits}x{layout.outputs}x{layout.group}"
     zero, book, tag = held["weight_zero"], held["codebook"], held["tag"]
     unsigned = lowering.target.quads == "uint8"
     offset = (_UNSIGNED if unsigned else 0) if book is not None else (0 if unsigned or layout.bits < 8 else -_UNSIGNED)
@@ -112,6 +142,7 @@ def _operands(
         None if book is None else lowering.weight(book, f"book{offset}", lambda numbers: _book(numbers, offset)),
         None if tag is None else lowering.weight(tag, key, layout.pack_groups),
         offset,
+        tables,
     )
 
 
@@ -141,26 +172,32 @@ def _book(numbers: np.ndarray, offset: int) -> np.ndarray:
     return np.pad(flat, (0, (_SMALL_BOOK if len(flat) <= _SMALL_BOOK else _BOOK) - len(flat)))
 
 
-def _padded(lowering: Lowering, codes: View, layout: Layout) -> View:
-    """Rows in which each group fills its steps, with zeros."""
-    if layout.packed_k == layout.k:
+def _padded(lowering: Lowering, codes: View, layout: Layout, tables: bool) -> View:
+    """Rows in which each group fills its steps, with zeros, in the order of the layout's quads; the same of tables."""
+    if layout.packed_k == layout.k and (tables or not layout.planes):
         return codes
-    group, depth, last = layout.group, layout.depth, len(codes.shape) - 1
+    each = QUAD if tables else 1  # numbers that an element along the axis stands for
+    axis, turned = len(codes.shape) - 1 - tables, layout.planes and not tables
+    width, depth, size = int(codes.shape[axis]), layout.depth // each, -(-min(layout.group, layout.k) // each)
 
     def element(kernel: Kernel, index: Index) -> Any:
-        at = index.axis(last)
+        at = index.axis(axis)
+        if turned:
+            number = tirx.truncmod(at, int64(TURNED))
+            at = at - number + tirx.truncmod(number, int64(QUAD)) * QUAD + tirx.truncdiv(number, int64(QUAD))
         inside = tirx.truncmod(at, int64(depth))
-        source = tirx.truncdiv(at, int64(depth)) * min(group, layout.k) + inside
-        axes = tuple(index.axis(number) for number in range(last))
-        read = Index(codes.shape, kernel.sizes, axes=(*axes, tirx.min(source, int64(layout.k - 1))))
-        code = kernel.load(codes, read)
-        return tirx.Select(tirx.all(inside < min(group, layout.k), source < layout.k), code, like(code, 0))
+        source = tirx.truncdiv(at, int64(depth)) * size + inside
+        axes = [index.axis(number) for number in range(len(codes.shape))]
+        axes[axis] = tirx.min(source, int64(width - 1))
+        code = kernel.load(codes, Index(codes.shape, kernel.sizes, axes=tuple(axes)))
+        return tirx.Select(tirx.all(inside < size, source < width), code, like(code, 0))
 
-    return lowering.store(Lazy((*codes.shape[:-1], layout.packed_k), "int8", (codes,), element, name="pad"))
+    shape = (*codes.shape[:axis], layout.groups * depth, *codes.shape[axis + 1 :])
+    return lowering.store(Lazy(shape, "int8", (codes,), element, name="pad"))
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
     torch.ops.graphopt.lut_build.default: _build,
-    torch.ops.graphopt.lut_gemv.default: _product,
-    torch.ops.graphopt.wq_gemm.default: _product,
+    _FEW: _product,
+    _MANY: _product,
 }

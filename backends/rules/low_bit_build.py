@@ -85,7 +85,7 @@ class _Build:
         self.clear(total)
         for place, vector, count in self.parts(size):
             with kernel.vectorized(count) as lane:
-                code = _code(self.number(start + place + lane), step)
+                code = _code(self.number(start + place + lane) / step)
                 T.buffer_store(self.codes, code.astype("int8"), [start + place + lane])
                 T.buffer_store(total, total[vector, lane] + code, [vector, lane])
         fold_lanes(kernel, total, _VECTORS, "sum")
@@ -110,12 +110,12 @@ class _Build:
             largest = sum(others, head)
             T.buffer_store(best, tirx.max(best[0], _magnitude(largest)), [0])
 
-        def store(quad: Any, count: int, step: Any) -> None:
+        def store(quad: Any, count: int, inverse: Any) -> None:
             numbers = self.quad(start + quad * _QUAD, count)
             for vector, part in enumerate(parts):
                 self.fill(entries, vector, part, numbers)
                 with kernel.vectorized(lanes) as lane:
-                    code = _code(entries[vector, lane], step).astype("int8")
+                    code = _code(entries[vector, lane] * inverse).astype("int8")
                     T.buffer_store(self.codes, code, [first + quad * _ENTRIES + part + lane])
 
         with kernel.serial(quads) as quad:
@@ -123,10 +123,11 @@ class _Build:
         if rest:
             enlarge(int64(quads), rest)
         step = self.store_scale(at, best[0])
+        inverse = T.bind(tirx.min(tirx.const(1.0, "float32") / step, tirx.max_value("float32")))
         with kernel.serial(quads) as quad:
-            store(quad, _QUAD, step)
+            store(quad, _QUAD, inverse)
         if rest:
-            store(int64(quads), rest, step)
+            store(int64(quads), rest, inverse)
         T.buffer_store(self.sums, total[0], [at])
 
     def quad(self, start: Any, count: int) -> list[Any]:
@@ -182,10 +183,10 @@ def _magnitude(number: Any) -> Any:
     return tirx.reinterpret("int32", number) & tirx.const(0x7FFFFFFF, "int32")
 
 
-def _code(number: Any, step: Any) -> Any:
-    """The nearest int32 to number / step, halves to even."""
+def _code(number: Any) -> Any:
+    """The nearest int32, halves to even."""
     least, most = (tirx.const(bound, "float32") for bound in (-float(_LARGEST), float(_LARGEST)))
-    return tirx.round(tirx.max(tirx.min(number / step, most), least)).astype("int32")
+    return tirx.round(tirx.max(tirx.min(number, most), least)).astype("int32")
 
 
 def _constants(values: list[float]) -> Any:

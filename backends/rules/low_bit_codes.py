@@ -24,7 +24,8 @@ class Operands:
     `codes` [..., K] are int8, each row padded with zeros as `layout.packed_k` says, `scale` [..., G] float32 and `sums`
     [..., G] int32, contiguous; `weight`, `weight_scale` and, where it differs between groups, `weight_zero` are packed
     by `layout`, as is `tag`. `book` holds uint8: the numbers that codes stand for, `offset` added; where there is none
-    and `offset` is not 0, that is flipped in codes of 8 bits.
+    and `offset` is not 0, that is flipped in codes of 8 bits. With `tables` codes are tables, [..., packed_k / 4, 16],
+    and sums are float32.
     """
 
     layout: Layout
@@ -37,6 +38,7 @@ class Operands:
     book: View | None
     tag: View | None
     offset: int
+    tables: bool = False
 
     def views(self) -> list[View]:
         every = (
@@ -122,10 +124,20 @@ class Groups:
     def row(self, row: Any, group: Any) -> Row:
         at = row * self.groups + group
         total = T.bind(self.sums[at])
+        if self.operands.tables:
+            return Row(T.bind(self.scale[at] * tirx.const(0.5, "float32")), total, total)
         return Row(T.bind(self.scale[at]), total, T.bind(total.astype("float32")))
 
     def number(self, row: Row, total: Any, position: Any) -> Any:
         """What an int32 sum adds to a result; `position`: of its output among the scales of the weight."""
+        if self.operands.tables:
+            offset: Any = tirx.const((2**self.operands.layout.bits - 1) / 2, "float32")
+            if isinstance(self.zero, float):
+                offset = tirx.const(offset.value - self.zero, "float32")
+            elif self.zero is not None:
+                offset = offset - self.zero[position].astype("float32")
+            number = total.astype("float32") * row.scale + offset * row.sum
+            return self.steps[position].astype("float32") * number
         if self.operands.offset:
             total = total - row.total * tirx.const(self.operands.offset, "int32")
         number = total.astype("float32")

@@ -12,37 +12,32 @@ last, so that results depend neither on the tile nor on how threads share the pa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends import amx
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
-from graphopt.backends.integer_instructions import multiply_quads
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
-from graphopt.backends.low_bit_instructions import multiply_low, multiply_signed
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.low_bit_codes import EVERY, Groups, Operands, Unpacking, shifted_down
-from graphopt.backends.rules.low_bit_layout import QUAD, Field, Layout, Part
+from graphopt.backends.rules.low_bit_codes import Groups, Operands, Unpacking
+from graphopt.backends.rules.low_bit_layout import Layout
+from graphopt.backends.rules.low_bit_lut import GivenTables, LookedUp, SummedTables
+from graphopt.backends.rules.low_bit_rows import RowTile
 from graphopt.backends.rules.low_bit_tiles import write_tiles
-from graphopt.backends.rules.register_tile import RegisterTile, Tile
 from graphopt.backends.sizes import Size, least, product
 from graphopt.backends.target import Target
 from graphopt.backends.tuner.record import Workload
-from graphopt.backends.values import Product, View, fused_name
+from graphopt.backends.values import Product, fused_name
 
 RULE = "low-bit"
-_LINE = 64  # bytes of a cache line
 _AHEAD = (8 << 10, 2 << 10)  # bytes ahead of the words that are read: the longer, the faster they are used up
-_GROUPS_AHEAD = 8  # whose scales are prefetched
 _OUTPUTS = (16, 32)  # of a panel: two vectors of 16 share words of activations, one reads memory more evenly
-_MOST_SUMS = 16  # vectors of them in registers
-_FREE_SUMS = 8  # additions to which do not wait for each other
-_MOST_WRITTEN = 16  # vectors of words in a loop's body
+_LOOKED_UP_OUTPUTS = 64  # which share tables, as large as four words of activations each
 _FEW_ROWS, _MANY_ROWS = 4, 8  # of a tile, where there are several
 
 
@@ -50,10 +45,24 @@ _FEW_ROWS, _MANY_ROWS = 4, 8  # of a tile, where there are several
 class Configuration:
     """What may be chosen for one product; results do not depend on it."""
 
+    looks_up: bool  # sums of few rows, rather than taking bits apart
     vectors: int  # of outputs of a panel
     panel_shares: int  # shares of the panels between threads
     ahead: int  # bytes ahead of which lines are prefetched
     nearest: bool  # into the first-level cache: better where weights stay in the caches, worse from memory
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a product may be made of, by the number of rows.
+
+    `few` rows or fewer look sums up, where the first of `looking_up`, or what was measured, says so; from `tiled` rows
+    on there are tiles, where that is not None: the target has them then.
+    """
+
+    looking_up: tuple[bool, ...] = (False,)
+    few: int = 1
+    tiled: int | None = None
 
 
 def offer(
@@ -62,31 +71,42 @@ def offer(
     layout: Callable[[int], Layout],
     end: Any,
     masked: bool,
+    means: Means,
+    cached: bool,
     write: Callable[[Configuration], Code],
 ) -> Choice[Configuration]:
-    """What may be chosen for so many rows times the weight that `layout` packs for panels of so many vectors."""
-    found = candidates(target, layout)
+    """What may be chosen for so many rows times the weight that `layout` packs for panels of so many vectors.
+
+    `cached`: weights are expected in the caches rather than in memory.
+    """
+    if isinstance(rows, int) and rows > means.few:
+        means = replace(means, looking_up=means.looking_up[:1])
+    found = candidates(target, layout, means, cached)
     one = layout(found[0].vectors)
     parameters = {"rows": size_parameter(rows), "n": one.n, "k": one.k, "bits": one.bits, "group": one.group}
-    parameters |= {"masked": masked}
+    parameters |= {"masked": masked, "planes": one.planes}
     return Choice(Workload.of(RULE, {**parameters, **epilogue_parameters(end)}), found[0], lambda: found, write)
 
 
-def candidates(target: Target, layout: Callable[[int], Layout]) -> list[Configuration]:
-    """Panels of some widths, the least expected time first: narrow ones, unless threads then share worse.
+def candidates(target: Target, layout: Callable[[int], Layout], means: Means, cached: bool) -> list[Configuration]:
+    """Panels of some widths, the least expected time first: from memory narrow ones, unless threads then share worse.
 
-    Words of one bit a weight take eight multiplications each, which bound the product, and not memory.
+    What instructions bound, and not memory, has wide panels and lines that come shortly before they are used: weights
+    in the caches, and words of one bit a weight, which take many multiplications each.
     """
     found = []
-    one_bit = layout(layout(1).together).bits == 1
-    for place, outputs in enumerate(reversed(_OUTPUTS) if one_bit else _OUTPUTS):
+    bound = cached or layout(layout(1).together).bits == 1
+    widths = (*_OUTPUTS, _LOOKED_UP_OUTPUTS) if means.looking_up[0] else _OUTPUTS
+    for place, outputs in enumerate(reversed(widths) if bound else widths):
         one = layout(max(layout(1).together, outputs // target.lanes))
         share = -(-one.panels // target.threads) * one.outputs
         found.append((share, place, one.vectors))
     every = dict.fromkeys(vectors for *_, vectors in sorted(found))
-    distances = _AHEAD[::-1] if one_bit else _AHEAD
-    chosen = itertools.product((False, True), distances, every)
-    return [Configuration(vectors, target.threads, ahead, nearest) for nearest, ahead, vectors in chosen]
+    distances = _AHEAD[::-1] if bound else _AHEAD
+    chosen = itertools.product(means.looking_up, (cached, not cached), distances, every)
+    return [
+        Configuration(looks_up, vectors, target.threads, ahead, nearest) for looks_up, nearest, ahead, vectors in chosen
+    ]
 
 
 def gemv(
@@ -96,17 +116,14 @@ def gemv(
     name: str,
     target: Target,
     choice: Configuration,
-    fewest: int | None,
+    means: Means,
 ) -> Code:
-    """y[row, n] as graphopt::lut_gemv says, then the element-wise tree `end` over `result`.
-
-    From `fewest` rows on there are tiles, where that is not None; the target has them then.
-    """
+    """y[row, n] as graphopt::lut_gemv says, then the element-wise tree `end` over `result`."""
     layout = operands.layout
     rows = product(result.shape[:-1])
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        Gemv(kernel, operands, result, end, outputs[0], choice, fewest).write()
+        Gemv(kernel, operands, result, end, outputs[0], choice, means).write()
 
     code = write_kernel(
         RULE,
@@ -123,40 +140,30 @@ def gemv(
             "panel_shares": choice.panel_shares,
             "ahead": choice.ahead,
             "nearest": choice.nearest,
-            "products": "tiles of int8" if uses_tiles(rows, fewest) else "bits taken apart",
+            "products": products_of(rows, operands, choice, means),
         },
         flops=2 * rows * layout.n * layout.k + operations([end], target),
     )
-    tiled = uses_tiles(rows, fewest)
+    tiled = uses_tiles(rows, means.tiled)
     return replace(code, function=code.function.with_attr(amx.USES_TILES, True)) if tiled else code
 
 
-def uses_tiles(rows: Size, fewest: int | None) -> bool:
-    return fewest is not None and (not isinstance(rows, int) or rows >= fewest)
+def uses_tiles(rows: Size, tiled: int | None) -> bool:
+    return tiled is not None and (not isinstance(rows, int) or rows >= tiled)
+
+
+def products_of(rows: Size, operands: Operands, choice: Configuration, means: Means) -> str:
+    """What a product is made of, for the report: of few rows and of many where their number is open."""
+    looked_up = "sums looked up"
+    if operands.tables or (choice.looks_up and isinstance(rows, int) and rows <= means.few):
+        return looked_up
+    found = "tiles of int8" if uses_tiles(rows, means.tiled) else "bits taken apart"
+    return f"{looked_up}; {found}" if choice.looks_up and not isinstance(rows, int) else found
 
 
 def masks(target: Target, bits: int, book: bool) -> bool:
     """Whether one row is multiplied by fields that are not shifted down: their bytes are below 256, not 128."""
     return target.quads == "uint8" and target.machine == "x86_64" and bits < 8 and not book
-
-
-def _places(layout: Layout) -> tuple[int, ...]:
-    """The bits from which on sums of their own hold products."""
-    return (0, 4) if layout.parts[0].bits == 4 else (0, 2, 4, 6)
-
-
-def _downs(part: Part, places: tuple[int, ...]) -> dict[int, tuple[int, int]]:
-    """For a field at each bit: by how much its word is shifted down, and the place of the sums that it then adds to."""
-    free = {place + part.place: place for place in places if place + part.place + part.bits <= 8}
-    found: dict[int, tuple[int, int]] = {}
-    used = [0]
-    for position in range(0, 8, part.bits):
-        fitting = [down for down in used if position - down in free]
-        if not fitting:
-            fitting = [min((position - at for at in free), key=abs)]
-            used += fitting
-        found[position] = (fitting[0], free[position - fitting[0]])
-    return found
 
 
 class Gemv:
@@ -168,7 +175,7 @@ class Gemv:
         end: Any,
         output: Output,
         choice: Configuration,
-        fewest: int | None,
+        means: Means,
     ) -> None:
         self.kernel, self.operands, self.choice = kernel, operands, choice
         self.result, self.end, self.output = result, end, output
@@ -180,201 +187,77 @@ class Gemv:
         self.row_count = product(result.shape[:-1])
         self.rows = kernel.size(self.row_count)
         self.masked = masks(self.target, self.layout.bits, operands.book is not None)
-        self.fewest = fewest
+        self.means = means
 
     def write(self) -> None:
         """Few rows are a tile of so many, also where their number is known at run time."""
-        if isinstance(self.row_count, int):
-            if uses_tiles(self.row_count, self.fewest):
+        looked_up = self.means.few if self.choice.looks_up else 0
+        if self.operands.tables:
+            self.write_looked_up()
+        elif isinstance(self.row_count, int):
+            if self.row_count <= looked_up:
+                self.write_looked_up()
+            elif uses_tiles(self.row_count, self.means.tiled):
                 amx.require()
                 write_tiles(self)
             else:
                 self.write_shares(min(self.row_count, _MANY_ROWS))
         else:
-            if self.fewest is not None:
+            if self.means.tiled is not None:
                 amx.require()
             fewest = least(self.row_count)
-            below = self.fewest or _MANY_ROWS
-            self.write_rows([rows for rows in (1, _FEW_ROWS) if fewest <= rows < below])
+            below = self.means.tiled or _MANY_ROWS
+            few = {looked_up: True} if fewest <= looked_up else {}
+            few |= {rows: False for rows in (1, _FEW_ROWS) if max(fewest, looked_up + 1) <= rows < below}
+            self.write_rows(few)
 
-    def write_rows(self, few: list[int]) -> None:
-        """A number of rows known at run time: the first of the tiles of `few` rows that holds all, else many."""
+    def write_rows(self, few: dict[int, bool]) -> None:
+        """A number of rows known at run time: the first of `few`, which may be looked up, that holds all, else many."""
         if few:
-            with T.If(self.rows > few[0]):
+            (most, looked_up), *others = few.items()
+            with T.If(self.rows > most):
                 with T.Then():
-                    self.write_rows(few[1:])
+                    self.write_rows(dict(others))
                 with T.Else():
-                    self.write_shares(few[0])
-        elif self.fewest is not None:
+                    self.write_looked_up() if looked_up else self.write_shares(most)
+        elif self.means.tiled is not None:
             write_tiles(self)
         else:
             self.write_shares(_MANY_ROWS)
 
     def write_shares(self, height: int) -> None:
         """Each thread passes over panels of its own, for all rows."""
-        kernel, shares, panels = self.kernel, self.choice.panel_shares, self.layout.panels
-        shares = min(shares, panels)
+        kernel = self.kernel
         tiles = tirx.truncdiv(self.rows + (height - 1), int64(height))
-        with (kernel.serial if shares == 1 else kernel.parallel)(shares) as task:
-            first = T.bind(tirx.truncdiv(task * panels, int64(shares)))
-            own = tirx.truncdiv((task + 1) * panels, int64(shares)) - first
-            with kernel.serial(own) as number:
-                panel = T.bind(first + number)
-                if height == 1:
-                    _Tile(self, 1, int64(0), panel).write()
-                else:
-                    with kernel.serial(tiles) as tile:
-                        _Tile(self, height, T.bind(tile * height), panel).write()
+        with self.shares() as (first, own), kernel.serial(own) as number:
+            panel = T.bind(first + number)
+            if height == 1:
+                RowTile(self, 1, int64(0), panel).write()
+            else:
+                with kernel.serial(tiles) as tile:
+                    RowTile(self, height, T.bind(tile * height), panel).write()
 
+    def write_looked_up(self) -> None:
+        """Row after row by tables: given ones while a panel is in the caches, those of codes for all panels."""
+        kernel = self.kernel
+        with self.shares() as (first, own):
+            if self.operands.tables:
+                with kernel.serial(own) as number:
+                    panel = T.bind(first + number)
+                    with kernel.serial(self.rows) as row:
+                        LookedUp(self, row, panel, GivenTables(self, row)).write()
+                return
+            tables = SummedTables(self)
+            with kernel.serial(self.rows) as row:
+                tables.make(row)
+                with kernel.serial(own) as number:
+                    LookedUp(self, row, T.bind(first + number), tables).write()
 
-class _Tile:
-    """Some rows of the results of one panel."""
-
-    def __init__(self, gemv_: Gemv, height: int, first_row: Any, panel: Any) -> None:
-        self.gemv, self.kernel, self.layout, self.height = gemv_, gemv_.kernel, gemv_.layout, height
-        self.first_row, self.panel = first_row, panel
-        self.masked = gemv_.masked and height == 1
-        self.places = _places(self.layout) if self.masked else (0,)
-        self.totals = RegisterTile(self.kernel, Tile(height, self.layout.vectors))
-        taken = height * self.layout.vectors * len(self.places)
-        self.copies = max(1, min(_FREE_SUMS // taken, self.layout.steps))  # steps take turns
-        self.turn = 0
-        shape = (height, self.layout.vectors, self.copies * len(self.places), gemv_.lanes)
-        self.sums = self.kernel.registers(*shape, dtype="int32")
-        self.whole = height == 1 or (isinstance(gemv_.row_count, int) and gemv_.row_count % height == 0)
-        self.row_numbers = [
-            T.bind(first_row + r if self.whole else tirx.min(first_row + r, gemv_.rows - 1)) for r in range(height)
-        ]
-
-    def write(self) -> None:
-        gemv_, layout, kernel = self.gemv, self.layout, self.kernel
-        self.totals.zero()
-        rows = [T.bind(row * (layout.packed_k // QUAD)) for row in self.row_numbers]
-        with kernel.serial(layout.groups) as group:
-            at = T.bind(self.panel * layout.groups + group)
-            self.zero()
-            self.tags = gemv_.unpacking.tags(T.bind(at * layout.outputs))
-            self.multiply(at * layout.steps, [row + group * (layout.depth // QUAD) for row in rows])
-            self.add(group, T.bind(at * layout.outputs))
-        self.totals.write(
-            gemv_.result,
-            gemv_.end,
-            gemv_.output,
-            rows=self.height if self.whole else T.bind(gemv_.rows - self.first_row),
-            position=lambda r: self.first_row + r,
-            first=T.bind(self.panel * layout.outputs),
-            width=layout.n,
-        )
-
-    def zero(self) -> None:
-        for r in range(self.height):
-            for c in range(self.layout.vectors):
-                for place in range(self.copies * len(self.places)):
-                    with self.kernel.vectorized(self.gemv.lanes) as lane:
-                        T.buffer_store(self.sums, tirx.const(0, "int32"), [r, c, place, lane])
-
-    # Products ---------------------------------------------------------------------------------------------------------
-    def multiply(self, first_step: Any, rows: list[Any]) -> None:
-        """Add the products of a group; `rows` say where the words of its activations begin."""
-        layout, kernel = self.layout, self.kernel
-        width = layout.step_vectors * self.gemv.lanes
-        start = T.bind(first_step * width)
-        rows = [T.bind(row) for row in rows]
-        written = min(layout.steps, max(1, _MOST_WRITTEN // layout.step_vectors // self.copies) * self.copies)
-        whole = layout.steps // written
-
-        def step(number: Any, turn: int) -> None:
-            self.turn = turn % self.copies * len(self.places)
-            self.step(start + number * width, [row + number * layout.quads for row in rows])
-
-        if whole == 1:
-            for number in range(written):
-                step(int64(number), number)
-        else:
-            with kernel.serial(whole) as outer:
-                for number in range(written):
-                    step(outer * written + number, number)
-        for number in range(whole * written, layout.steps):
-            step(int64(number), number)
-
-    def step(self, start: Any, rows: list[Any]) -> None:
-        """One step of the panel, whose words begin at `start`."""
-        self.prefetch(start)
-        if self.masked:
-            self.masked_step(start, rows[0])
-            return
-        words = [self.gemv.unpacking.word(start, number) for number in range(self.layout.step_vectors)]
-        for quad in range(self.layout.quads):
-            for c in range(self.layout.vectors):
-                value = self.gemv.unpacking.value(words, quad, c, self.tags)
-                for r, row in enumerate(rows):
-                    self.add_products(r, c, self.turn, value, row + quad)
-
-    def masked_step(self, start: Any, row: Any) -> None:
-        layout = self.layout
-        fields: dict[int, list[tuple[int, int, Field]]] = {}
-        for quad in range(layout.quads):
-            for c in range(layout.vectors):
-                for field in layout.fields(quad, c):
-                    fields.setdefault(field.vector, []).append((quad, c, field))
-        downs = {part: _downs(part, self.places) for part in layout.parts}
-        for number in sorted(fields):
-            shifted = {0: self.gemv.unpacking.word(start, number)}
-            for quad, c, field in fields[number]:
-                down, place = downs[field.part][field.position]
-                if down not in shifted:
-                    shifted[down] = T.bind(shifted_down(shifted[0], down, self.gemv.lanes))
-                mask = (1 << field.part.bits) - 1 << field.position - down
-                value = shifted[down] & self.gemv.unpacking.same(mask * EVERY)
-                self.add_products(0, c, self.turn + self.places.index(place), value, row + quad)
-
-    def add_products(self, row: int, vector: int, place: int, value: Any, word: Any) -> None:
-        gemv_, lanes = self.gemv, self.gemv.lanes
-        whole = tirx.Ramp(int64(0), int64(1), lanes)
-        total, right = self.sums[row, vector, place, whole], tirx.Broadcast(gemv_.codes[word], lanes)
-        if gemv_.target.quads == "uint8":
-            total = multiply_quads(total, value, right, lanes)
-        elif gemv_.operands.book is not None or gemv_.layout.bits == 8:
-            total = multiply_signed(gemv_.target, total, value, right)
-        else:
-            total = multiply_low(gemv_.target, total, value, right)
-        T.buffer_store(self.sums, total, [row, vector, place, whole])
-
-    def prefetch(self, start: Any) -> None:
-        """Touch the lines that lie as far ahead as was chosen, as many as this step reads."""
-        gemv_ = self.gemv
-        words = self.layout.step_vectors * gemv_.lanes
-        for line in range(-(-words * 4 // _LINE)):
-            address = tirx.address_of(gemv_.weight[start + (gemv_.choice.ahead + line * _LINE) // 4])
-            near = 3 if gemv_.choice.nearest else 2
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, near, 1))
-
-    # Groups -----------------------------------------------------------------------------------------------------------
-    def add(self, group: Any, start: Any) -> None:
-        """Add the finished sums of a group to the totals; `start`: where its scales begin in those of the weight."""
-        gemv_, totals = self.gemv, self.totals.values
-        self.prefetch_scales(start)
-        for r, row in enumerate(self.row_numbers):
-            of_row = gemv_.groups.row(row, group)
-            for c in range(self.layout.vectors):
-                with self.kernel.vectorized(gemv_.lanes) as lane:
-                    whole = self.sum_of(r, c, 0, lane)
-                    for number, place in enumerate(self.places[1:], 1):
-                        whole = whole + (self.sum_of(r, c, number, lane) >> tirx.const(place, "int32"))
-                    number = gemv_.groups.number(of_row, whole, start + c * gemv_.lanes + lane)
-                    T.buffer_store(totals, totals[r, c, lane] + number, [r, c, lane])
-
-    def prefetch_scales(self, start: Any) -> None:
-        """Touch those of a group some groups ahead."""
-        for view in (self.gemv.operands.weight_scale, self.gemv.operands.weight_zero):
-            if isinstance(view, View):
-                flat, each = self.kernel.flat(view.storage), np.dtype(view.dtype).itemsize
-                outputs = self.layout.outputs
-                for line in range(-(-outputs * each // _LINE)):
-                    place = start + _GROUPS_AHEAD * outputs + line * _LINE // each
-                    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(flat[place]), 0, 3, 1))
-
-    def sum_of(self, row: int, vector: int, place: int, lane: Any) -> Any:
-        """One sum of a group, of those that steps took turns to add to."""
-        parts = [self.sums[row, vector, copy * len(self.places) + place, lane] for copy in range(self.copies)]
-        return sum(parts[1:], parts[0])
+    @contextmanager
+    def shares(self) -> Iterator[tuple[Any, Any]]:
+        """The first panel of each thread, and how many it has."""
+        kernel, panels = self.kernel, self.layout.panels
+        count = min(self.choice.panel_shares, panels)
+        with (kernel.serial if count == 1 else kernel.parallel)(count) as task:
+            first = T.bind(tirx.truncdiv(task * panels, int64(count)))
+            yield first, tirx.truncdiv((task + 1) * panels, int64(count)) - first

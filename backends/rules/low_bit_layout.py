@@ -6,6 +6,9 @@ multiplies quads takes a vector of words in which all fields but one are zero. A
 for all outputs of a panel; panels, groups and steps follow each other, so that a kernel reads memory from its begin to
 its end. In groups of up to 16 numbers a step has four quads, and fields that are left belong to the next outputs.
 
+In planes every part has one bit, and 16 neighbours are turned: byte j of a word, whose bits are the same byte of four
+quads, has numbers 4 j to 4 j + 3. Half a byte is then the number of an entry of graphopt::lut_build's tables.
+
 Layout of one part: [panel, group, step, block of quads, vector of outputs, output of it, byte of the quad].
 """
 
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 QUAD = 4  # neighbours of the depth in a word
+TURNED = QUAD * QUAD  # numbers of the depth that planes turn
 _FEW = 16  # of a group whose steps are half as long
 
 
@@ -52,9 +56,12 @@ class Layout:
     group: int
     lanes: int
     vectors: int
+    planes: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        if self.planes:
+            return tuple(Part(1, place) for place in range(self.bits))
         found, place = [], 0
         for bits in (8, 4, 2, 1):
             if self.bits & bits:
@@ -136,12 +143,15 @@ class Layout:
         return np.concatenate(found, axis=-1)
 
     def spread(self, codes: np.ndarray) -> np.ndarray:
-        """[N, K] -> [panels * outputs, packed_k], zero where N or a group ends."""
+        """[N, K] -> [panels * outputs, packed_k], zero where N or a group ends, in the order of the quads."""
         n, k = codes.shape
         size = min(self.group, k)
         padded = np.pad(codes, ((0, self.panels * self.outputs - n), (0, self.groups * size - k)))
         groups = padded.reshape(-1, self.groups, size)
-        return np.pad(groups, ((0, 0), (0, 0), (0, self.depth - size))).reshape(len(padded), self.packed_k)
+        spread = np.pad(groups, ((0, 0), (0, 0), (0, self.depth - size)))
+        if self.planes:
+            spread = spread.reshape(-1, QUAD, QUAD).transpose(0, 2, 1)
+        return spread.reshape(len(padded), self.packed_k)
 
     def pack_groups(self, numbers: np.ndarray) -> np.ndarray:
         """What each output has for each group, [N, G] -> [panels, G, outputs], zero where N ends."""

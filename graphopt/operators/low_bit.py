@@ -33,6 +33,7 @@ from graphopt.errors import UsageError
 TABLES = ("exact", "int8")
 KERNELS = ("auto", "unpack", "lut", "amx")
 TABLE_CODES = 4  # activations that one table sums
+MOST_LOOKED_UP = 3  # bits of codes whose exact sums are looked up: with four an entry would be one activation's
 _LARGEST = 127
 _OPERANDS = (
     "Tensor codes, Tensor scale, Tensor sums, Tensor weight, Tensor weight_scale, Tensor? weight_zero, "
@@ -50,7 +51,8 @@ def lut_build(x: Tensor, group: int, table: str = "exact") -> tuple[Tensor, Tens
 
     "exact": codes int8 [..., K] = clamp(round(x / scale), -127, 127), halves to even; scale = max|x| / 127 of the
     group, 0 with codes 0 where all are 0; sums int32 of the codes.
-    "int8": codes int8 [..., ceil(K / 4), 16], entries of tables; scale = the largest entry / 127; sums float32 of x.
+    "int8": codes int8 [..., ceil(K / 4), 16] = round(entry * (1 / scale)) of tables; scale = the largest entry / 127;
+    sums float32 of x.
 
     float16 and bfloat16 are taken as float32. NaN and infinities give their group a scale of NaN or infinity and
     codes of no meaning. Raises UsageError for what is no float, a group of fewer than one, an unknown table and, for
@@ -60,7 +62,7 @@ def lut_build(x: Tensor, group: int, table: str = "exact") -> tuple[Tensor, Tens
     padded = _in_groups(x.detach().to(torch.float32), group)
     if table == "exact":
         scale = padded.abs().amax(-1) / _LARGEST
-        codes = _rounded(padded, scale)
+        codes = _rounded(padded / _step(scale))
         sums = codes.to(torch.int32).sum(-1, dtype=torch.int32)
         return codes.flatten(-2)[..., : x.shape[-1]].contiguous(), scale, sums
     a, b, c, d = F.pad(padded, (0, -padded.shape[-1] % TABLE_CODES)).unflatten(-1, (-1, TABLE_CODES)).unbind(-1)
@@ -68,7 +70,8 @@ def lut_build(x: Tensor, group: int, table: str = "exact") -> tuple[Tensor, Tens
     entries = a[..., None] * signs[:, 0] + b[..., None] * signs[:, 1]
     entries = (entries + c[..., None] * signs[:, 2]) + d[..., None] * signs[:, 3]
     scale = (((a.abs() + b.abs()) + c.abs()) + d.abs()).amax(-1) / _LARGEST
-    tables = _rounded(entries.flatten(-2), scale).unflatten(-1, (-1, 16)).flatten(-3, -2)
+    inverse = (1.0 / _step(scale)).clamp(max=torch.finfo(torch.float32).max)
+    tables = _rounded(entries.flatten(-2) * inverse).unflatten(-1, (-1, 16)).flatten(-3, -2)
     return tables[..., : -(-x.shape[-1] // TABLE_CODES), :].contiguous(), scale, padded.sum(-1)
 
 
@@ -105,8 +108,8 @@ def lut_gemv(
     """What lut_build gives of x [..., K], times a weight [N, K]: float32 [..., N].
 
     `kernel` asks for one of several that give the same: "unpack" takes bits apart and multiplies them, "lut" looks sums
-    of activations up, "amx" multiplies tiles; "auto" is whichever is fastest. Raises UsageError for operands that do
-    not fit.
+    of up to four rows up, "amx" multiplies tiles; "auto" is whichever is fastest. Tables are looked up; exact sums are
+    for codes of up to three bits without a codebook. Raises UsageError for operands that do not fit.
     """
     _check_product(
         codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, bits, group, table, kernel, tag
@@ -136,7 +139,7 @@ def wq_gemm(
     _check_product(
         codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, bits, group, table, kernel, tag
     )
-    _check_exact(table)
+    _check_exact(table, kernel)
     return _of_codes(codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, group, tag)
 
 
@@ -161,7 +164,7 @@ def _(
     _check_product(
         codes, scale, sums, weight, weight_scale, weight_zero, codebook, bias, bits, group, table, kernel, tag
     )
-    _check_exact(table)
+    _check_exact(table, kernel)
     return scale.new_empty([*scale.shape[:-1], weight.shape[0]])
 
 
@@ -196,18 +199,29 @@ def _of_tables(
 ) -> Tensor:  # fmt: skip
     n, k = weight.shape
     quads = F.pad(weight, (0, -k % TABLE_CODES)).unflatten(1, (-1, TABLE_CODES))
-    planes = _bits(quads, bits) << torch.arange(TABLE_CODES)[:, None]
-    chosen = F.one_hot(planes.sum(2), 16).double()  # [N, tables, bits, 16]
-    chosen = (chosen * (2.0 ** torch.arange(bits))[:, None]).sum(2)
     total = scale.new_zeros([*scale.shape[:-1], n])
     middle = (2**bits - 1) / 2
+    largest = _LARGEST * 2**bits * (min(group, k) // TABLE_CODES + 1)
+    exact = torch.float32 if largest < 1 << 24 else torch.float64  # holds the sums
     for g in range(scale.shape[-1]):
         part = slice(g * group // TABLE_CODES, (g + 1) * group // TABLE_CODES)
-        looked_up = codes[..., part, :].flatten(-2).double() @ chosen[:, part].flatten(1).t()
+        entries = codes[..., part, :].flatten(-2).to(exact)
+        looked_up = entries @ _times_chosen(quads[:, part], bits, exact).flatten(1).t()
         number = looked_up.to(torch.float32) * (scale[..., g : g + 1] * 0.5)
         offset = middle if weight_zero is None else middle - weight_zero[:, g]
         total = total + weight_scale[:, g] * (number + offset * sums[..., g : g + 1])
     return total if bias is None else total + bias
+
+
+def _times_chosen(quads: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """How much each entry of the tables counts for codes [N, tables, 4]: [N, tables, 16]."""
+    found = torch.zeros(*quads.shape[:2], 16, dtype=dtype)
+    for bit in range(bits):
+        chosen = sum((quads[..., j] >> bit & 1).long() << j for j in range(TABLE_CODES))
+        found.scatter_add_(
+            2, torch.as_tensor(chosen)[..., None], torch.full((*quads.shape[:2], 1), 2.0**bit, dtype=dtype)
+        )
+    return found
 
 
 def _in_groups(x: Tensor, group: int) -> Tensor:
@@ -218,9 +232,13 @@ def _in_groups(x: Tensor, group: int) -> Tensor:
     return groups
 
 
-def _rounded(x: Tensor, scale: Tensor) -> Tensor:
-    step = torch.where(scale > 0, scale, 1.0)[..., None]
-    codes: Tensor = (x / step).round().clamp(-_LARGEST, _LARGEST).nan_to_num(0.0).to(torch.int8)
+def _step(scale: Tensor) -> Tensor:
+    step: Tensor = torch.where(scale > 0, scale, 1.0)[..., None]
+    return step
+
+
+def _rounded(x: Tensor) -> Tensor:
+    codes: Tensor = x.round().clamp(-_LARGEST, _LARGEST).nan_to_num(0.0).to(torch.int8)
     return codes
 
 
@@ -247,9 +265,9 @@ def _check_choices(group: int, table: str, kernel: str) -> None:
         raise UsageError(f"group is {group}, which tables of {TABLE_CODES} activations do not divide; give a multiple")
 
 
-def _check_exact(table: str) -> None:
-    if table != "exact":
-        raise UsageError("graphopt::wq_gemm has no tables; use graphopt::lut_gemv, or table='exact'")
+def _check_exact(table: str, kernel: str) -> None:
+    if table != "exact" or kernel == "lut":
+        raise UsageError("graphopt::wq_gemm has no tables; use graphopt::lut_gemv, or table='exact' and kernel='auto'")
 
 
 def _check_product(
@@ -263,6 +281,13 @@ def _check_product(
         raise UsageError(
             f"low-bit products take uint8 codes [N, K] and int8 activations, not {weight.dtype}{list(weight.shape)} "
             f"and {codes.dtype}"
+        )
+    if table == "int8" and kernel not in ("auto", "lut"):
+        raise UsageError(f"kernel={kernel!r} multiplies codes, and table='int8' is looked up; use 'auto' or 'lut'")
+    if table == "exact" and kernel == "lut" and (bits > MOST_LOOKED_UP or codebook is not None):
+        raise UsageError(
+            f"kernel='lut' looks exact sums up for codes of up to {MOST_LOOKED_UP} bits without a codebook; use 'auto', "
+            "or table='int8' for more bits"
         )
     n, k = weight.shape
     depth = [k] if table == "exact" else [-(-k // TABLE_CODES), 16]

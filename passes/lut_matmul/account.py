@@ -8,7 +8,7 @@ from graphopt.contract import PassResult
 from graphopt.low_bit.weight import LowBitWeight
 from graphopt.passes.lut_matmul.encoding import Inputs, Quantizer
 from graphopt.passes.lut_matmul.layers import Found
-from graphopt.passes.lut_matmul.writing import FEW_ROWS, RULE, table_of
+from graphopt.passes.lut_matmul.writing import FEW_ROWS, RULE, is_many, table_of
 
 FITTED: frozenset[Quantizer] = frozenset({"awq", "gptq"})
 
@@ -19,6 +19,7 @@ def describe(
     weights: Mapping[str, LowBitWeight],
     inputs: Inputs,
     table: str,
+    kernel: str,
     quantizer: Quantizer,
 ) -> list[str]:
     """A sentence on all layers that were written, and one on each."""
@@ -31,9 +32,11 @@ def describe(
     whole = f"{len(names)} weights take {after} bytes instead of {before} in float32, {bits}"
     judged = " on the rows that it was fitted to" if quantizer in FITTED else ""
     each = [_sentence(name, found, weights[name], inputs, table, judged) for name in names]
-    exact = [name for name in names if table_of(found.layers[name], table) != table]
-    if exact:
-        each.append(f"table={table} is for up to {FEW_ROWS} rows; with more, and exact codes: {', '.join(exact)}")
+    many = [name for name in names if is_many(found.layers[name])]
+    if many and table == "int8":
+        each.append(f"table={table} is for up to {FEW_ROWS} rows; with more, and exact codes: {', '.join(many)}")
+    elif many and kernel == "lut":
+        each.append(f"kernel=lut is for up to {FEW_ROWS} rows; with more, and kernel=auto: {', '.join(many)}")
     return [whole, *each]
 
 

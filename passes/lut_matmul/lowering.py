@@ -28,6 +28,7 @@ from graphopt.data.dataset import Sample, View
 from graphopt.errors import UsageError
 from graphopt.low_bit.grids import Grid, Kind
 from graphopt.low_bit.weight import LEAST_GROUP, LowBitWeight
+from graphopt.operators.low_bit import MOST_LOOKED_UP
 from graphopt.passes.lut_matmul.account import describe
 from graphopt.passes.lut_matmul.budget import FEWEST, bits_within
 from graphopt.passes.lut_matmul.encoding import Encoder, Encoding, Form, Inputs, Quantizer
@@ -72,6 +73,12 @@ class LutMatmul(Pass):
             )
         if self.table == "int8" and self.group_size % 4:
             raise UsageError("table=int8 sums four activations; give a group-size that is a multiple of 4")
+        if self.table == "int8" and self.kernel not in ("auto", "lut"):
+            raise UsageError(f"kernel={self.kernel} multiplies codes, and table=int8 is looked up; give one of the two")
+        if self.table == "exact" and self.kernel == "lut" and self._bits() > MOST_LOOKED_UP:
+            raise UsageError(
+                f"kernel=lut looks exact sums up for 1 to {MOST_LOOKED_UP} bits; give bits, table=int8 or kernel=auto"
+            )
         if self.size_budget is not None:
             self._check_budget(self.size_budget)
 
@@ -115,7 +122,7 @@ class LutMatmul(Pass):
             context.progress("lut-matmul: weights", number, len(found.layers))
             weights[name] = layer.low or encoder.encode(name, layer, bits[name])
         written = write(now, found, weights, self.table, self.kernel, context)
-        notes += describe(written, found, weights, inputs, self.table, self.quantizer)
+        notes += describe(written, found, weights, inputs, self.table, self.kernel, self.quantizer)
         return joined(program, folded, written, notes, ())
 
     def _samples(self, program: Program, context: PassContext) -> tuple[Iterable[Sample], View | None, list[str]]:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from graphopt.contract import PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.low_bit.weight import LowBitWeight
+from graphopt.operators.low_bit import MOST_LOOKED_UP, TABLE_CODES
 from graphopt.passes.lut_matmul.layers import TARGETS, Found, Layer, find_layer
 from graphopt.passes.mixed_precision import following
 from graphopt.program import Program
@@ -44,10 +45,10 @@ def write(
 
 def table_of(layer: Layer, table: str) -> str:
     """The table that a layer gets where `table` is asked for: products of many rows have none."""
-    return "exact" if _is_many(layer) else table
+    return "exact" if is_many(layer) else table
 
 
-def _is_many(layer: Layer) -> bool:
+def is_many(layer: Layer) -> bool:
     return layer.rows is not None and layer.rows > FEW_ROWS
 
 
@@ -62,11 +63,9 @@ class _Writer:
 
     def rewrite(self, layer: Layer, weight: LowBitWeight) -> None:
         table = table_of(layer, self.table)
-        if table == "int8" and weight.codebook is not None:
-            self.editor.decline(RULE, layer.node, "table=int8 sums bits of codes, and its weight has a codebook")
-            return
-        if table == "int8" and weight.group % 4:
-            reason = f"table=int8 sums four activations, which do not divide its groups of {weight.group}"
+        kernel = "auto" if self.kernel == "lut" and is_many(layer) else self.kernel
+        reason = _unfit(weight, table, kernel)
+        if reason is not None:
             self.editor.decline(RULE, layer.node, reason)
             return
         fresh: dict[Any, tuple[Node, ...]] = {}
@@ -77,11 +76,11 @@ class _Writer:
             given += [None if part is None else builder.constant(part) for part in parts]
             given += [layer.bias, weight.bits, weight.group]
             options: dict[str, Any] = {} if table == "exact" else {"table": table}
-            if self.kernel != "auto":
-                options["kernel"] = self.kernel
+            if kernel != "auto":
+                options["kernel"] = kernel
             if weight.tag is not None:
                 options["tag"] = builder.constant(weight.tag)
-            return [builder.call(_MANY if _is_many(layer) else _FEW, *given, **options)]
+            return [builder.call(_MANY if is_many(layer) else _FEW, *given, **options)]
 
         if self.editor.replace(RULE, [layer.node], build):
             self.built |= fresh
@@ -103,6 +102,20 @@ class _Writer:
             triple = builder.call(_BUILD, value, weight.group, **options)
             fresh[key] = tuple(builder.call(operator.getitem, triple, number) for number in range(3))
         return fresh[key]
+
+
+def _unfit(weight: LowBitWeight, table: str, kernel: str) -> str | None:
+    """Why sums of activations are not looked up by the codes of a weight that are as they were."""
+    if table == "exact" and kernel != "lut":
+        return None
+    asked = "table=int8" if table == "int8" else "kernel=lut"
+    if weight.codebook is not None:
+        return f"{asked} sums bits of codes, and its weight has a codebook"
+    if table == "int8" and weight.group % TABLE_CODES:
+        return f"table=int8 sums four activations, which do not divide its groups of {weight.group}"
+    if table == "exact" and weight.bits > MOST_LOOKED_UP:
+        return f"kernel=lut looks exact sums up for up to {MOST_LOOKED_UP} bits, and its weight has {weight.bits}"
+    return None
 
 
 def _key(permutation: Tensor | None) -> bytes:

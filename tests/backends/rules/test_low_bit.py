@@ -174,22 +174,13 @@ def test_a_kernel_that_is_asked_for_is_taken() -> None:
         artifact, _ = compiled(Products(case, kernel=kernel), x, "cpu:sapphirerapids")
         kernels = artifact.manifest.variants[0].kernels.values()
         assert {info.configuration["products"] for info in kernels if info.rule == "low-bit"} == {products}
-    for kernel, target, said in (("amx", "cpu:x86-64-v3", "use 'auto'"), ("lut", "cpu", "use 'auto' or 'unpack'")):
+    for kernel, target, said in (
+        ("amx", "cpu:x86-64-v3", "use 'auto'"),
+        ("lut", "cpu:x86-64-v4-vnni", "AVX512-VBMI"),
+        ("lut", "cpu:sapphirerapids", "up to 3 bits"),
+    ):
         with pytest.raises(CompileError, match=said):
             compiled(Products(case, kernel=kernel), x, target)
-
-
-def test_tables_of_sums_are_refused() -> None:
-    class Tables(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.scale = frozen(codes_of(4, 5, 64)), frozen(powers(5, 2))
-
-        def forward(self, x: Tensor) -> Any:
-            return lut_gemv(*lut_build(x, 32, "int8"), self.weight, self.scale, None, None, None, 4, 32, "int8")
-
-    with pytest.raises(CompileError, match="use table='exact'"):
-        graphopt.compile(capture(Tables(), (activations(1, 64),)), threads=2)
 
 
 class Deep(nn.Module):
