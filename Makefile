@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 
-.PHONY: demo test test-slow lint types coverage clean
+.PHONY: demo test test-slow conformance lint types coverage clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
@@ -13,6 +13,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+# Half an hour on two cores; after Ctrl-C `make conformance RESUME=--resume` goes on.
+conformance: $(STAMP)
+	mkdir -p build
+	$(BIN)/graphopt conformance --mode eager --mode compiled --mode roundtrip --suite node --suite simple --suite light \
+	    -o build/conformance.jsonl $(RESUME) --markdown docs/onnx-coverage.md --passing tests/tools/onnx_passing.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

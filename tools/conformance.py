@@ -1,6 +1,6 @@
 """Run ONNX's own tests and say which pass, which are refused and why.
 
-Each test runs in a process of limited memory and time. Ctrl-C loses nothing with -o: --resume goes on from there.
+Each test runs in a process of limited memory and time. With -o Ctrl-C loses nothing: --resume goes on from there.
 """
 
 from __future__ import annotations
@@ -11,27 +11,33 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UsageError
+from graphopt.tools.conforming.names import MODES, SUITES
+from graphopt.tools.output_file import replace_file
 from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
 
+if TYPE_CHECKING:
+    from graphopt.tools.conforming.cases import Case
+
 SUMMARY = "run ONNX's own tests"
-MODES = ("eager", "compiled", "roundtrip")
-SUITES = ("node", "simple", "light", "pytorch-converted", "pytorch-operator")
+Key = tuple[str, str, str]  # suite, test, mode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mode", choices=MODES, default="eager", help="how the models run (default eager)")
-    parser.add_argument(
-        "--suite", choices=SUITES, action="append", help="which of ONNX's tests, several times (default node)"
-    )
-    parser.add_argument("--only", metavar="PATTERN", action="append", help="tests of these names: 'test_conv*'")
+    several = "; may be given several times"
+    parser.add_argument("--mode", choices=MODES, action="append", help=f"how models run (default eager){several}")
+    parser.add_argument("--suite", choices=SUITES, action="append", help=f"which tests (default node){several}")
+    parser.add_argument("--only", metavar="PATTERN", action="append", help=f"tests called so: 'test_conv*'{several}")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one for each CPU")
-    parser.add_argument("--seconds", type=float, default=120, help="most that one test may take (default 120)")
+    parser.add_argument("--seconds", type=float, default=120, help="processor time of one test (default 120)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write one line of JSON for each test as it ends")
     parser.add_argument("--resume", action="store_true", help="keep what is in FILE and run the other tests")
+    parser.add_argument("--markdown", metavar="FILE", help="write all of it as a page")
+    parser.add_argument("--passing", metavar="FILE", help="write the names of the tests that pass, with their modes")
     add_json_option(parser)
 
 
@@ -47,56 +53,73 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"no test is called {' or '.join(arguments.only)}; patterns are those of file names")
     records = _run(cases, arguments)
     write_json(arguments, records)
+    _write_pages(records, arguments)
     if wants_text(arguments):
         print(_format(records))
     return int(any(record["outcome"] in ("wrong", "failed", "crashed") for record in records))
 
 
-def _run(cases: list[Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _run(cases: Sequence[Case], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from graphopt.tools.conforming.cases import describe
     from graphopt.tools.conforming.pool import run_all
 
+    modes = list(dict.fromkeys(arguments.mode or ["eager"]))
+    wanted: list[Key] = [(case.suite, case.name, mode) for mode in modes for case in cases]
     done = _read(arguments.output) if arguments.resume else {}
-    known = {case.name: case for case in cases}
-    records = {name: done[arguments.mode, name] for name in known if (arguments.mode, name) in done}
-    left = [case for case in cases if case.name not in records]
+    records = {key: done[key] for key in wanted if key in done}
+    names = {case.name: case for case in cases}
     begin = time.monotonic()
     with open(arguments.output or os.devnull, "a" if arguments.resume else "w") as file:
-        for number, record in run_all(left, arguments.mode, arguments.processes, arguments.seconds):
-            case = left[number]
-            records[case.name] = {**describe(case, known), "mode": arguments.mode, **record}
-            file.write(json.dumps(records[case.name]) + "\n")
-            file.flush()
-            _show(records, len(cases), time.monotonic() - begin)
-    return [records[case.name] for case in cases]
+        file.write("\n" if done else "")  # a line may have been cut off
+        for mode in modes:
+            left = [case for case in cases if (case.suite, case.name, mode) not in records]
+            for number, record in run_all(left, mode, arguments.processes, arguments.seconds):
+                whole = {**describe(left[number], names), "mode": mode, **record}
+                records[_key(whole)] = whole
+                file.write(json.dumps(whole) + "\n")
+                file.flush()
+                _show(list(records.values()), len(wanted), time.monotonic() - begin)
+    return [records[key] for key in wanted]
 
 
-def _read(path: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Results by mode and test; a line that was cut off is not one."""
+def _key(record: dict[str, Any]) -> Key:
+    return record["suite"], record["test"], record["mode"]
+
+
+def _read(path: str) -> dict[Key, dict[str, Any]]:
+    """Results that were written before; a line that was cut off, or is empty, is none."""
     done = {}
-    if Path(path).exists():
-        for line in Path(path).read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            done[record["mode"], record["test"]] = record
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        done[_key(record)] = record
     return done
 
 
-def _show(records: dict[str, dict[str, Any]], total: int, seconds: float) -> None:
+def _write_pages(records: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    from graphopt.tools.conforming.coverage_page import coverage_page, passing_list
+
+    for path, write in ((arguments.markdown, coverage_page), (arguments.passing, passing_list)):
+        if path is not None:
+            with replace_file(path) as stream:
+                stream.write(write(records).encode())
+
+
+def _show(records: Sequence[dict[str, Any]], total: int, seconds: float) -> None:
     if sys.stderr.isatty():
-        counts = Counter(record["outcome"] for record in records.values())
+        counts = Counter(record["outcome"] for record in records)
         said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
         end = "\n" if len(records) == total else ""
-        sys.stderr.write(f"\r\033[K{len(records)} of {total} tests in {seconds:.0f} s: {said}{end}")
+        sys.stderr.write(f"\r\033[K{len(records)} of {total} in {seconds:.0f} s: {said}{end}")
         sys.stderr.flush()
 
 
-def _format(records: list[dict[str, Any]]) -> str:
+def _format(records: Sequence[dict[str, Any]]) -> str:
     """Those that did not pass, then the totals."""
     rows = [
-        {"test": record["test"], "outcome": record["outcome"], "reason": record["reason"]}
+        {"test": record["test"], "mode": record["mode"], "outcome": record["outcome"], "reason": record["reason"]}
         for record in records
         if record["outcome"] not in ("passed", "not-applicable")
     ]

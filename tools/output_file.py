@@ -32,6 +32,7 @@ OUTPUTS = {
     "chart": "--chart",
     "html": "--html",
     "markdown": "--markdown",
+    "passing": "--passing",
     "export": "--export",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import onnx
 from onnx.backend.base import Backend as OnnxBackend
 
 from graphopt.backends.onnx.representation import BackendRep
-from graphopt.database import Database
 from graphopt.errors import CaptureError, UsageError
+
+OPTIONS = ("compiled", "database", "threads")
 
 
 class Backend(OnnxBackend):
@@ -34,23 +35,17 @@ class Backend(OnnxBackend):
         cls,
         model: onnx.ModelProto,
         device: str = "CPU",
-        *,
-        compiled: bool = False,
-        threads: int | None = None,
-        database: Database = None,
         **kwargs: Any,
     ) -> BackendRep:
-        """The model ready to run; `threads` and `database` are those of `graphopt.compile`.
+        """The model ready to run.
 
-        Raises onnx.checker.ValidationError for a model that is not valid, CaptureError and CompileError for one that
-        graphopt refuses, UsageError for an unknown device or option.
+        Options: `compiled` (default False), and `threads` and `database` of `graphopt.compile`. Raises
+        onnx.checker.ValidationError for a model that is not valid, CaptureError and CompileError for one that graphopt
+        refuses, UsageError for an unknown device or option.
         """
-        if not cls.supports_device(device):
-            raise UsageError(f"the ONNX backend runs on the CPU, not on {device!r}; write device='CPU'")
-        if kwargs:
-            raise UsageError(f"unknown option {next(iter(kwargs))!r}; there are: compiled, database, threads")
+        _refuse(device, kwargs)
         super().prepare(model, device)
-        return BackendRep(model, compiled=compiled, threads=threads, database=database)
+        return BackendRep(model, **kwargs)
 
     @classmethod
     def run_node(
@@ -66,6 +61,9 @@ class Backend(OnnxBackend):
         `opset_version` is that of the operator's domain, by default the newest; other options are those of `prepare`.
         """
         version = kwargs.pop("opset_version", None) or _newest(node.domain)
+        _refuse(device, kwargs)
+        checked: Any = {"opset_version": version}
+        super().run_node(node, inputs, device, outputs_info, **checked)
         names = list(dict.fromkeys(name for name in node.input if name))
         arrays = [np.asarray(value) for value in inputs]
         if len(arrays) != len(names):
@@ -79,11 +77,18 @@ class Backend(OnnxBackend):
         graph = onnx.helper.make_graph([node], node.op_type, values, outputs)
         imports = [onnx.helper.make_opsetid(node.domain, version)]
         model = onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=imports))
-        return cls.prepare(model, device, **kwargs).run(arrays)
+        return BackendRep(model, **kwargs).run(arrays)
 
     @classmethod
     def supports_device(cls, device: str) -> bool:
         return device.partition(":")[0] == "CPU"
+
+
+def _refuse(device: str, options: Mapping[str, Any]) -> None:
+    if not Backend.supports_device(device):
+        raise UsageError(f"the ONNX backend runs on the CPU, not on {device!r}; write device='CPU'")
+    if unknown := sorted(options.keys() - set(OPTIONS)):
+        raise UsageError(f"unknown option {unknown[0]!r}; there are: {', '.join(OPTIONS)}")
 
 
 def _newest(domain: str) -> int:

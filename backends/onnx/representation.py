@@ -27,7 +27,9 @@ class BackendRep(OnnxBackendRep):
     where they come with other values.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, compiled: bool, threads: int | None, database: Database) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, *, compiled: bool = False, threads: int | None = None, database: Database = None
+    ) -> None:
         self.model = model
         self.compiled, self.threads, self.database = compiled, threads, database
         self.program: Program | None = None

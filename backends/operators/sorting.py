@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,29 @@ def _sorted(lowering: Lowering, node: Node) -> tuple[Any, Any]:
         source = lowering.view(reshape(lowering, source, (1,)))
     rank, axis = len(source.shape), int(given["dim"]) % len(source.shape)
     order = (*(number for number in range(rank) if number != axis), axis)
-    kept = shape[axis] if shape else 1
+    kept = _kept(node, axis) or shape[axis] if shape else 1
     code = sort(permuted(source, order), kept, bool(given.get("descending", given.get("largest"))), lowering.target)
     values, places = (permuted(stored, inverse(order)) for stored in lowering.call(code))
-    return reshape(lowering, values, shape), reshape(lowering, places, shape)
+    return (values, places) if shape else (reshape(lowering, values, shape), reshape(lowering, places, shape))
+
+
+def _kept(node: Node, axis: int) -> int | None:
+    """How many elements are read where all readers take the first ones: then only these are put in order."""
+    parts = list(node.users)
+    readers = [reader for part in parts for reader in part.users]
+    if any(part.target is not operator.getitem for part in parts) or not readers:
+        return None
+    counts = [_first_ones(reader, axis) for reader in readers]
+    return None if None in counts else max(count for count in counts if count is not None) or None
+
+
+def _first_ones(reader: Node, axis: int) -> int | None:
+    """The count, where this is a slice of the first elements that are surely there."""
+    if reader.target is not aten.slice.Tensor:
+        return None
+    given, shape = arguments(reader), shape_of(reader.meta["val"])
+    is_first = int(given["dim"]) % len(shape) == axis and given["start"] in (None, 0) and given["step"] == 1
+    return given["end"] if is_first and shape[axis] == given["end"] and isinstance(given["end"], int) else None
 
 
 def _positions(lowering: Lowering, node: Node) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-SUITES = ("node", "simple", "light", "pytorch-converted", "pytorch-operator")
 _LEFT_OUT = {
     "ai.onnx.ml": "traditional machine learning (domain ai.onnx.ml)",
     "ai.onnx.preview.training": "training (domain ai.onnx.preview.training)",
@@ -81,9 +80,14 @@ def _node_cases(suite: str, is_wanted: Any) -> Iterator[Case]:
 
     for test in load_model_tests(kind="node"):
         if is_wanted(test.name):
-            sets = [[list(map(_array, side)) for side in pair] for pair in test.data_sets or ()]
-            inputs, outputs = zip(*sets, strict=True)
-            yield Case(suite, test.name, test.model, inputs, outputs, test.rtol, test.atol)
+            yield of_node_test(test)
+
+
+def of_node_test(test: Any) -> Case:
+    """From the `TestCase` that `onnx.backend.test.case.node` makes."""
+    sets = [[list(map(_array, side)) for side in pair] for pair in test.data_sets]
+    inputs, outputs = zip(*sets, strict=True)
+    return Case("node", test.name, test.model, inputs, outputs, test.rtol, test.atol)
 
 
 def _stored_cases(suite: str, is_wanted: Any) -> Iterator[Case]:

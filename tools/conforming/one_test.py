@@ -24,8 +24,6 @@ from graphopt.errors import CaptureError, CodeGenerationError, CompileError, Gra
 from graphopt.tools.conforming.cases import Case, not_applicable
 from graphopt.tools.conforming.judge import Mismatch, judge
 
-MODES = ("eager", "compiled", "roundtrip")
-OUTCOMES = ("passed", "refused", "wrong", "failed", "crashed", "not-applicable")
 _LONGEST = 400  # characters of a reason
 
 Record = dict[str, Any]

@@ -6,6 +6,7 @@ tvm, whose threads do not survive a fork.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -22,7 +23,7 @@ from graphopt.tools.conforming.cases import Case
 
 MEMORY = 12 << 30  # bytes of address space for one process
 _PATIENCE = 1.0  # seconds between looks at the clock
-_STARTING = 120.0  # seconds for imports, before the first test
+_LONGER = 20.0  # times the processor time of a test: the wall time after which it hangs
 
 
 @dataclass
@@ -35,8 +36,9 @@ class _Worker:
 
 
 def run_all(cases: Sequence[Case], mode: str, processes: int, seconds: float) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The number of each test with its record, in the order in which they end; a test may take that many seconds.
+    """The number of each test with its record, in the order in which they end.
 
+    `seconds` is the processor time that a test may take, which does not depend on what else the machine does.
     A test whose process dies after others is run once more in a new one, since what came before may be to blame.
     """
     waiting: deque[int] = deque(range(len(cases)))
@@ -45,7 +47,7 @@ def run_all(cases: Sequence[Case], mode: str, processes: int, seconds: float) ->
     try:
         while waiting or workers:
             while waiting and len(workers) < processes:
-                workers.append(_start(cases, mode, workers))
+                workers.append(_start(cases, mode, seconds, workers))
                 _give(workers[-1], waiting.popleft())
             wait([worker.pipe for worker in workers], _PATIENCE)
             for worker in list(workers):
@@ -70,11 +72,11 @@ def run_all(cases: Sequence[Case], mode: str, processes: int, seconds: float) ->
             _stop(worker)
 
 
-def _start(cases: Sequence[Case], mode: str, others: Sequence[_Worker]) -> _Worker:
+def _start(cases: Sequence[Case], mode: str, seconds: float, others: Sequence[_Worker]) -> _Worker:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     inherited = [ours, *(worker.pipe for worker in others)]
-    process = context.Process(target=_work, args=(cases, mode, theirs, inherited), daemon=True)
+    process = context.Process(target=_work, args=(cases, mode, seconds, theirs, inherited), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
@@ -95,14 +97,20 @@ def _record(worker: _Worker, seconds: float) -> dict[str, Any] | None:
     except (EOFError, OSError):
         worker.process.join()
         code = worker.process.exitcode
+        if code == -signal.SIGXCPU:
+            return _too_slow(worker, f"it took over {seconds:g} seconds of processor time")
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return {"outcome": "crashed", "kind": name, "reason": f"the process ended with {name}"}
-    took = time.monotonic() - worker.since
-    if took < seconds + (0 if worker.done else _STARTING):
+    if time.monotonic() - worker.since < seconds * _LONGER:
         return None
-    _stop(worker)
-    worker.done = 0  # it is slow by itself
-    return {"outcome": "crashed", "kind": "time", "reason": f"took over {seconds:g} seconds"}
+    worker.process.kill()
+    worker.process.join()
+    return _too_slow(worker, f"it was not done after {seconds * _LONGER:g} seconds")
+
+
+def _too_slow(worker: _Worker, reason: str) -> dict[str, Any]:
+    worker.done = 0  # whatever ran before: not to be run again
+    return {"outcome": "crashed", "kind": "time", "reason": reason}
 
 
 def _stop(worker: _Worker) -> None:
@@ -111,7 +119,7 @@ def _stop(worker: _Worker) -> None:
     worker.pipe.close()
 
 
-def _work(cases: Sequence[Case], mode: str, pipe: Connection, inherited: Sequence[Connection]) -> None:
+def _work(cases: Sequence[Case], mode: str, seconds: float, pipe: Connection, inherited: Sequence[Connection]) -> None:
     """The process: numbers of tests come in, records go out; it ends when the other side does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for other in inherited:
@@ -126,4 +134,7 @@ def _work(cases: Sequence[Case], mode: str, pipe: Connection, inherited: Sequenc
 
     with suppress(EOFError, OSError):
         while True:
-            pipe.send(run_case(cases[pipe.recv()], mode))
+            number = pipe.recv()
+            used = math.ceil(time.process_time() + seconds)
+            resource.setrlimit(resource.RLIMIT_CPU, (used, resource.RLIM_INFINITY))
+            pipe.send(run_case(cases[number], mode))
