@@ -24,6 +24,7 @@ from graphopt.capture.onnx.registry import OPERATORS, SHAPE_OPERATORS
 from graphopt.capture.onnx.scan import scan
 from graphopt.capture.onnx.standard_functions import called, function_of, has_function
 from graphopt.capture.onnx.tensors import FLOAT8, read_narrow, read_tensor
+from graphopt.capture.onnx.unsigned import by_bits
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, MOST_KNOWN, Known, Tensor, Value, known_tensor, stays_known
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.untrusted.limits import Limits
@@ -221,7 +222,9 @@ class Importer:
     def _emitted(self, op: Operation, node: Any, inputs: list[Value], fold: bool) -> Any:
         if fold and any(value.symbolic for value in inputs if isinstance(value, Known)):
             fold = False
-        result = declared(op, node, inputs, _run(OPERATORS[op.name], op, carried(op, inputs)))
+        result = by_bits(op, inputs)
+        if result is None:
+            result = declared(op, node, inputs, _run(OPERATORS[op.name], op, carried(op, inputs)))
         return self._folded(result) if fold else result
 
     def _folded(self, result: Any) -> Any:

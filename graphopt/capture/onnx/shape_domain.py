@@ -177,7 +177,7 @@ def gather(op: Operation, value: Known, index: Known) -> Known | None:
 
 @shape_operator("Slice")
 def slice_(op: Operation, value: Known, *bounds: Known | None) -> Known | None:
-    if any(bound is not None and bound.symbolic for bound in bounds):
+    if op.opset < 10 or any(bound is not None and bound.symbolic for bound in bounds):
         return None
     starts, ends, axes, steps = (
         *(None if item is None else op.integers(item, "Slice") for item in bounds),

@@ -29,7 +29,9 @@ from graphopt.capture.onnx.operators import (
     rotary,
     sampling,
     scattering,
+    selection,
     signals,
+    text,
     training,
 )
 
@@ -61,7 +63,9 @@ FAMILIES = (
     rotary,
     sampling,
     scattering,
+    selection,
     signals,
+    text,
     training,
     shape_domain,
 )

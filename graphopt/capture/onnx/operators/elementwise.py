@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import operator
-from graphopt.capture.onnx.values import Known, Present, Tensor
+from graphopt.capture.onnx.values import Known, Present, Tensor, known
 
 aten = torch.ops.aten
 
@@ -143,6 +143,10 @@ def total(op: Operation, *values: Present) -> Tensor:
 
 @operator("Clip")
 def clip(op: Operation, value: Present, low: Present | None = None, high: Present | None = None) -> Tensor:
+    """Before opset 11 the bounds are attributes."""
+    if op.opset < 11:
+        bounds = (op.attributes.number(name, 0.0) if op.attributes.has(name) else None for name in ("min", "max"))
+        low, high = (None if bound is None else known(bound, value.dtype) for bound in bounds)
     least, most = op.scalar(low), op.scalar(high)
     if low is None and high is None:
         return op.tensor(value)

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import operator
-from graphopt.capture.onnx.values import Known, Present, Tensor, known
+from graphopt.capture.onnx.values import Known, Present, Tensor
 from graphopt.operators import integer_elements  # noqa: F401
 from graphopt.operators.quantization import along
 
@@ -94,12 +94,3 @@ def reverse_sequence(op: Operation, value: Present, lengths: Present) -> Tensor:
     last = op.call(aten.sub.Tensor, ends, 1)
     index = op.call(aten.where.self, op.call(aten.lt.Tensor, steps, ends), op.call(aten.sub.Tensor, last, steps), steps)
     return op.call(aten.gather.default, value, time, op.call(aten.expand.default, index, list(value.shape)))
-
-
-@operator("Compress")
-def compress(op: Operation, value: Present, condition: Present) -> Tensor:
-    """The slices, or without an axis the elements, whose condition is true; the condition may be shorter."""
-    axis = op.attributes.integer("axis") if op.attributes.has("axis") else None
-    value = op.tensor(value) if axis is not None else op.reshape(value, [-1])
-    places = [place for place, item in enumerate(op.integers(condition, "the condition of Compress")) if item]
-    return op.call(aten.index_select.default, value, 0 if axis is None else op.axis(axis, value.ndim), known(places))

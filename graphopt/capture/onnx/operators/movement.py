@@ -92,8 +92,12 @@ def split(op: Operation, value: Present, sizes: Value = None) -> Any:
 
 @operator("Slice")
 def slice_(
-    op: Operation, value: Present, starts: Present, ends: Present, axes: Value = None, steps: Value = None
+    op: Operation, value: Present, starts: Value = None, ends: Value = None, axes: Value = None, steps: Value = None
 ) -> Tensor:
+    """Before opset 10 the bounds are attributes."""
+    if op.opset < 10:
+        named = (op.attributes.integers(name) for name in ("starts", "ends", "axes"))
+        starts, ends, axes = (None if items is None else known(items) for items in named)
     first, last = op.sizes(starts, "the start of a Slice"), op.sizes(ends, "the end of a Slice")
     chosen = list(range(len(first))) if axes is None else op.integers(axes, "axes")
     by = [1] * len(first) if steps is None else op.integers(steps, "the step of a Slice")
@@ -143,7 +147,10 @@ def tile(op: Operation, value: Present, repeats: Present) -> Tensor:
 
 
 @operator("Pad")
-def pad(op: Operation, value: Present, pads: Present, fill: Value = None, axes: Value = None) -> Tensor:
+def pad(op: Operation, value: Present, pads: Value = None, fill: Value = None, axes: Value = None) -> Tensor:
+    """Before opset 11 amounts and value are attributes."""
+    if op.opset < 11:
+        pads, fill = known(op.attributes.integers("pads") or []), known(op.attributes.number("value", 0.0), value.dtype)
     modes = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
     mode = op.attributes.text("mode", "constant")
     if mode not in modes:

@@ -87,10 +87,15 @@ def instance_norm(op: Operation, value: Present, weight: Present, bias: Present)
 
 @operator("GroupNormalization")
 def group_norm(op: Operation, value: Present, weight: Present, bias: Present) -> Tensor:
-    if op.opset < 21:
-        raise op.refuse("GroupNormalization before opset 21 scales groups, not channels; export with opset_version=21")
+    """Before opset 21 there is one weight and bias for each group, not for each channel."""
     groups, epsilon = op.attributes.integer("num_groups"), op.attributes.number("epsilon", 1e-5)
     op.attributes.ignore("stash_type")
+    if op.opset < 21:
+        each = value.shape[1] // groups
+        weight, bias = (
+            op.reshape(op.call(aten.expand.default, op.reshape(item, [groups, 1]), [groups, each]), [groups * each])
+            for item in (weight, bias)
+        )
     return op.call(aten.group_norm.default, value, groups, weight, bias, epsilon, True)
 
 

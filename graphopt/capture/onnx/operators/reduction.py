@@ -21,6 +21,8 @@ def reduce_(op: Operation, value: Present, axes: Value = None) -> Tensor:
     nothing = bool(op.attributes.integer("noop_with_empty_axes"))
     prepared = _prepare(op, value)
     if not chosen and nothing:
+        if op.name == "ReduceL2":
+            return op.call(aten.abs.default, value)
         return op.call(aten.log.default, prepared) if op.name == "ReduceLogSum" else prepared
     along = chosen or list(range(value.ndim))
     match op.name:

@@ -42,8 +42,8 @@ def region_align(op: Operation, value: Present, regions: Present, samples: Prese
     sizes = op.attributes.integer("output_height", 1), op.attributes.integer("output_width", 1)
     default = "half_pixel" if op.opset >= 16 else "output_half_pixel"
     halves = op.attributes.text("coordinate_transformation_mode", default) == "half_pixel"
-    if points <= 0 or mode not in ("avg", "max"):
-        raise op.refuse("RoiAlign is imported with a sampling_ratio over 0 and mode avg or max; export it so")
+    if points <= 0 or mode != "avg":
+        raise op.refuse("RoiAlign is only imported with mode avg and a sampling_ratio over 0; export it so")
     scaled = op.call(aten.mul.Tensor, regions, op.attributes.number("spatial_scale", 1.0))
     if halves:
         scaled = op.call(aten.sub.Tensor, scaled, 0.5)
@@ -56,8 +56,6 @@ def region_align(op: Operation, value: Present, regions: Present, samples: Prese
         shares.append(_shares(op, start, length, sizes[axis - 2], points, value.shape[axis]))
     images = op.call(aten.index_select.default, value, 0, op.cast(samples, torch.int64))
     rows, columns = (op.call(aten.unsqueeze.default, item, 1) for item in shares)
-    if mode == "max":
-        return _largest_terms(op, images, rows, columns, sizes, points)
     read = op.call(aten.matmul.default, rows, images)
     read = op.call(aten.matmul.default, read, op.call(aten.transpose.int, columns, 2, 3))
     cells = op.reshape(read, [read.shape[0], read.shape[1], sizes[0], points, sizes[1], points])
@@ -81,16 +79,6 @@ def _shares(op: Operation, start: Tensor, length: Tensor, cells: int, points: in
     return op.call(aten.mul.Tensor, share, op.call(aten.unsqueeze.default, op.cast(inside, start.dtype), 2))
 
 
-def _largest_terms(
-    op: Operation, images: Tensor, rows: Tensor, columns: Tensor, sizes: tuple[int, int], points: int
-) -> Tensor:
-    """The largest of all elements read, each by its share."""
-    read = op.call(aten.matmul.default, rows, images)
-    read = op.call(aten.matmul.default, read, op.call(aten.transpose.int, columns, 2, 3))
-    cells = op.reshape(read, [read.shape[0], read.shape[1], sizes[0], points, sizes[1], points])
-    return op.call(aten.amax.default, cells, [3, 5])
-
-
 @operator("DeformConv")
 def deformed_convolution(
     op: Operation, value: Present, weight: Present, offset: Present, bias: Value = None, mask: Value = None
@@ -99,7 +87,8 @@ def deformed_convolution(
 
     Outside the image are zeros.
     """
-    value, weight, offset = op.tensor(value), op.tensor(weight), op.tensor(offset)
+    dtype, value, weight = value.dtype, op.cast(value, torch.float64), op.cast(weight, torch.float64)
+    offset = op.cast(offset, torch.float64)  # places are rounded to the grid of the sampler, which shows in float32
     if value.ndim != 4:
         raise op.refuse(f"DeformConv over {value.ndim - 2} axes is not imported")
     op.attributes.ignore("kernel_shape")
@@ -125,7 +114,8 @@ def deformed_convolution(
     read = op.reshape(read, [batch, groups, channels // groups * taps, out[0] * out[1]])
     flat = op.reshape(weight, [groups, weight.shape[0] // groups, channels // groups * taps])
     result = op.reshape(op.call(aten.matmul.default, flat, read), [batch, weight.shape[0], *out])
-    return result if bias is None else op.call(aten.add.Tensor, result, op.reshape(bias, [-1, 1, 1]))
+    result = result if bias is None else op.call(aten.add.Tensor, result, op.reshape(bias, [-1, 1, 1]))
+    return op.cast(result, dtype)
 
 
 def _steps(op: Operation, count: Any, step: int, axis: int, first: int, dtype: torch.dtype) -> Tensor:

@@ -60,9 +60,8 @@ def _transformed(op: Operation, parts: list[Tensor], count: Any, inverse: bool, 
     if inverse and half:  # a bin stands for its mirror image too
         shares[1 : (count + 1) // 2] *= 2
     dtype = parts[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    cos, sin = (_held(op, wave(angles) * shares, wide) for wave in (np.cos, np.sin))
-    sides = [op.call(aten.slice.Tensor, op.cast(part, wide), part.ndim - 1, 0, read) for part in parts]
+    cos, sin = (_held(op, wave(angles) * shares) for wave in (np.cos, np.sin))
+    sides = [op.call(aten.slice.Tensor, op.cast(part, torch.float64), part.ndim - 1, 0, read) for part in parts]
     across = [op.call(aten.matmul.default, side, sin) for side in sides]
     along = [op.call(aten.matmul.default, side, cos) for side in sides]
     # (r + i j) (cos -+ sin j)
@@ -75,8 +74,9 @@ def _transformed(op: Operation, parts: list[Tensor], count: Any, inverse: bool, 
     return [op.cast(part, dtype) for part in results]
 
 
-def _held(op: Operation, matrix: Any, dtype: torch.dtype) -> Tensor:
-    return op.emitter.attribute(op.emitter.weights.add("waves", torch.from_numpy(matrix).to(dtype), trainable=False))
+def _held(op: Operation, matrix: Any) -> Tensor:
+    """In double precision: a float32 sum of so many waves of opposite sign is not as exact as a fast transform."""
+    return op.emitter.attribute(op.emitter.weights.add("waves", torch.from_numpy(matrix), trainable=False))
 
 
 @operator("STFT")
