@@ -43,6 +43,11 @@ def find_cross_linker(machine: str) -> tuple[str, ...] | None:
     return None
 
 
+def cross_hint(machine: str) -> str:
+    """What to do where no linker for the machine is installed."""
+    return f"run: pip install ziglang, or install gcc-{machine.replace('_', '-')}-linux-gnu"
+
+
 def _has_zig() -> bool:
     return importlib.util.find_spec("ziglang") is not None
 
@@ -65,7 +70,7 @@ def link(objects: list[str], library: str, machine: str = platform.machine()) ->
     """
     here = machine == platform.machine()
     command = find_linker() if here else find_cross_linker(machine)
-    hint = HINT if here else f"run: pip install ziglang, or install gcc-{machine.replace('_', '-')}-linux-gnu"
+    hint = HINT if here else cross_hint(machine)
     if command is None:
         raise CompileError(f"no linker for {machine} found to build the library; {hint}")
     # No build id and no path of a temporary file, so that equal inputs give equal bytes.

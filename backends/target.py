@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass, replace
 
 from graphopt.backends.amx_probe import amx_works
+from graphopt.backends.targets import DEVICES, refuse_gpu
 from graphopt.errors import UnknownNameError, UsageError
 from graphopt.runtime.features import host_features, missing
 
@@ -95,7 +96,10 @@ class Target:
 
 
 def resolve_target(name: str, threads: int | None = None) -> Target:
-    """The target of this name; "cpu" is the best level this machine has. Raises UnknownNameError or UsageError."""
+    """The target of this name; "cpu" is the best level this machine has, a device's is the level of its CPU.
+
+    Raises UnknownNameError, or UsageError where it cannot be compiled for.
+    """
     available = len(os.sched_getaffinity(0))
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; give a number of at least 1")
@@ -103,6 +107,9 @@ def resolve_target(name: str, threads: int | None = None) -> Target:
         raise UsageError(f"threads is {threads}; give a number of at most {MOST_THREADS}")
     if name == "cpu":
         name = _host_level()
+    if device := DEVICES.get(name):
+        refuse_gpu(device)
+        name, threads = str(device.level), threads or device.cores
     if name not in LEVELS:
         raise UnknownNameError("target", name, target_names())
     architecture, features = LEVELS[name]
@@ -126,8 +133,8 @@ def _extensions(features: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def target_names() -> tuple[str, ...]:
-    """Every name `resolve_target` takes."""
-    return ("cpu", *LEVELS)
+    """Every name `resolve_target` takes, or refuses because code for GPUs is not built yet."""
+    return ("cpu", *LEVELS, *DEVICES)
 
 
 def _host_level() -> str:

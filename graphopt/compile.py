@@ -30,6 +30,7 @@ from graphopt.report import FORMAT, PassReport
 from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.weights import state_name
 from graphopt.stages import stage_entries
+from graphopt.variants import merge, split_targets
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import InferenceSession
@@ -72,6 +73,9 @@ def compile(
 ) -> Artifact:
     """Lower one program, or several by entry name, for `target`; `threads` is how many share a kernel's work.
 
+    Several targets with commas between them make one artifact with a variant for each, of which a session takes the
+    best that its machine can run; `tune` is shared among them.
+
     Kernels have the configurations that measured best, as far as `database` knows: the path of a store of tuning
     records, a `Store`, or None for the user's own. `tune` is how many seconds to measure for first; what is found is
     kept there.
@@ -84,6 +88,10 @@ def compile(
     where the result is not what the program computes, CompileError where a node has no lowering or code generation
     fails, UsageError for arguments that cannot be used, WriteError where the store cannot be written.
     """
+    if len(names := split_targets(target)) > 1:
+        share = None if tune is None else tune / len(names)
+        options: dict[str, Any] = {"tune": share, "database": database, "threads": threads}
+        return merge([compile(programs, name, **options, check_operators=check_operators) for name in names])
     compilation = prepare(programs, target, threads)
     with missing_compiler():
         store = open_store(database)

@@ -80,7 +80,7 @@ def optimize(
         raise UsageError(f"strict has no effect with verify={verify!r}, which takes nothing back; leave it out")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UsageError(f"seed={seed!r} is none; give an integer from 0 to 2**63 - 1")
-    check_target(target)
+    target = check_target(target)
     pipeline = Pipeline(
         passes=chosen,
         context=PassContext(

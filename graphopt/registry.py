@@ -92,7 +92,7 @@ def describe_pass(kind: type[Pass]) -> PassInfo:
 
 
 def list_targets() -> tuple[str, ...]:
-    """Every target name that `optimize` and `compile` take."""
+    """Every target name that `optimize` and `compile` know; they refuse those with a GPU, see `list-targets`."""
     from graphopt.backends.target import target_names
 
     own = dict.fromkeys(target_names(), "graphopt.backends.target")
@@ -105,8 +105,9 @@ def find_backend(name: str) -> ModuleType:
     Raises UnknownNameError with the nearest name.
     """
     from graphopt.backends import TARGETS
+    from graphopt.backends.target import target_names
 
-    family = name.partition(":")[0]
+    family = "cpu" if name in target_names() else name.partition(":")[0]
     if family in TARGETS:
         return import_module(TARGETS[family])
     for entry in entry_points(group="graphopt.targets"):
@@ -116,11 +117,21 @@ def find_backend(name: str) -> ModuleType:
     raise UnknownNameError("target", name, list_targets())
 
 
-def check_target(name: str) -> None:
-    """Raise UnknownNameError for a name that is not in `list_targets`."""
+def check_target(name: str) -> str:
+    """The target that this one is compiled as: that of its CPU for a device, else itself.
+
+    Raises UnknownNameError for a name that is not in `list_targets`, UsageError for one that cannot be compiled for.
+    """
+    from graphopt.backends.targets import DEVICES, refuse_gpu
+
     known = list_targets()
     if name not in known:
         raise UnknownNameError("target", name, known)
+    device = DEVICES.get(name)
+    if device is None:
+        return name
+    refuse_gpu(device)
+    return str(device.level)
 
 
 def _with_third_parties(kind: str, own: Mapping[str, str], group: str) -> dict[str, str]:

@@ -25,7 +25,19 @@ from graphopt.tools.tuning.options import NONE, Tuning, add_tuning_options
 
 SUMMARY = "time a model, an artifact or a suite, alone or against other runtimes"
 DTYPES = ("f32", "bf16")
-SUITES = ("e2e", "kernels", "folding", "gating", "exits", "int8", "quantization", "gemv", "decode", "overhead")
+SUITES = (
+    "e2e",
+    "kernels",
+    "folding",
+    "gating",
+    "exits",
+    "int8",
+    "quantization",
+    "gemv",
+    "decode",
+    "overhead",
+    "opening",
+)
 TUNED = ("e2e", "kernels", "int8", "gemv")  # suites whose kernels may be tuned
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from graphopt.errors import UsageError
 from graphopt.tools import interrupt
 from graphopt.tools.model_argument import ARTIFACT, add_model_argument, load_model
 from graphopt.tools.optimize import print_passes
@@ -16,6 +17,7 @@ from graphopt.tools.progress import progress
 from graphopt.tools.table import add_json_option, format_bytes, wants_text, write_json
 from graphopt.tools.tuning.options import Tuning, add_tuning_options
 
+EXAMPLE = "x86-64-v3,x86-64-v4,sapphirerapids"
 SUMMARY = "compile a model into one artifact to ship"
 
 
@@ -24,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = f"a {ARTIFACT} file, or a folder when it ends in {ARTIFACT}/"
     parser.add_argument("-o", "--output", metavar="MODEL.gopt", required=True, help=help)
     parser.add_argument("--target", help="see `graphopt list-targets` (default cpu)")
+    help = "targets with commas between them, for one artifact that runs as the best its machine can: " + EXAMPLE
+    parser.add_argument("--variants", metavar="A,B,...", help=help)
     parser.add_argument("--threads", type=int, help="threads to cut work for (default: one for each CPU)")
     help = "compare every operator on 8-bit codes alone, too; takes a second compilation"
     parser.add_argument("--check-operators", action="store_true", help=help)
@@ -39,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.monotonic()
     recipe = chosen_recipe(arguments)
     settings = {"target": "cpu"} | optimize_settings(recipe)
-    target = settings["target"]
+    target = variants(arguments) or settings["target"]
     with progress(f"capturing {arguments.model}"):
         program = load_model(arguments)
     with progress("optimizing"):
@@ -60,15 +64,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def variants(arguments: argparse.Namespace) -> str | None:
+    """The targets of --variants with their family, which is cpu where none is written."""
+    if arguments.variants is None:
+        return None
+    if arguments.target is not None:
+        raise UsageError("give either --target or --variants")
+    from graphopt import list_targets
+
+    known = list_targets()
+    names = [name if name in known or ":" in name else f"cpu:{name}" for name in arguments.variants.split(",")]
+    return ",".join(names)
+
+
 def summarize(artifact: Any, path: str) -> dict[str, Any]:
-    (variant,) = artifact.manifest.variants
     report = artifact.report
-    reasons = {name: variant.kernels[name] for name in report["slow"]}
+    reasons = {name: artifact.manifest.variants[0].kernels[name] for name in report["slow"]}
     return {
         "path": path,
         "bytes": size_on_disk(path),
         "target": report["target"],
         "checked_on": report["checked_on"],
+        **({"variants": sorted(report["variants"])} if "variants" in report else {}),
         **({"operators": dict(report["operators"])} if "operators" in report else {}),
         "kernels": dict(report["kernels"]),
         "tuned": list(report["tuned"]),
@@ -106,6 +123,8 @@ def print_artifact(artifact: dict[str, Any]) -> None:
         print(f"check  {entry}: {compared} on the other side of a half")
         for reason in found["left_out"]:
             print(f"  left out: {reason}")
+    if "variants" in artifact:
+        print(f"variants  {', '.join(artifact['variants'])}; kernels are those of {artifact['target']}")
     print(f"size  {format_bytes(artifact['bytes'])}")
     if artifact["checked_on"] != artifact["target"]:
         name = Path(artifact["path"]).name

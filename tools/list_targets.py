@@ -1,26 +1,63 @@
-"""List the targets that models can be compiled for."""
+"""List the targets that models can be compiled for, and what this machine lacks to build for, run and tune each."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from graphopt.tools.table import add_json_option, wants_text, write_json
+from graphopt.tools.table import add_json_option, format_table, wants_text, write_json
 
-SUMMARY = "list the targets to compile for"
+SUMMARY = "list the targets, and what is missing here for each"
+COLUMNS = ("target", "what", "compiled as", "cuda", "GB", "watts", "build", "run", "tune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help="only this one")
     add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from graphopt import list_targets
+    from graphopt.errors import UnknownNameError
 
-    names = list(list_targets())
-    write_json(arguments, names)
+    names = list_targets()
+    if arguments.target is not None and arguments.target not in names:
+        raise UnknownNameError("target", arguments.target, names)
+    rows = [describe(name) for name in names if arguments.target in (None, name)]
+    write_json(arguments, rows)
     if wants_text(arguments):
-        print("\n".join(names))
+        print(format_table(rows, COLUMNS))
+        print("build, run, tune: what is missing for it here; yes where nothing is")
     return 0
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A row: strings, but for `GB`; `features` are what its CPU needs."""
+    from graphopt.backends.target import LEVELS, resolve_target
+    from graphopt.backends.targets import DEVICES, NOT_BUILT, Device, ability
+
+    device = DEVICES.get(name, Device(name, "the best of this machine" if name == "cpu" else "", name))
+    row: dict[str, Any] = {
+        "target": name,
+        "what": device.summary,
+        "cuda": device.cuda,
+        "GB": device.memory,
+        "watts": "/".join(device.power_modes),
+    }
+    if name not in ("cpu", *LEVELS, *DEVICES):
+        return row | {"what": "of another package"}
+    if device.on_gpu:
+        return row | {"features": [], "build": NOT_BUILT, "run": "a build", "tune": "a build"}
+    features = resolve_target(name).features
+    found = ability(features)
+    return row | {
+        "compiled as": device.level,
+        "features": list(features),
+        "build": found.build or "yes",
+        "run": found.run or "yes",
+        "tune": found.tune or "yes",
+        **({"note": f"on its CPU: {device.cpu_only}"} if device.cpu_only else {}),
+    }
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,15 +74,13 @@ def load(path: str | os.PathLike[str], verify: Verify) -> Model:
         raise UsageError(f"verify is {verify!r}; write 'full' or 'code'")
     archive = open_archive(path)
     manifest = parse(bytes(archive.member(MANIFEST)))
-    variant = choose_variant(manifest.variants)
+    runnable = runnable_variants(manifest.variants)
     check_files(archive, manifest, manifest.files if verify == "full" else {REPORT} & set(manifest.files))
     stored = read_tensors(WEIGHTS, archive.member(WEIGHTS))
     _check_header(archive, manifest)
-    _check_tensors(manifest, variant, stored)
-    code = bytes(archive.member(variant.library))  # a copy: the file could change between this check and the opening
-    _check_hash(archive, manifest, variant.library, code)
-    library = open_library(variant.library, code, manifest.files[variant.library]["sha256"])
-    _check_machine(library)
+    for variant in runnable:
+        _check_tensors(manifest, variant, stored)
+    variant, library = _open_best(archive, manifest, runnable)
     tensors = {name: to_device(item.array(), item.dtype) for name, item in _used(manifest, variant, stored)}
     addresses = _addresses(archive.member(WEIGHTS))
     return Model(archive, manifest, variant, library, tensors, _constant_shapes(library), addresses)
@@ -95,18 +94,39 @@ def check_files(archive: Archive, manifest: Manifest, hashed: Iterable[str]) -> 
         _check_hash(archive, manifest, name, archive.member(name))
 
 
-def choose_variant(variants: Iterable[Variant]) -> Variant:
-    """The first variant whose features this machine has all of; raises ArtifactError naming what is missing."""
-    problems = []
+def runnable_variants(variants: Iterable[Variant]) -> list[Variant]:
+    """Those whose features this machine has all of, the best first; raises ArtifactError naming what is missing."""
+    problems, found = [], []
     for variant in variants:
         lacking = missing(variant.features)
         if not lacking:
-            return variant
+            found.append(variant)
         problems.append(f"{variant.target} needs {', '.join(lacking)}")
+    if found:
+        return found
     raise ArtifactError(
         f"the artifact was compiled for another CPU: {'; '.join(problems)}, which this machine lacks; "
         "compile with target=... for this machine, or run it on one that has them"
     )
+
+
+def _open_best(archive: Archive, manifest: Manifest, runnable: list[Variant]) -> tuple[Variant, Any]:
+    """The first variant whose library finds all it needs; raises ArtifactError saying what the last one lacks."""
+    *better, last = runnable
+    for variant in better:
+        library = _open(archive, manifest, variant)
+        with suppress(ArtifactError):
+            _check_machine(library)
+            return variant, library
+    library = _open(archive, manifest, last)
+    _check_machine(library)
+    return last, library
+
+
+def _open(archive: Archive, manifest: Manifest, variant: Variant) -> Any:
+    code = bytes(archive.member(variant.library))  # a copy: the file could change between this check and the opening
+    _check_hash(archive, manifest, variant.library, code)
+    return open_library(variant.library, code, manifest.files[variant.library]["sha256"])
 
 
 def _check_machine(library: Any) -> None:

@@ -184,6 +184,14 @@ def overhead_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     return networks_suite(partial(overhead.run_overhead, cases, settings), overhead, draw_overhead)
 
 
+def opening_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
+    from graphopt.tools.benchmarking import opening
+    from graphopt.tools.benchmarking.opening_chart import draw_opening
+
+    cases = chosen_networks(arguments, opening.CASES, "ONNX Runtime")
+    return networks_suite(partial(opening.run_opening, cases, settings), opening, draw_opening)
+
+
 def decode_suite(arguments: argparse.Namespace, settings: Settings) -> Suite:
     from graphopt.tools.benchmarking import decode
     from graphopt.tools.benchmarking.decode_cases import PASSES
@@ -225,4 +233,5 @@ SUITES: Mapping[str, Callable[[argparse.Namespace, Settings], Suite]] = {
     "gemv": gemv_suite,
     "decode": decode_suite,
     "overhead": overhead_suite,
+    "opening": opening_suite,
 }

@@ -26,11 +26,15 @@ class Session {
     std::string format = manifest["format"].string();
     if (format.substr(0, format.find('.')) != "1")
       throw Error("the artifact has format " + format.substr(0, 20) + " and this program reads 1.0; package it again");
-    variant_ = choose_variant(manifest["variants"]);
+    const std::vector<Variant> runnable = runnable_variants(manifest["variants"]);
     for (const auto& [name, data] : manifest["entries"].fields()) entries_[name] = read_entry(data);
-    check_files(manifest["files"], verify);
+    check_files(manifest["files"], verify, runnable);
     stored_ = read_tensors(archive_->member(kWeights), kWeights, archive_);
-    open_library();
+    for (const Variant& variant : runnable) {
+      variant_ = variant;
+      if (open_library(variant.target == runnable.back().target)) break;
+    }
+    bind_entries();
     threads_ = threads > 0 ? threads : static_cast<int>(allowed_cpus().size());
     reset();
   }
@@ -97,17 +101,20 @@ class Session {
       throw Error("this program was made for " GRAPHOPT_MACHINE " machines; package the artifact for this one");
   }
 
-  void check_files(const Json& files, Verify verify) {
+  void check_files(const Json& files, Verify verify, const std::vector<Variant>& runnable) {
+    std::vector<std::string> code;
+    for (const Variant& variant : runnable) code.push_back(variant.library);
     for (const auto& [name, about] : files.fields()) {
       Bytes data = archive_->member(name);
       if (data.size() != uint64_t(about["bytes"].whole()))
         throw Error("member " + name + " of " + archive_->path() + " has not the size that the manifest says; get it again");
-      if (verify == Verify::kFull || name == variant_.library) check_hash(name, sha256(data), about["sha256"]);
+      if (verify == Verify::kFull || std::count(code.begin(), code.end(), name)) check_hash(name, sha256(data), about["sha256"]);
       if (name == kWeights && !about["header"].null())
         check_hash(name, sha256(tensor_header(data, name)), about["header"]);
     }
-    if (files[variant_.library].null() || files[kWeights].null())
-      throw Error("manifest.json is damaged: its files are not complete; get the artifact again");
+    code.push_back(kWeights);
+    for (const std::string& name : code)
+      if (files[name].null()) throw Error("manifest.json is damaged: its files lack " + name + "; get the artifact again");
   }
 
   void check_hash(const std::string& name, const std::string& found, const Json& expected) const {
@@ -117,8 +124,9 @@ class Session {
   }
 
   // What was hashed is what gets opened: a copy in a memory file that nobody can exchange. It stays open, so that the
-  // dynamic linker never sees one path for two libraries.
-  void open_library() {
+  // dynamic linker never sees one path for two libraries. False where the library finds less than it needs, which is
+  // an error of the last one.
+  bool open_library(bool last) {
     Bytes code = archive_->member(variant_.library);
     int file = memfd_create("graphopt", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     for (Bytes rest = code; file >= 0 && !rest.empty();) {
@@ -128,7 +136,17 @@ class Session {
     }
     std::string path = "/proc/self/fd/" + std::to_string(file);
     library_ = call_all(global("ffi.Module.load_from_file.so"), "opening " + variant_.library, {path, ""});
-    if (Value check = member(library_, "graphopt_check_machine"); !check.none()) call_all(check, "the library", {});
+    if (Value check = member(library_, "graphopt_check_machine"); !check.none()) try {
+        call_all(check, "the library", {});
+      } catch (const Error&) {
+        if (last) throw;
+        return false;
+      }
+    return true;
+  }
+
+  // Each function with the weights, its last arguments, bound once.
+  void bind_entries() {
     machine_ = call_member(library_, "vm_load_executable", {});
     call_member(machine_, "vm_initialization", {kCpu, 0, kPooledAllocator});
     denormals_ = member(library_, "graphopt_set_denormals");

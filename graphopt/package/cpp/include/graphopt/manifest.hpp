@@ -72,8 +72,9 @@ inline Entry read_entry(const Json& data) {
   return entry;
 }
 
-// The first variant whose features this machine has all of.
-inline Variant choose_variant(const Json& variants) {
+// The variants whose features this machine has all of, the best first.
+inline std::vector<Variant> runnable_variants(const Json& variants) {
+  std::vector<Variant> found;
   std::string problems;
   for (const Json& data : variants.items()) {
     Variant variant{data["target"].string(), data["library"].string(), strings(data["features"]), {}};
@@ -82,10 +83,11 @@ inline Variant choose_variant(const Json& variants) {
       if (!host_features().count(feature)) lacking += (lacking.empty() ? "" : ", ") + feature;
     if (lacking.empty()) {
       for (const auto& [entry, names] : data["weights"].fields()) variant.weights[entry] = strings(names);
-      return variant;
+      found.push_back(variant);
     }
     problems += (problems.empty() ? "" : "; ") + variant.target + " needs " + lacking;
   }
+  if (!found.empty()) return found;
   throw Error("the artifact was compiled for another CPU: " + problems +
               ", which this machine lacks; compile with --target for this machine, or run it on one that has them");
 }
