@@ -270,6 +270,16 @@ def _check_exact(table: str, kernel: str) -> None:
         raise UsageError("graphopt::wq_gemm has no tables; use graphopt::lut_gemv, or table='exact' and kernel='auto'")
 
 
+def _check_kernel(codebook: Tensor | None, bits: int, table: str, kernel: str) -> None:
+    if table == "int8" and kernel not in ("auto", "lut"):
+        raise UsageError(f"kernel={kernel!r} multiplies codes, and table='int8' is looked up; use 'auto' or 'lut'")
+    if table == "exact" and kernel == "lut" and (bits > MOST_LOOKED_UP or codebook is not None):
+        raise UsageError(
+            f"kernel='lut' looks exact sums up for codes of up to {MOST_LOOKED_UP} bits without a codebook; use "
+            "kernel='auto', or table='int8' for more bits"
+        )
+
+
 def _check_product(
     codes: Tensor, scale: Tensor, sums: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None,
     codebook: Tensor | None, bias: Tensor | None, bits: int, group: int, table: str, kernel: str, tag: Tensor | None,
@@ -282,13 +292,7 @@ def _check_product(
             f"low-bit products take uint8 codes [N, K] and int8 activations, not {weight.dtype}{list(weight.shape)} "
             f"and {codes.dtype}"
         )
-    if table == "int8" and kernel not in ("auto", "lut"):
-        raise UsageError(f"kernel={kernel!r} multiplies codes, and table='int8' is looked up; use 'auto' or 'lut'")
-    if table == "exact" and kernel == "lut" and (bits > MOST_LOOKED_UP or codebook is not None):
-        raise UsageError(
-            f"kernel='lut' looks exact sums up for codes of up to {MOST_LOOKED_UP} bits without a codebook; use 'auto', "
-            "or table='int8' for more bits"
-        )
+    _check_kernel(codebook, bits, table, kernel)
     n, k = weight.shape
     depth = [k] if table == "exact" else [-(-k // TABLE_CODES), 16]
     rows, groups = list(scale.shape[:-1]), -(-k // group)

@@ -188,6 +188,9 @@ def test_rows_of_zeros_are_zero() -> None:
         ({"codebook": torch.zeros(8, dtype=torch.int8)}, "codebook of 2 bits"),
         ({"weight_zero": torch.zeros(3, 2)}, "3 outputs of 3 groups"),
         ({"tag": torch.zeros(3, 3, dtype=torch.uint8)}, "codebook"),
+        ({"kernel": "lut", "bits": 4}, "up to 3 bits.*use kernel='auto'"),
+        ({"kernel": "lut", "codebook": torch.zeros(4, dtype=torch.int8)}, "without a codebook"),
+        ({"kernel": "unpack", "table": "int8"}, "use 'auto' or 'lut'"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], said: str) -> None:

@@ -292,6 +292,16 @@ def test_noted_noise_is_that_of_weight_and_activations(options: dict[str, Any], 
     assert ("table=int8 is for up to 4 rows" in result.notes[-1]) == dropped
 
 
+def test_sums_are_looked_up_for_few_rows_and_few_bits() -> None:
+    result = LutMatmul(bits=2, kernel="lut").run(attention(), PassContext())
+    many = calls(result.program, ops.wq_gemm.default)
+    assert len(many) == 4 and not any("kernel" in node.kwargs for node in many)
+    assert "kernel=lut is for up to 4 rows" in result.notes[-1]
+    four = graphopt.optimize(attention(3), "quantize{weights=int4}").program
+    declined = LutMatmul(bits=2, kernel="lut").run(four, PassContext()).declined
+    assert sum(item.reason.endswith("up to 3 bits, and its weight has 4") for item in declined) == 4
+
+
 def test_a_program_without_products_says_so() -> None:
     program = captured(nn.ReLU(), torch.randn(3, 4))
     refused = LutMatmul().run(attention(), PassContext(allow=lambda identity: False))
@@ -318,6 +328,8 @@ def test_widths_of_equal_bytes_are_no_narrowing() -> None:
         ({"grid": "nf4", "size_budget": 0.1}, "give grid=affine or odd"),
         ({"bits": 2, "size_budget": 0.1}, "and more bits"),
         ({"group_size": 18, "table": "int8"}, "multiple of 4"),
+        ({"kernel": "unpack", "table": "int8"}, "kernel=unpack multiplies codes"),
+        ({"kernel": "lut"}, "for 1 to 3 bits; give bits, table=int8 or kernel=auto"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
