@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from graphopt.runtime.manifest import SLOW, WHY
 from graphopt.tools.benchmarking.usage import Interference, interference, read_usage
 from graphopt.tools.model_argument import check_artifact, is_artifact
 from graphopt.tools.output_file import check_suffix
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "show each kernel's time, its share of the machine's roofs, and which are slow"
 CHART = ".png"
+WORDS = (WHY, SLOW)  # of configurations that have lines of their own
 BUSY = 0.1  # share of the CPUs that others may take
 
 
@@ -126,6 +128,9 @@ def print_profile(profile: Profile, notes: list[str]) -> None:
         print(f"roofs  {format_roofs(profile.roofs)}")
     for note in notes:
         print(f"note   {note}")
+    for row in profile.rows:
+        if WHY in row.configuration:
+            print(f"why    {row.kernel}: {row.configuration[WHY]}")
     print(f"slow   {len(profile.slow)} of {len(profile.rows)} kernels")
     for row in profile.slow:
         print(f"       {row.kernel}: {row.slow}")
@@ -150,7 +155,7 @@ def cells(row: Row) -> dict[str, Any]:
         "of roof": "" if row.share_of_roof is None else f"{row.share_of_roof:.0%} {row.roof}",
         "": "SLOW" if row.slow else "",
         "rule": row.rule,
-        "configuration": " ".join(f"{name}={value}" for name, value in row.configuration.items()),
+        "configuration": " ".join(f"{name}={value}" for name, value in row.configuration.items() if name not in WORDS),
     }
 
 

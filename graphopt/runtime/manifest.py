@@ -70,11 +70,13 @@ class Entry:
 
 
 GENERIC = "generic"  # the rule of kernels that nothing better took
+WHY, SLOW = "why", "slow"  # what a configuration says in words
 
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """One kernel. `rule` is the schedule rule that wrote it, "generic" the slow path; `configuration` what it chose.
+    """One kernel. `rule` is the schedule rule that wrote it, "generic" the slow path; `configuration` what it chose,
+    where there is more than numbers to say "why", and "slow": what takes long whatever the machine.
 
     `flops` (operations on floats, a multiply-add is two) and `bytes` (read and written, each once) are those of one
     call: integers or expressions over the entry's sizes, None where no expression says them. `weight_bytes` is the part
@@ -93,7 +95,10 @@ class KernelInfo:
     @property
     def slow(self) -> str | None:
         """Why it is slow whatever the machine makes of it, or None; only measuring tells what else is."""
-        return "generic: no schedule rule took it" if self.rule == GENERIC else None
+        if self.rule == GENERIC:
+            return "generic: no schedule rule took it"
+        told = self.configuration.get(SLOW)
+        return None if told is None else str(told)
 
 
 @dataclass(frozen=True)

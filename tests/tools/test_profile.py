@@ -15,6 +15,7 @@ from graphopt.runtime.session import InferenceSession
 from graphopt.tools import profile_artifact
 from graphopt.tools.benchmarking.usage import Interference
 from graphopt.tools.profiling import chart, shares
+from graphopt.tools.profiling.measuring import doubtful
 from graphopt.tools.profiling.roofs import Level, Roofs, measure_roofs, working_sets
 from graphopt.tools.profiling.shares import Profile, Work, make_profile, memory_of, nearest_roof
 from tests.tools.conftest import TINY, Cli
@@ -134,6 +135,20 @@ def test_slow_kernels_are_generic_or_far_below_their_roof() -> None:
     assert reasons["far"] == "18.8% of its own roof (FMA), under 20%" and str(reasons["loops"]).startswith("generic")
     without = make_profile(times, kernels, "main", {}, 100.0, None)
     assert [row.kernel for row in without.slow] == ["loops"] and without.share_of_peak is None
+
+
+def test_what_a_kernel_says_itself_has_lines_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    told: dict[str, bool | int | float | str] = {
+        "bits": 8,
+        "why": "8 bits: taken apart",
+        "slow": "numbers are loaded one by one",
+    }
+    profile = make_profile({"low": (1.0, 1.0)}, {"low": KernelInfo("low-bit", told)}, "main", {}, 1.0, ROOFS)
+    assert not doubtful(profile)
+    profile_artifact.print_profile(profile, [])
+    table, rest = capsys.readouterr().out.split("\n\n")
+    assert "bits=8" in table and "taken apart" not in table and "one by one" not in table
+    assert "why    low: 8 bits: taken apart" in rest and "low: numbers are loaded one by one" in rest
 
 
 def test_work_is_computed_at_the_sizes_of_the_run() -> None:

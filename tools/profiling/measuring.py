@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graphopt.runtime.manifest import GENERIC
+from graphopt.runtime.manifest import GENERIC, SLOW
 from graphopt.tools.profiling.shares import Profile, make_profile
 
 if TYPE_CHECKING:
@@ -66,9 +66,10 @@ def _take(
 
 
 def doubtful(profile: Profile) -> bool:
-    """Whether disturbance may have made a kernel look slow, or a roof low; generic kernels are slow at any speed."""
+    """Whether disturbance may have made a kernel look slow, or a roof low; some kernels are slow at any speed."""
     return any(
-        (row.slow and row.rule != GENERIC) or (row.share_of_roof is not None and row.share_of_roof > 1)
+        (row.slow and row.rule != GENERIC and SLOW not in row.configuration)
+        or (row.share_of_roof is not None and row.share_of_roof > 1)
         for row in profile.rows
     )
 
