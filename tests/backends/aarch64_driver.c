@@ -41,7 +41,7 @@ void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** parts, int
 }
 
 static void call(Kernel* kernel, int count, DLTensor** tensors) {
-  TVMFFIAny arguments[16] = {0}, result = {0};
+  TVMFFIAny arguments[64] = {0}, result = {0};
   for (int number = 0; number < count; number++) {
     arguments[number].type_index = kTVMFFIDLTensorPtr;
     arguments[number].v_ptr = tensors[number];
@@ -65,7 +65,7 @@ int main(void) {
   for (asked[0].v_int64 = 0; asked[0].v_int64 < 2; asked[0].v_int64++) {
     uint64_t control;
     if (__tvm_ffi_graphopt_set_denormals(NULL, asked, 2, &result)) exit(3);
-    __asm__("mrs %0, fpcr" : "=r"(control));
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
     if ((control >> 24 & 1) != asked[0].v_int64) exit(4);
   }
   for (unsigned number = 0; number < sizeof(READ) / sizeof(*READ); number++)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tvm
 import tvm_ffi
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from tests.backends.rules.assembly import functions, kernel_functions
 from tests.backends.rules.test_integer_products import NUMBER, codes, frozen, qconv, qlinear
 
 EMULATOR = "qemu-aarch64"
+COMPILER = "aarch64-linux-gnu-gcc"
 CPUS = {"cpu:aarch64": "cortex-a53", "cpu:cortex-a78ae": "cortex-a76", "cpu:armv8.6-a": "max"}  # with no more than that
 DRIVER = Path(__file__).with_name("aarch64_driver.c")
 F = nn.functional
@@ -129,7 +131,7 @@ def emulated(program: Program, level: str, inputs: Sequence[Tensor], folder: Pat
     driver = built_driver(folder)
     data = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
     done = subprocess.run([EMULATOR, "-cpu", CPUS[level], driver], input=data, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.returncode == 0, (done.returncode, done.stderr.decode())
     return done.stdout, lowered
 
 
@@ -157,8 +159,10 @@ class Halves(nn.Module):
 
 def built_driver(folder: Path) -> Path:
     include = Path(tvm_ffi.__file__).parent / "include"
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static", "-O1", "-w"]
-    command += [f"-I{include}", f"-I{folder}", str(DRIVER), str(folder / "kernels.o"), "-lm", "-o", str(folder / "run")]
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]  # which first builds a C library
+    command = [COMPILER] if shutil.which(COMPILER) else zig
+    command += ["-static", "-O1", "-w", f"-I{include}", f"-I{folder}", str(DRIVER), str(folder / "kernels.o"), "-lm"]
+    command += ["-o", str(folder / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -178,12 +182,19 @@ def written_calls(main: Any) -> Iterator[str]:
     for binding in (binding for block in main.body.blocks for binding in block.bindings):
         value, name = binding.value, f"t{len(names)}"
         names[binding.var] = name
+        if isinstance(value, tvm.ir.TupleGetItem):
+            names[binding.var] = f"{names[value.tuple_value]}_{value.index}"
+            continue
         if value.op.name == "relax.reshape":
             yield from tensor(name, binding.var.ty, names[value.args[0]])
             continue
         assert value.op.name == "relax.call_tir", value
-        yield from tensor(name, binding.var.ty)
-        kernel, arguments = value.args[0].name_hint, [*(names[each] for each in value.args[1].fields), name]
+        several = isinstance(binding.var.ty, tvm.ir.TupleType)
+        results = {f"{name}_{n}": kind for n, kind in enumerate(binding.var.ty.fields)} if several else {}
+        for result, kind in (results or {name: binding.var.ty}).items():
+            yield from tensor(result, kind)
+        kernel = value.args[0].name_hint
+        arguments = [*(names[each] for each in value.args[1].fields), *(results or [name])]
         yield f"Kernel __tvm_ffi_{kernel};"
         calls.append(f"call(__tvm_ffi_{kernel}, {len(arguments)}, (DLTensor*[]){{&{', &'.join(arguments)}}});")
     yield f"static DLTensor* READ[] = {{&{', &'.join(names[each] for each in main.params)}}};"
