@@ -17,6 +17,7 @@ from tvm import tirx
 
 from graphopt.backends.code_instructions import code_definitions
 from graphopt.backends.integer_instructions import integer_definitions
+from graphopt.backends.look_up_instructions import look_up_definitions
 from graphopt.backends.low_bit_instructions import low_bit_definitions
 from graphopt.backends.table_instructions import table_definitions
 from graphopt.backends.target import Target
@@ -62,11 +63,19 @@ def definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
     integer = integer_definitions(target) + low_bit_definitions(target)
     integer += code_definitions(target) + table_definitions(target)
+    integer = _declared_once(integer + look_up_definitions(target))
     if not target.pairs:
         return integer
     native = "avx512bf16" in target.extensions
     multiply = _NATIVE_MULTIPLY if native else _EXACT_MULTIPLY
     return integer + multiply + "".join(_round(lanes, native) for lanes in _LANES)
+
+
+def _declared_once(text: str) -> str:
+    """LLVM takes no second declaration of a function."""
+    lines = text.splitlines()
+    kept = dict.fromkeys(line for line in lines if line.startswith("declare "))
+    return "\n".join([*kept, *(line for line in lines if line not in kept)]) + "\n"
 
 
 _NATIVE_MULTIPLY = """

@@ -51,11 +51,16 @@ def table_definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
     if target.machine == "aarch64":
         return _NEON + "".join(_widened(each, 16) if each < 16 else _halved(each) for each in _LANES if each != 16)
-    if target.architecture != "x86-64-v4":
+    if looks_up_one_by_one(target):
         return _plain(4) + "".join(map(_halved, _LANES[1:]))
     if "avx512vbmi" in target.extensions:
         return _BYTEWISE + "".join(_widened(each, 64) for each in _LANES[:-1])
     return _WORDWISE + "".join(map(_in_words, _LANES[:-1]))
+
+
+def looks_up_one_by_one(target: Target) -> bool:
+    """Whether no instruction looks up 256 entries."""
+    return target.machine != "aarch64" and target.architecture != "x86-64-v4"
 
 
 def _signature(lanes: int) -> str:

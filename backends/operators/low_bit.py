@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from graphopt.backends.rules.low_bit_codes import Operands
 from graphopt.backends.rules.low_bit_gemv import Configuration, Means
 from graphopt.backends.rules.low_bit_layout import QUAD, TURNED, Layout
 from graphopt.backends.rules.low_bit_lut import MOST_ROWS, looks_up
+from graphopt.backends.rules.low_bit_nibbles import Nibbles, instructions
 from graphopt.backends.rules.low_bit_tiles import FEWEST_ROWS
-from graphopt.backends.sizes import product
+from graphopt.backends.sizes import Size, product
 from graphopt.backends.values import Index, Lazy, Product, View
 from graphopt.errors import CompileError
 from graphopt.operators.low_bit import MOST_LOOKED_UP
@@ -35,7 +36,9 @@ _UNSIGNED = 128  # added to numbers of codebooks where instructions multiply byt
 _SMALL_BOOK, _BOOK = 16, 256  # entries that instructions look up
 _CACHED = 32 << 20  # bytes of packed weights that stay in the caches of most machines from call to call
 _FEW, _MANY = torch.ops.graphopt.lut_gemv.default, torch.ops.graphopt.wq_gemm.default
-_PLANES = "planes"  # what keys of weights packed for tables of bytes begin with
+_PLANES, _NIBBLES = "planes", "nibbles"  # what keys of weights packed for look-ups begin with
+_WORTH = 1.1  # times as many instructions as look-ups take: their order of a weight serves nothing else
+_ASKED = "kernel={} asks for it"
 
 
 def _build(lowering: Lowering, node: Node) -> tuple[View, ...]:
@@ -57,21 +60,23 @@ def _product(lowering: Lowering, node: Node) -> View:
             f"numbers; give at most {_BOOK >> bits}"
         )
     bias = None if held["bias"] is None else lowering.weight(held["bias"])
-    means = _means(lowering, node, given["kernel"], bits, book, tables)
-    masked = low_bit_gemv.masks(target, bits, book is not None)
     rows = product(scale.shape[:-1])
-    planes = tables or any(key.startswith(_PLANES) for key in lowering.weights.packings(weight))
+    means = _means(lowering, node, held, rows)
+    masked = low_bit_gemv.masks(target, bits, book is not None)
+    planes = looks_up(target) and (tables or _is_packed(lowering, weight, _PLANES))
 
-    def layout_of(vectors: int) -> Layout:
+    def layout_of(looked_up: bool, vectors: int) -> Layout:
+        if looked_up and not looks_up(target):
+            return Nibbles(n, k, bits, given["group"], target.lanes, vectors)
         return Layout(n, k, bits, given["group"], target.lanes, vectors, planes)
 
-    padded = _padded(lowering, codes, layout_of(2), tables)
-
+    padded = _padded(lowering, codes, layout_of(means.looking_up[0], 2), tables)
     cached = _packed_bytes(lowering) <= _CACHED
 
     def build(result: Product, end: Any) -> Code:
         def write(choice: Configuration) -> Code:
-            operands = _operands(lowering, layout_of(choice.vectors), (padded, scale, sums), held, tables)
+            layout = layout_of(choice.looks_up, choice.vectors)
+            operands = _operands(lowering, layout, (padded, scale, sums), held, tables)
             return low_bit_gemv.gemv(operands, result, end, f"low_bit_{bits}_{n}x{k}", target, choice, means)
 
         return lowering.choose(low_bit_gemv.offer(target, rows, layout_of, end, masked, means, cached, write))
@@ -94,23 +99,38 @@ def _packed_bytes(lowering: Lowering) -> int:
     return sum(sizes.values())
 
 
-def _means(lowering: Lowering, node: Node, kernel: str, bits: int, book: Any, tables: bool) -> Means:
+def _is_packed(lowering: Lowering, weight: Tensor, kind: str) -> bool:
+    """Whether another product has packed the weight like this, so that one copy may serve both."""
+    return any(key.startswith(kind) for key in lowering.weights.packings(weight))
+
+
+def _means(lowering: Lowering, node: Node, held: Mapping[str, Any], rows: Size) -> Means:
     """What the product may be made of. Raises CompileError for a kernel that cannot be what is asked for."""
-    target, name = lowering.target, node.name
-    exact = looks_up(target) and book is None and bits <= MOST_LOOKED_UP
-    if (tables or kernel == "lut") and not looks_up(target):
-        raise CompileError(
-            f"{name} looks sums of activations up, and {target.name} has no instructions for it (AVX512-VBMI and "
-            "VNNI); use table='exact' with kernel='auto'"
-        )
+    given, target, name = arguments(node), lowering.target, node.name
+    kernel, bits, tables = given["kernel"], given["bits"], given["table"] == "int8"
+    exact = held["codebook"] is None and bits <= MOST_LOOKED_UP
     if kernel == "amx" and not target.amx:
         raise CompileError(f"{name} asks for kernel='amx', and {target.name} has no tiles; use 'auto'")
     tiled = None if kernel == "unpack" or not target.amx else 1 if kernel == "amx" else FEWEST_ROWS
     if tables or kernel == "lut":
-        return Means((True,), MOST_ROWS, tiled)
-    if kernel == "auto" and exact:
-        return Means((True, False) if bits == 1 else (False, True), 1, tiled)
-    return Means(tiled=tiled)
+        return Means((True,), MOST_ROWS, tiled, "table=int8 has tables alone" if tables else _ASKED.format(kernel))
+    if kernel != "auto":
+        return Means(tiled=tiled, reason=_ASKED.format(kernel))
+    if not exact:
+        reason = f"{bits} bits are over the {MOST_LOOKED_UP} whose exact sums are looked up"
+        return Means(
+            tiled=tiled, reason="numbers of codebooks have no tables" if held["codebook"] is not None else reason
+        )
+    if looks_up(target):
+        reason = (
+            "looking one bit up takes fewest instructions" if bits == 1 else "looking up may gain only in the caches"
+        )
+        return Means((True, False) if bits == 1 else (False, True), 1, tiled, reason)
+    looked_up, apart = instructions(target, bits, rows)
+    reason = f"{looked_up:.1f} instructions a vector of weights looked up, {apart:.1f} taken apart"
+    if _is_packed(lowering, held["weight"], _NIBBLES):
+        looked_up, reason = 0.0, "another product has packed the weight for look-ups"
+    return Means((True, False) if looked_up * _WORTH < apart else (False, True), tiled=tiled, reason=reason)
 
 
 def _with_bias(bias: View | None) -> Callable[[Any], Any]:
@@ -129,7 +149,8 @@ def _with_bias(bias: View | None) -> Callable[[Any], Any]:
 def _operands(
     lowering: Lowering, layout: Layout, activations: tuple[View, View, View], held: dict[str, Any], tables: bool
 ) -> Operands:
-    key = f"{_PLANES if layout.planes else 'bits'}{layout.bits}x{layout.outputs}x{layout.group}"
+    kind = _NIBBLES if isinstance(layout, Nibbles) else _PLANES if layout.planes else "bits"
+    key = f"{kind}{layout.bits}x{layout.outputs}x{layout.group}"
     zero, book, tag = held["weight_zero"], held["codebook"], held["tag"]
     unsigned = lowering.target.quads == "uint8"
     offset = (_UNSIGNED if unsigned else 0) if book is not None else (0 if unsigned or layout.bits < 8 else -_UNSIGNED)

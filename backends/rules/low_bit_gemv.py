@@ -24,9 +24,12 @@ from graphopt.backends import amx
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
+from graphopt.backends.rules.low_bit_account import LOOKED_UP, TAKEN_APART, TILES, account
 from graphopt.backends.rules.low_bit_codes import Groups, Operands, Unpacking
 from graphopt.backends.rules.low_bit_layout import Layout
 from graphopt.backends.rules.low_bit_lut import GivenTables, LookedUp, SummedTables
+from graphopt.backends.rules.low_bit_lut_nibbles import GivenNibbles, LookedUpNibbles, SummedNibbles
+from graphopt.backends.rules.low_bit_nibbles import Nibbles
 from graphopt.backends.rules.low_bit_rows import RowTile
 from graphopt.backends.rules.low_bit_tiles import write_tiles
 from graphopt.backends.sizes import Size, least, product
@@ -52,61 +55,69 @@ class Configuration:
     nearest: bool  # into the first-level cache: better where weights stay in the caches, worse from memory
 
 
+Layouts = Callable[[bool, int], Layout]  # for looking up or not, and for panels of so many vectors
+
+
 @dataclass(frozen=True)
 class Means:
     """What a product may be made of, by the number of rows.
 
-    `few` rows or fewer look sums up, where the first of `looking_up`, or what was measured, says so; from `tiled` rows
-    on there are tiles, where that is not None: the target has them then.
+    `few` rows or fewer look sums up, where the first of `looking_up`, or what was measured, says so, and any number in
+    `Nibbles`; from `tiled` rows on there are tiles, where that is not None: the target has them then. `reason` is why.
     """
 
     looking_up: tuple[bool, ...] = (False,)
     few: int = 1
     tiled: int | None = None
+    reason: str = ""
 
 
 def offer(
     target: Target,
     rows: Size,
-    layout: Callable[[int], Layout],
+    layout: Layouts,
     end: Any,
     masked: bool,
     means: Means,
     cached: bool,
     write: Callable[[Configuration], Code],
 ) -> Choice[Configuration]:
-    """What may be chosen for so many rows times the weight that `layout` packs for panels of so many vectors.
+    """What may be chosen for so many rows times a weight in one of the layouts.
 
     `cached`: weights are expected in the caches rather than in memory.
     """
     if isinstance(rows, int) and rows > means.few:
         means = replace(means, looking_up=means.looking_up[:1])
     found = candidates(target, layout, means, cached)
-    one = layout(found[0].vectors)
+    one = layout(found[0].looks_up, found[0].vectors)
     parameters = {"rows": size_parameter(rows), "n": one.n, "k": one.k, "bits": one.bits, "group": one.group}
     parameters |= {"masked": masked, "planes": one.planes}
     return Choice(Workload.of(RULE, {**parameters, **epilogue_parameters(end)}), found[0], lambda: found, write)
 
 
-def candidates(target: Target, layout: Callable[[int], Layout], means: Means, cached: bool) -> list[Configuration]:
+def candidates(target: Target, layout: Layouts, means: Means, cached: bool) -> list[Configuration]:
     """Panels of some widths, the least expected time first: from memory narrow ones, unless threads then share worse.
 
     What instructions bound, and not memory, has wide panels and lines that come shortly before they are used: weights
     in the caches, and words of one bit a weight, which take many multiplications each.
     """
-    found = []
-    bound = cached or layout(layout(1).together).bits == 1
-    widths = (*_OUTPUTS, _LOOKED_UP_OUTPUTS) if means.looking_up[0] else _OUTPUTS
-    for place, outputs in enumerate(reversed(widths) if bound else widths):
-        one = layout(max(layout(1).together, outputs // target.lanes))
-        share = -(-one.panels // target.threads) * one.outputs
-        found.append((share, place, one.vectors))
-    every = dict.fromkeys(vectors for *_, vectors in sorted(found))
-    distances = _AHEAD[::-1] if bound else _AHEAD
-    chosen = itertools.product(means.looking_up, (cached, not cached), distances, every)
-    return [
-        Configuration(looks_up, vectors, target.threads, ahead, nearest) for looks_up, nearest, ahead, vectors in chosen
-    ]
+    chosen = []
+    for looks_up in means.looking_up:
+        least_wide = layout(looks_up, layout(looks_up, 1).together)
+        bound, found = cached or least_wide.bits == 1, []
+        wide = means.looking_up[0] and not isinstance(least_wide, Nibbles)
+        widths = (*_OUTPUTS, _LOOKED_UP_OUTPUTS) if wide else _OUTPUTS
+        for place, outputs in enumerate(reversed(widths) if bound else widths):
+            one = layout(looks_up, max(least_wide.vectors, outputs // target.lanes))
+            share = -(-one.panels // target.threads) * one.outputs
+            found.append((share, place, one.vectors))
+        every = dict.fromkeys(vectors for *_, vectors in sorted(found))
+        distances = _AHEAD[::-1] if bound else _AHEAD
+        chosen += [
+            Configuration(looks_up, vectors, target.threads, ahead, nearest)
+            for nearest, ahead, vectors in itertools.product((cached, not cached), distances, every)
+        ]
+    return chosen
 
 
 def gemv(
@@ -121,6 +132,8 @@ def gemv(
     """y[row, n] as graphopt::lut_gemv says, then the element-wise tree `end` over `result`."""
     layout = operands.layout
     rows = product(result.shape[:-1])
+    products = products_of(rows, operands, choice, means)
+    reason = means.reason if choice.looks_up == means.looking_up[0] else "it was measured to be faster"
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
         Gemv(kernel, operands, result, end, outputs[0], choice, means).write()
@@ -140,7 +153,8 @@ def gemv(
             "panel_shares": choice.panel_shares,
             "ahead": choice.ahead,
             "nearest": choice.nearest,
-            "products": products_of(rows, operands, choice, means),
+            "products": products,
+            **account(operands, target, products, reason),
         },
         flops=2 * rows * layout.n * layout.k + operations([end], target),
     )
@@ -154,10 +168,11 @@ def uses_tiles(rows: Size, tiled: int | None) -> bool:
 
 def products_of(rows: Size, operands: Operands, choice: Configuration, means: Means) -> str:
     """What a product is made of, for the report: of few rows and of many where their number is open."""
-    looked_up = "sums looked up"
-    if operands.tables or (choice.looks_up and isinstance(rows, int) and rows <= means.few):
+    looked_up = LOOKED_UP
+    always = operands.tables or isinstance(operands.layout, Nibbles)
+    if always or (choice.looks_up and isinstance(rows, int) and rows <= means.few):
         return looked_up
-    found = "tiles of int8" if uses_tiles(rows, means.tiled) else "bits taken apart"
+    found = TILES if uses_tiles(rows, means.tiled) else TAKEN_APART
     return f"{looked_up}; {found}" if choice.looks_up and not isinstance(rows, int) else found
 
 
@@ -188,11 +203,12 @@ class Gemv:
         self.rows = kernel.size(self.row_count)
         self.masked = masks(self.target, self.layout.bits, operands.book is not None)
         self.means = means
+        self.nibbles = isinstance(self.layout, Nibbles)
 
     def write(self) -> None:
         """Few rows are a tile of so many, also where their number is known at run time."""
         looked_up = self.means.few if self.choice.looks_up else 0
-        if self.operands.tables:
+        if self.operands.tables or self.nibbles:
             self.write_looked_up()
         elif isinstance(self.row_count, int):
             if self.row_count <= looked_up:
@@ -245,13 +261,20 @@ class Gemv:
                 with kernel.serial(own) as number:
                     panel = T.bind(first + number)
                     with kernel.serial(self.rows) as row:
-                        LookedUp(self, row, panel, GivenTables(self, row)).write()
+                        if self.nibbles:
+                            LookedUpNibbles(self, row, panel, GivenNibbles(self, row)).write()
+                        else:
+                            LookedUp(self, row, panel, GivenTables(self, row)).write()
                 return
-            tables = SummedTables(self)
+            tables = SummedNibbles(self) if self.nibbles else SummedTables(self)
             with kernel.serial(self.rows) as row:
                 tables.make(row)
                 with kernel.serial(own) as number:
-                    LookedUp(self, row, T.bind(first + number), tables).write()
+                    panel = T.bind(first + number)
+                    if isinstance(tables, SummedNibbles):
+                        LookedUpNibbles(self, row, panel, tables).write()
+                    else:
+                        LookedUp(self, row, panel, tables).write()
 
     @contextmanager
     def shares(self) -> Iterator[tuple[Any, Any]]:

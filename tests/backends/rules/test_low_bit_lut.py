@@ -16,7 +16,6 @@ from graphopt.backends import cpu
 from graphopt.backends.target import resolve_target, runnable
 from graphopt.capture import capture
 from graphopt.compile import Artifact, _trial
-from graphopt.errors import CompileError
 from graphopt.operators import low_bit  # noqa: F401
 from graphopt.runtime.features import missing
 from tests.backends.rules.test_low_bit import Case, Products, activations, codes_of, compiled, frozen, powers
@@ -201,9 +200,3 @@ def test_the_instruction_and_its_stand_in_find_the_same() -> None:
     feed = {"x": activations(1, 256).numpy()}
     own, theirs = artifact.session().run(None, feed), other.session().run(None, feed)
     assert own[0].any() and np.array_equal(own[0], theirs[0])
-
-
-@pytest.mark.parametrize("options", [{"kernel": "lut"}, {"table": "int8"}])
-def test_machines_that_do_not_look_up_say_so(options: dict[str, str]) -> None:
-    with pytest.raises(CompileError, match=r"x86-64-v4-vnni has no .*VBMI.*kernel='auto'"):
-        graphopt.compile(capture(Few(FEW[:1], **options), (activations(1, 256),)), target="cpu:x86-64-v4-vnni")
