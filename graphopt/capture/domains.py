@@ -18,12 +18,14 @@ _SAME_VALUES = {
     "permute", "alias", "contiguous", "flatten", "detach", "type_as", "_unsafe_view", "repeat", "index", "cat",
     "expand_as", "lift_fresh_copy",
 }  # fmt: skip
+_DIVISIONS = {"div", "floor_divide", "remainder", "fmod"}
+_DIVISORS = 7  # the largest that is drawn
 _COMPARISONS = {"eq", "ne"}
 _BOOLEAN = {"logical_not", "bitwise_not", "logical_and", "bitwise_and", "where", "__and__", "any", "all"}
 
 
 def infer_domains(module: GraphModule) -> list[Domain]:
-    """One domain for each placeholder: `ids` for rows of an embedding, `mask` for what only counts as 0 or not."""
+    """One domain for each placeholder: `ids` for rows of a table and divisors, `mask` for what counts as 0 or not."""
     return [_domain(node, module) for node in module.graph.find_nodes(op="placeholder")]
 
 
@@ -31,9 +33,11 @@ def _domain(placeholder: Node, module: GraphModule) -> Domain:
     dtype = placeholder.meta["val"].dtype
     if dtype == torch.bool:
         return Domain("mask")
-    if dtype not in _INTEGERS and not dtype.is_floating_point:
+    if dtype.is_complex:
         return Domain()
     uses = _uses(placeholder, module)
+    if not dtype.is_floating_point and any(_is_divisor(node, origin) for node, origin, _ in uses):
+        return Domain("ids", 1, _DIVISORS)
     if dtype in _INTEGERS:
         rows = [r for node, origin, _ in uses if (r := _table_rows(node, origin)) is not None]
         if rows and min(rows) > 0:
@@ -96,6 +100,12 @@ def _table_rows(user: Node, index: Node) -> int | None:
     shape = arguments[0].meta["val"].shape
     size = shape[axis] if shape else None
     return size if isinstance(size, int) else None
+
+
+def _is_divisor(user: Node, value: Node) -> bool:
+    """Of whole numbers, which cannot be divided by 0."""
+    whole = value.meta["val"].dtype in _INTEGERS
+    return whole and operator_name(user) in _DIVISIONS and user.args[1] is value
 
 
 def _as_mask(user: Node, value: Node, dtype: torch.dtype) -> bool:

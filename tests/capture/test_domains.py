@@ -95,3 +95,18 @@ def test_positions_along_a_fixed_axis_are_ids_and_along_a_dynamic_one_are_not() 
     assert capture(LooksUp(), (x, i)).inputs[1].domain == Domain("ids", 0, 5)
     dynamic = capture(LooksUp(), (x, i), dynamic_shapes={"x": {1: "seq"}})
     assert dynamic.inputs[1].domain == Domain()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_whole_numbers_are_not_divided_by_nothing(dtype: torch.dtype) -> None:
+    class Divided(nn.Module):
+        def forward(self, x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+            return x // by, torch.remainder(x, by.reshape(-1))
+
+    class Share(nn.Module):
+        def forward(self, x: Tensor, by: Tensor) -> Tensor:
+            return x / by
+
+    rows = torch.arange(1, 5, dtype=dtype)
+    assert domain_of(Divided(), rows, rows) == Domain("ids", 1, 7)
+    assert domain_of(Share(), rows.float(), rows.float()) == Domain()
