@@ -101,6 +101,8 @@ def _tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         array = array.astype(np.int8)
     elif array.dtype.name in ("uint2", "uint4"):
         array = array.astype(np.uint8)
+    elif array.dtype.name == "float4_e2m1fn":
+        array = array.astype(np.float32)  # of which `tensor_of` makes the dtype that holds them
     return tensor_of(array, dtype)
 
 

@@ -27,6 +27,8 @@ CARRIERS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: 
 _SIGN = -(2**63)
 _BY_TYPE = frozenset({
     "Cast", "CastLike", "BitCast", "Constant", "ConstantOfShape", "EyeLike", "Identity", "Shape", "Size",
+    "SequenceEmpty", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceAt", "SequenceLength",
+    "Optional", "OptionalHasElement", "OptionalGetElement",
     "QuantizeLinear", "DequantizeLinear", "com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear",
 })  # fmt: skip
 """Operators that look at types themselves."""

@@ -167,6 +167,8 @@ class Emitter:
         """Any value as a tensor of the graph."""
         if isinstance(value, Tensor):
             return value
+        if not isinstance(value, Known):
+            raise CaptureError("a sequence stands where a tensor must; take it apart with SequenceAt in the model")
         if not value.symbolic:
             return self.attribute(self.weights.constant(value.tensor()))
         items: list[Tensor] = [self.call(aten.scalar_tensor.default, item, dtype=value.dtype) for item in value.items()]

@@ -10,7 +10,7 @@ from onnx import AttributeProto, FunctionProto, TypeProto, helper
 
 from graphopt.capture.onnx.graphs import DOMAINS
 from graphopt.capture.onnx.tensors import DTYPES
-from graphopt.capture.onnx.values import Value
+from graphopt.capture.onnx.values import Items, Value
 from graphopt.errors import CaptureError
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -87,9 +87,12 @@ def _fill(nodes: Any, given: dict[str, AttributeProto]) -> None:
         node.attribute.extend(copies)
 
 
-def _type(value: Value) -> TypeProto:
+def _type(value: Value | Items) -> TypeProto:
     if value is None:
         return TypeProto()
+    if isinstance(value, Items):
+        first = _type(value.values[0]) if value.values else helper.make_tensor_type_proto(_CODES[value.dtype], None)
+        return helper.make_sequence_type_proto(first)
     shape = [size if isinstance(size, int) else str(size) for size in value.shape]
     return helper.make_tensor_type_proto(_CODES[value.dtype], shape)
 

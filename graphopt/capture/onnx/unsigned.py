@@ -71,4 +71,5 @@ def _shifted(op: Operation, value: Tensor, places: Tensor) -> Tensor:
     rest = op.call(aten.clamp.default, op.call(aten.sub.Tensor, places, 1), 0, 62)
     moved = op.call(aten.bitwise_right_shift.Tensor, _halved(op, value), rest)
     some = op.call(aten.where.self, op.call(aten.eq.Scalar, places, 0), value, moved)
-    return op.call(aten.masked_fill.Scalar, some, op.call(aten.gt.Scalar, places, 63), 0)
+    past = op.call(aten.ne.Tensor, op.call(aten.clamp.default, places, 0, 63), places)
+    return op.call(aten.masked_fill.Scalar, some, past, 0)

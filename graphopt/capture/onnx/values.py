@@ -65,6 +65,18 @@ class Tensor:
         return self.fake.ndim
 
 
+@dataclass(frozen=True, eq=False)
+class Items:
+    """A sequence of tensors: only operators on sequences read it."""
+
+    values: tuple[Known | Tensor, ...]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.values),)
+
+
 Present: TypeAlias = Known | Tensor
 Value: TypeAlias = Known | Tensor | None  # None: an optional input left out
 

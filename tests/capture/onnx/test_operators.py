@@ -25,6 +25,7 @@ class Case:
     dtypes: tuple[str, ...] = ("float32",)
     opset: int = 20
     label: str = ""
+    outputs: int = 1
 
     def __str__(self) -> str:
         return f"{self.name}-{self.label}" if self.label else self.name
@@ -155,21 +156,22 @@ CASES = [
 ]  # fmt: skip
 
 
-def _model(case: Case, fixed: bool) -> Any:
+def model_for(case: Case, fixed: bool) -> Any:
     sizes = {"n": 5, "m": 3}
     shapes = [[sizes.get(str(s), s) for s in shape] if fixed else shape for shape in case.shapes]
     dtypes = [*case.dtypes, *["float32"] * len(shapes)]
     inputs = {name: (dtype, shape) for name, dtype, shape in zip("xyz", dtypes, shapes, strict=False)}
     weights = {name: value for name, value in zip("abcd", case.weights, strict=False) if value is not None}
     names = [name if value is not None else "" for name, value in zip("abcd", case.weights, strict=False)]
-    node = helper.make_node(case.name, [*inputs, *names], ["r"], **case.attributes)
-    return model_of([node], inputs, ["r"], weights, case.opset)
+    results = ["r", "s", "t"][: case.outputs]
+    node = helper.make_node(case.name, [*inputs, *names], results, **case.attributes)
+    return model_of([node], inputs, results, weights, case.opset)
 
 
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "dynamic"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_onnxruntime(case: Case, fixed: bool) -> None:
-    model = _model(case, fixed)
+    model = model_for(case, fixed)
     assert worst_error(imported(model), model) < 1e-5
 
 

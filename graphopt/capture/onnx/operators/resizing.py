@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import operator
-from graphopt.capture.onnx.values import Present, Tensor, Value, known
+from graphopt.capture.onnx.values import Known, Present, Tensor, Value, known
 from graphopt.operators.quantization import along
 
 aten = torch.ops.aten
@@ -23,6 +23,7 @@ _ROUNDING = 1e-4  # of a size that is a product of floats
 _NEAREST = {3: aten.upsample_nearest1d.vec, 4: aten.upsample_nearest2d.vec, 5: aten.upsample_nearest3d.vec}
 _LINEAR = {3: aten.upsample_linear1d.vec, 4: aten.upsample_bilinear2d.vec, 5: aten.upsample_trilinear3d.vec}
 _CROPS = "tf_crop_and_resize"
+_OUTWARD = "outward"  # the rounding of opset 10, which has no name there
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def upsample(op: Operation, value: Present, scales: Value = None) -> Tensor:
 
 
 def _old(mode: str) -> _Method:
-    return _Method("linear" if mode == "bilinear" else mode, "asymmetric", "floor", False, False, -0.75)
+    """What shrinks takes the nearest element behind, what grows the one before."""
+    return _Method("linear" if mode == "bilinear" else mode, "asymmetric", _OUTWARD, False, False, -0.75)
 
 
 def _extents(op: Operation, value: Tensor, scales: Value, sizes: Value, region: Value) -> list[_Extent]:
@@ -146,8 +148,7 @@ def _resized(op: Operation, value: Tensor, extents: Sequence[_Extent], method: _
             past = (places < 0) | (places > extent.size - 1)
             outside += [(extent.axis, past)] if past.any() else []
         if method.mode == "nearest":
-            rows = np.clip(_rounded(op, places, method.rounding), 0, extent.size - 1).astype(np.int64)
-            result = op.call(aten.index_select.default, result, extent.axis, known(rows.tolist()))
+            result = op.call(aten.index_select.default, result, extent.axis, _rows(op, extent, places, method))
         else:
             result = _mixed(op, result, extent.axis, _weights(extent, places, method))
     for axis, past in outside:
@@ -167,7 +168,9 @@ def _by_torch(op: Operation, value: Tensor, extents: Sequence[_Extent], method: 
     for extent in extents:
         sizes[extent.axis - 2] = extent.target
     if method.mode == "nearest":
-        same = method.coordinates == "asymmetric" and method.rounding == "floor"
+        grows = all(extent.scale is None or extent.scale >= 1 for extent in extents)
+        floors = method.rounding == "floor" or (method.rounding == _OUTWARD and grows)
+        same = method.coordinates == "asymmetric" and floors
         return op.call(_NEAREST[value.ndim], value, sizes, None) if same else None
     corners = method.coordinates == "align_corners"
     halves = method.coordinates in ("half_pixel", "pytorch_half_pixel")
@@ -204,6 +207,16 @@ def _places(op: Operation, extent: _Extent, coordinates: str) -> Any:
                 return numbers * 0 + (start + end) / 2 * last
             return start * last + numbers * (end - start) * last / (width - 1)
     raise op.refuse(f"coordinate_transformation_mode {coordinates!r} does not exist")
+
+
+def _rows(op: Operation, extent: _Extent, places: Any, method: _Method) -> Known:
+    """The nearest old element of each new one."""
+    assert extent.scale is not None
+    rounding = method.rounding
+    if rounding == _OUTWARD:
+        rounding = "floor" if extent.scale >= 1 else "ceil"
+    rows = np.clip(_rounded(op, places, rounding), 0, extent.size - 1)
+    return known(rows.astype(np.int64).tolist())
 
 
 def _rounded(op: Operation, places: Any, rounding: str) -> Any:
