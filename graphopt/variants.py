@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from graphopt.errors import UsageError
+from graphopt.runtime.manifest import Variant
 from graphopt.runtime.weights import state_name
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def merge(artifacts: Sequence[Artifact]) -> Artifact:
     """
     ordered = sorted(artifacts, key=lambda each: -len(each.manifest.variants[0].features))
     weights: dict[str, np.ndarray] = {}
-    variants = []
+    variants: list[Variant] = []
     for artifact in ordered:
         (variant,) = artifact.manifest.variants
         if any(variant.features == other.features for other in variants):

@@ -13,8 +13,8 @@ import graphopt
 from graphopt.artifact.write import write_artifact
 from graphopt.errors import ArtifactError, UsageError
 from graphopt.runtime import loading
+from graphopt.runtime.features import missing
 from tests.models import program
-from tests.tools.conftest import Cli
 
 NAMES = ("cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:sapphirerapids")  # of which each needs what those before it need
 TARGET = ",".join(NAMES)
@@ -37,7 +37,7 @@ def test_the_best_that_a_machine_can_run_is_taken(
     assert [variant.target for variant in artifact.manifest.variants] == list(reversed(NAMES))
     artifact.save(tmp_path / "mlp.gopt")
     has = frozenset(features(artifact, name))
-    if loading.missing(has):
+    if missing(has):
         pytest.skip(f"needs a CPU with the features of {name}")
     monkeypatch.setattr(loading, "missing", lambda required: tuple(each for each in required if each not in has))
     session = graphopt.load(tmp_path / "mlp.gopt")
@@ -96,16 +96,6 @@ def test_variants_for_the_same_machines(target: str, words: str) -> None:
         graphopt.compile(program("mlp"), target, threads=1)
 
 
-def test_on_the_command_line(cli: Cli) -> None:
-    model = "tests.tools.tiny_models:dense"
-    outcome = cli("compile", model, "-o", "m.gopt", "--variants", "x86-64-v3,x86-64-v4")
-    assert outcome.code == 0 and "variants  cpu:x86-64-v3, cpu:x86-64-v4" in outcome.out, outcome.err
-    assert cli("run", "m.gopt", "--check").code == 0
-    cli("compile", model, "-o", "m.gopt", "--variants", "x86-64-v3,x86-64-v5").refused("cpu:x86-64-v5")
-    both = ("--variants", "x86-64-v3,x86-64-v4", "--target", "cpu")
-    cli("compile", model, "-o", "m.gopt", *both).refused("either --target or --variants")
-
-
 @pytest.mark.slow
 def test_codes_are_the_same_on_each(tmp_path: Path) -> None:
     from tests.rewrites import qdq_fusion
@@ -115,7 +105,7 @@ def test_codes_are_the_same_on_each(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 6, 6).numpy()
     found = []
     for variant in artifact.manifest.variants:
-        if loading.missing(variant.features):
+        if missing(variant.features):
             continue
         path = tmp_path / "one.gopt"
         manifest = graphopt_manifest(artifact, variant)

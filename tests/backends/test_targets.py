@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import graphopt
-from graphopt.backends import targets
 from graphopt.backends.target import LEVELS, resolve_target
 from graphopt.backends.targets import DEVICES, ability
 from graphopt.errors import UnknownNameError, UsageError
@@ -63,7 +62,7 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ziglang" else find_spec(name))
     assert ability(("riscv64",)).build == "run: pip install ziglang, or install gcc-riscv64-linux-gnu"
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert 'pip install "graphopt[compile]"' in ability(("riscv64",)).build
 
 

@@ -111,3 +111,13 @@ def test_ctrl_c_while_building_or_writing_leaves_nothing(tmp_path: Path, module:
     done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "graphopt: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
+
+
+def test_variants_for_several_machines(cli: Cli) -> None:
+    model = "tests.tools.tiny_models:dense"
+    outcome = cli("compile", model, "-o", "m.gopt", "--variants", "x86-64-v3,x86-64-v4")
+    assert outcome.code == 0 and "variants  cpu:x86-64-v3, cpu:x86-64-v4" in outcome.out, outcome.err
+    assert cli("run", "m.gopt", "--check").code == 0
+    cli("compile", model, "-o", "m.gopt", "--variants", "x86-64-v3,x86-64-v5").refused("cpu:x86-64-v5")
+    both = ("--variants", "x86-64-v3,x86-64-v4", "--target", "cpu")
+    cli("compile", model, "-o", "m.gopt", *both).refused("either --target or --variants")

@@ -88,7 +88,7 @@ def measure_case(case: OpeningCase, settings: Settings) -> dict[str, Any]:
             FULL: _OURS.format(path=artifact, verify="full", **cores),
         }
         if others:
-            sides[PEER] = _PEER.format(path=others[0].subject, **cores)
+            sides[PEER] = _PEER.format(path=others[0].model, **cores)
         with progress(f"{case.title}: measuring"):
             return measure(sides, settings.rounds) | {"failures": [failure.reason for failure in failures]}
 
