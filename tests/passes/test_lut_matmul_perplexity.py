@@ -1,4 +1,4 @@
-"""A small decoder trained on a text, with weights of 4 and 2 bits, on the part of the text that it never saw."""
+"""A small decoder trained on a text, with weights of few bits, on the part of the text that it never saw."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.decoders import recomputed
 
 LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 CONTEXT, BATCH, STEPS, WINDOWS = 48, 16, 200, 24
+PROMPT = 12  # tokens, which the likeliest ones follow
 SHAPE = Shape(layers=2, width=96, heads=4, groups=2, hidden=192, vocabulary=96, length=CONTEXT)
 GUESSING = 15.0  # about the perplexity of the frequencies of letters alone
 
@@ -72,14 +73,14 @@ def of_program(program: Program) -> float:
     return perplexity(torch.cat([program(row[None, :-1], *shared)[0] for row in windows()]))
 
 
-def lowered(program: Program, bits: int) -> Program:
-    passes = f"lut-matmul{{bits={bits},group-size=32,min-size=1024}}"
+def lowered(program: Program, form: str) -> Program:
+    passes = f"lut-matmul{{{form},group-size=32,min-size=1024}}"
     return graphopt.optimize(program, passes, verify="structure").program
 
 
 def test_perplexity_by_bits(program: Program) -> None:
     floats = of_program(program)
-    four, three, two = (of_program(lowered(program, bits)) for bits in (4, 3, 2))
+    four, three, two = (of_program(lowered(program, f"bits={bits}")) for bits in (4, 3, 2))
     assert floats < 0.7 * GUESSING
     assert floats * 0.98 < four < 1.05 * floats
     assert four < three < 1.1 * floats
@@ -87,9 +88,9 @@ def test_perplexity_by_bits(program: Program) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 2])
-def test_the_artifact_has_the_perplexity_of_the_program(program: Program, bits: int) -> None:
-    chosen = lowered(program, bits)
+@pytest.mark.parametrize("form", ["bits=4", "bits=3", "bits=2", "grid=ternary"])
+def test_the_artifact_has_the_perplexity_and_the_tokens_of_the_program(program: Program, form: str) -> None:
+    chosen = lowered(program, form)
     session = graphopt.compile(entries_of(chosen)).session()
     rows = []
     for row in windows():
@@ -101,3 +102,8 @@ def test_the_artifact_has_the_perplexity_of_the_program(program: Program, bits: 
         }
         rows.append(torch.from_numpy(session.run(["logits"], feed, entry="prefill")[0]))
     assert perplexity(torch.cat(rows)) == pytest.approx(of_program(chosen), rel=2e-3)
+    prompt = windows()[0, :PROMPT].tolist()
+    ids = prompt + list(session.generate(prompt, CONTEXT - PROMPT))
+    assert len(set(ids[PROMPT:])) > 4, "a sequence that repeats itself shows nothing"
+    (logits,) = chosen(torch.tensor([ids]), torch.arange(CONTEXT), torch.ones(1, CONTEXT, dtype=torch.bool))
+    assert logits[0, PROMPT - 1 : -1].argmax(-1).tolist() == ids[PROMPT:]
