@@ -51,7 +51,8 @@ _TYPICAL_ROWS = 128  # which a tile has to divide well where the row count is kn
 _SERIAL_BELOW = 1 << 18  # multiply-adds that are not worth the launch of threads
 _SERIAL_POSSIBLE_BELOW = 8 * _SERIAL_BELOW  # those that may be: of more, only a machine that others use says so
 _FEW_ROWS = (1, 4)  # up to which a row count known at run time is one tile of so many rows
-_AHEAD = 4 << 10  # bytes ahead of a weight that is read once: faster than 16 KB, and than a whole panel
+_AHEAD = 4 << 10  # bytes ahead, at the least, of a weight that is read once: faster than 16 KB, and than a whole panel
+_GROUPS_AHEAD = 4  # of steps, where they are more: panels of 96 columns are read 1.4 times as fast as by 4 KB
 _LINE = 64  # bytes of a cache line
 
 
@@ -399,7 +400,8 @@ class _Step:
         gemm_, line = self.gemm, self.gemm.line
         if isinstance(self.passing, int) and self.passing == 1:
             step = self.tile.steps * gemm_.columns
-            self.touch(weights + _AHEAD // gemm_.width + outer * step, -(-step // line))
+            ahead = max(_AHEAD // gemm_.width, _GROUPS_AHEAD * step)
+            self.touch(weights + ahead + outer * step, -(-step // line))
             return
         lines, share = self.lines, self.share
         self.touch(weights + (lines + (self.number * self.steps + outer) * share) * line, share)
