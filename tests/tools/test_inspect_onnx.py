@@ -102,7 +102,7 @@ def test_files_beside_the_model(cli: Cli, tmp_path: Path) -> None:
     assert outcome.code == 2 and "tensor 'w'" in outcome.out and "does not exist beside the model" in outcome.err
 
 
-@pytest.mark.parametrize("opset", [10, None])
+@pytest.mark.parametrize("opset", [5, None])
 def test_opsets_that_are_not_imported(cli: Cli, tmp_path: Path, opset: int | None) -> None:
     model = model_of([helper.make_node("Relu", ["x"], ["r"])], {"x": ("float32", (4,))}, ["r"], opset=opset or 20)
     if opset is None:
