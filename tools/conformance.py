@@ -69,8 +69,10 @@ def _run(cases: Sequence[Case], arguments: argparse.Namespace) -> list[dict[str,
     records = {key: done[key] for key in wanted if key in done}
     names = {case.name: case for case in cases}
     begin = time.monotonic()
+    if done:  # the last line may have been cut off
+        with replace_file(arguments.output) as stream:
+            stream.writelines(json.dumps(record).encode() + b"\n" for record in done.values())
     with open(arguments.output or os.devnull, "a" if arguments.resume else "w") as file:
-        file.write("\n" if done else "")  # a line may have been cut off
         for mode in modes:
             left = [case for case in cases if (case.suite, case.name, mode) not in records]
             for number, record in run_all(left, mode, arguments.processes, arguments.seconds):
@@ -87,7 +89,7 @@ def _key(record: dict[str, Any]) -> Key:
 
 
 def _read(path: str) -> dict[Key, dict[str, Any]]:
-    """Results that were written before; a line that was cut off, or is empty, is none."""
+    """Results that were written before; a line that was cut off is none."""
     done = {}
     for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
         try:

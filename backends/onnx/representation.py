@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import torch
@@ -17,7 +18,8 @@ from graphopt.database import Database
 from graphopt.errors import BoundInputError, CaptureError, FeedError
 from graphopt.program import Program
 
-_NARROW = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
+_NARROW = {"int2": "i1", "int4": "i1", "uint2": "u1", "uint4": "u1", "float4_e2m1fn": ml_dtypes.float8_e4m3fn}
+"""What programs hold them in."""
 
 
 class BackendRep(OnnxBackendRep):
@@ -96,17 +98,10 @@ class BackendRep(OnnxBackendRep):
 
 
 def _tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """Codes of less than 8 bits become bytes of their own where the program holds them so."""
-    if array.dtype.name in ("int2", "int4"):
-        array = array.astype(np.int8)
-    elif array.dtype.name in ("uint2", "uint4"):
-        array = array.astype(np.uint8)
-    elif array.dtype.name == "float4_e2m1fn":
-        array = array.astype(np.float32)  # of which `tensor_of` makes the dtype that holds them
-    return tensor_of(array, dtype)
+    return tensor_of(array.astype(_NARROW.get(array.dtype.name, array.dtype)), dtype)
 
 
 def _declared(array: np.ndarray, value: onnx.ValueInfoProto) -> np.ndarray:
-    """Codes and numbers of less than 8 bits, which a program holds in a wider type, in the type of the file."""
+    """Numbers of less than 8 bits in the type that the file says."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
     return array.astype(dtype) if dtype.name in _NARROW else array

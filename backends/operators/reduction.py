@@ -28,7 +28,7 @@ from graphopt.backends.operators.views import reshape
 from graphopt.backends.rules import reduction as rule
 from graphopt.backends.rules.generic import reduce_generic
 from graphopt.backends.rules.rows import reduced_rows
-from graphopt.backends.rules.scan import running_sum
+from graphopt.backends.rules.scan import running
 from graphopt.backends.sizes import Shape, Size, contiguous_strides, product, shape_of
 from graphopt.backends.values import (
     Index,
@@ -376,19 +376,21 @@ def _logical(combine: str) -> Callable[[Lowering, Node], Any]:
     return lower
 
 
-def _running_sum(lowering: Lowering, node: Node) -> Any:
+def _running(lowering: Lowering, node: Node) -> Any:
     given = arguments(node)
     source = lowering.view(given["self"])
     if not source.shape:
         return cast(source, DTYPES[node.meta["val"].dtype])
     order = tuple(range(len(source.shape))) if 0 in source.strides else memory_order(source)
     axis = order.index(int(given["dim"]) % len(order))
-    code = running_sum(permuted(source, order), axis, DTYPES[node.meta["val"].dtype], lowering.target)
+    products = node.target is aten.cumprod.default
+    code = running(permuted(source, order), axis, DTYPES[node.meta["val"].dtype], lowering.target, products=products)
     return permuted(lowering.call(code)[0], inverse(order))
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
-    aten.cumsum.default: _running_sum,
+    aten.cumsum.default: _running,
+    aten.cumprod.default: _running,
     aten.sum.default: _simple("sum"),
     aten.sum.dim_IntList: _simple("sum"),
     aten.mean.default: _mean,

@@ -17,7 +17,7 @@ from graphopt.backends.operators.arguments import arguments
 from graphopt.backends.operators.element_wise import cast, computed_in, constant, convert, dtype_of, is_float, like
 from graphopt.backends.operators.indexing import element_at, inside
 from graphopt.backends.operators.views import expand, reshape
-from graphopt.backends.rules.scan import running_sum
+from graphopt.backends.rules.scan import running
 from graphopt.backends.rules.scatter import scatter
 from graphopt.backends.sizes import Shape, Size, product, shape_of
 from graphopt.backends.values import Index, Lazy, View
@@ -209,7 +209,7 @@ def _masked_scatter(lowering: Lowering, node: Node) -> Lazy:
     mask = lowering.contiguous(expand(lowering, lowering.tensor(mask_argument), shape))
     count: Size = product(source.shape)
     flags = lowering.contiguous(reshape(lowering, cast(mask, "int64"), (product(shape),)))
-    places = reshape(lowering, lowering.call(running_sum(flags, 0, "int64", lowering.target))[0], shape)
+    places = reshape(lowering, lowering.call(running(flags, 0, "int64", lowering.target))[0], shape)
 
     def element(kernel: Kernel, index: Index) -> Any:
         place = inside(kernel, tirx.max(kernel.load(places, index) - 1, tirx.const(0, "int64")), count)

@@ -1,4 +1,4 @@
-"""Running sums along one axis.
+"""Running sums and products along one axis.
 
 Along an axis that is not the innermost in memory the other columns run in vectors. Along the innermost one each sum
 waits for the last, 4 cycles; 8 rows at a time hide that, one load, addition and store an element.
@@ -22,19 +22,19 @@ RULE = "scan"
 _ROWS = 8  # summed up side by side along the innermost axis
 
 
-def running_sum(source: View, axis: int, dtype: str, target: Target) -> Code:
-    """out[..., i, ...] = sum of source[..., j, ...] over j <= i along `axis`; `dtype` is that of the result.
+def running(source: View, axis: int, dtype: str, target: Target, *, products: bool = False) -> Code:
+    """out[..., i, ...] = sum of source[..., j, ...] over j <= i along `axis`, or product; `dtype` is the result's.
 
     float16 and bfloat16 are added up in float32.
     """
     last = len(source.shape) - 1
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        (_write_rows if axis == last else _write_columns)(kernel, source, axis, outputs[0])
+        (_write_rows if axis == last else _write_columns)(kernel, source, axis, outputs[0], products)
 
     return write_kernel(
         RULE,
-        "cumsum",
+        "cumprod" if products else "cumsum",
         target,
         [source],
         [(source.shape, dtype)],
@@ -44,7 +44,7 @@ def running_sum(source: View, axis: int, dtype: str, target: Target) -> Code:
     )
 
 
-def _write_columns(kernel: Kernel, source: View, axis: int, output: Output) -> None:
+def _write_columns(kernel: Kernel, source: View, axis: int, output: Output, products: bool) -> None:
     outer = [number for number in range(len(source.shape) - 1) if number != axis]
     columns = kernel.size(source.shape[-1])
     lanes = vector_width(source.shape[-1], kernel.target)
@@ -61,10 +61,10 @@ def _write_columns(kernel: Kernel, source: View, axis: int, output: Output) -> N
         def add(width: int, column: Any) -> None:
             total = kernel.registers(width, dtype=accumulated_in(output.dtype))
             with kernel.vectorized(width) as lane:
-                T.buffer_store(total, tirx.const(0, total.dtype), [lane])
+                T.buffer_store(total, tirx.const(int(products), total.dtype), [lane])
             with kernel.serial(kernel.size(source.shape[axis])) as step, kernel.vectorized(width) as lane:
                 position = {**at, axis: step, len(source.shape) - 1: column + lane}
-                _accumulate(kernel, source, position, output, total, lane)
+                _accumulate(kernel, source, position, output, total, lane, products)
 
         with T.If(part < vectors):
             with T.Then():
@@ -73,7 +73,7 @@ def _write_columns(kernel: Kernel, source: View, axis: int, output: Output) -> N
                 add(1, vectors * lanes + (part - vectors))
 
 
-def _write_rows(kernel: Kernel, source: View, axis: int, output: Output) -> None:
+def _write_rows(kernel: Kernel, source: View, axis: int, output: Output, products: bool) -> None:
     outer = source.shape[:-1]
     rows = kernel.size(product(outer))
 
@@ -81,11 +81,11 @@ def _write_rows(kernel: Kernel, source: View, axis: int, output: Output) -> None
         places = [kernel.index(outer, linear=first + number) for number in range(count)]
         totals = kernel.registers(count, dtype=accumulated_in(output.dtype))
         for number in range(count):
-            T.buffer_store(totals, tirx.const(0, totals.dtype), [number])
+            T.buffer_store(totals, tirx.const(int(products), totals.dtype), [number])
         with kernel.serial(kernel.size(source.shape[-1])) as step:
             for number, place in enumerate(places):
                 position = {n: place.axis(n) for n in range(len(outer))} | {axis: step}
-                _accumulate(kernel, source, position, output, totals, number)
+                _accumulate(kernel, source, position, output, totals, number, products)
 
     with kernel.parallel(tirx.truncdiv(rows + (_ROWS - 1), int64(_ROWS))) as task:
         first = task * _ROWS
@@ -97,9 +97,9 @@ def _write_rows(kernel: Kernel, source: View, axis: int, output: Output) -> None
 
 
 def _accumulate(
-    kernel: Kernel, source: View, position: dict[int, Any], output: Output, totals: Any, number: Any
+    kernel: Kernel, source: View, position: dict[int, Any], output: Output, totals: Any, number: Any, products: bool
 ) -> None:
     index = Index(source.shape, kernel.sizes, axes=tuple(position[n] for n in range(len(source.shape))))
-    value = kernel.load(source, index)
-    T.buffer_store(totals, totals[number] + value.astype(totals.dtype), [number])
+    value = kernel.load(source, index).astype(totals.dtype)
+    T.buffer_store(totals, totals[number] * value if products else totals[number] + value, [number])
     output.store(index.flat(), totals[number])

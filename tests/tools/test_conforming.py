@@ -158,6 +158,7 @@ def test_a_run_goes_on_where_it_ended(cli: Cli, tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "list.txt").read_text() == "node test_a eager\nnode test_c eager\n"
     assert "| node | eager | 3 | 3 | 2 | 0 | 1 | 0 | 0 | 0 |" in (tmp_path / "page.md").read_text()
     assert cli("conformance", "-o", "r.jsonl", "--resume").code == 0 and len(ran) == 2
+    assert [json.loads(line)["test"] for line in (tmp_path / "r.jsonl").read_text().splitlines()].count("test_b") == 1
     cli("conformance", "--resume").refused("--resume needs -o FILE")
     cli("conformance", "--processes", "0").refused("must be above 0")
 

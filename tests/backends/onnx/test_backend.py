@@ -91,6 +91,19 @@ def test_bfloat16_comes_back_as_it_is_declared(compiled: bool, tmp_path: Path) -
     assert found.dtype == x.dtype and np.array_equal(found, -x)
 
 
+@pytest.mark.parametrize(
+    "kind", ["INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ", "FLOAT8E8M0"]
+)
+def test_numbers_of_few_bits_come_and_go_as_they_are_declared(kind: str) -> None:
+    code = getattr(TensorProto, kind)
+    values = [helper.make_tensor_value_info(name, code, [2, 3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Transpose", ["x"], ["y"], perm=[0, 1])], "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 25)])
+    x = np.array([[1, 0.5, 1], [1, 1, 0.5]]).astype(helper.tensor_dtype_to_np_dtype(code))
+    (found,) = backend.run_model(model, [x])
+    assert found.dtype == x.dtype and np.array_equal(found, x)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # numpy's, of tests about infinities
 def test_the_runner_of_onnx_takes_it() -> None:

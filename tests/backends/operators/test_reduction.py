@@ -60,6 +60,8 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
     "logsumexp": lambda x: x.float().logsumexp(-1),
     "cumsum": lambda x: x.cumsum(1),
     "cumsum_last": lambda x: x.cumsum(-1),
+    "cumprod": lambda x: x.cumprod(1),
+    "cumprod_last": lambda x: x.cumprod(-1),
     "count_nonzero": lambda x: (x != 0).sum(-1),
     "mask_sum": lambda x: (x > 0).sum(),
 }
