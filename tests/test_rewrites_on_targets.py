@@ -14,6 +14,7 @@ import graphopt
 from graphopt.arrays import array_of
 from graphopt.errors import CompileError
 from graphopt.program import Program
+from tests import models
 from tests.emulation import CPUS, Runner, arm_runner, wheels_for_arm
 from tests.rewrites import REWRITES
 
@@ -76,6 +77,18 @@ def test_on_arm(arm: Runner, name: str, target: str, word: str, tmp_path: Path) 
     found = arm(tmp_path / "model.gopt", feed, tmp_path, CPUS[target])
     for spec, expected in zip(program.outputs, program(*program.examples), strict=True):
         assert close(found[spec.name], array_of(expected.detach().contiguous()), name)
+
+
+@pytest.mark.slow
+def test_minilm_on_arm(arm: Runner, tmp_path: Path) -> None:
+    """A whole model with its own weights, on few tokens of one sentence."""
+    program = graphopt.optimize(models.program("minilm"), "O2", target="cpu:cortex-a78ae").program
+    graphopt.compile(program, "cpu:cortex-a78ae", threads=2).save(tmp_path / "model.gopt")
+    values = [value[:1, :5] for value in program.examples]
+    feed = {spec.name: array_of(value.contiguous()) for spec, value in zip(program.inputs, values, strict=True)}
+    (expected,) = program(*values)
+    (found,) = arm(tmp_path / "model.gopt", feed, tmp_path, CPUS["cpu:cortex-a78ae"]).values()
+    assert close(found, array_of(expected.detach().contiguous()), "minilm")
 
 
 def close(found: np.ndarray, expected: np.ndarray, name: str) -> bool:
