@@ -5,4 +5,4 @@ from __future__ import annotations
 if __name__ != "graphopt.backends":
     raise ImportError("import graphopt.backends instead of backends: one file must never be two modules")
 
-TARGETS = {"cpu": "graphopt.backends.cpu"}
+TARGETS = {"cpu": "graphopt.backends.cpu", "cuda": "graphopt.backends.cuda.family"}

@@ -21,7 +21,8 @@ from graphopt.backends import amx
 from graphopt.backends.choice import Choices, Tuned
 from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
-from graphopt.backends.lowering import WEIGHT_COUNT, lower_program, reserve
+from graphopt.backends.lowering import WEIGHT_COUNT, Operators, lower_program, reserve
+from graphopt.backends.operators import OPERATORS
 from graphopt.backends.operators.low_bit import takes_tables
 from graphopt.backends.packed_weights import Weights
 from graphopt.backends.target import Target, resolve_target, runnable
@@ -51,7 +52,12 @@ class Module:
     choices: Choices
 
 
-def lower(programs: Mapping[str, Program], target: Target, tuned: Tuned | None = None) -> Module:
+def lower(
+    programs: Mapping[str, Program],
+    target: Target,
+    tuned: Tuned | None = None,
+    operators: Operators = OPERATORS,
+) -> Module:
     """Every entry as a function of one module; `tuned` tells what measured best for a workload.
 
     Raises CompileError naming the node that has no lowering.
@@ -66,7 +72,7 @@ def lower(programs: Mapping[str, Program], target: Target, tuned: Tuned | None =
     for entry in programs:
         reserve(entry, builder)
     for entry, program in sorted(programs.items(), key=_packs_first):  # the rest read their packing
-        lowered = lower_program(program, target, entry, weights, builder, choices, written)
+        lowered = lower_program(program, target, entry, weights, builder, choices, written, operators)
         arguments[entry] = lowered.weights
         for kernel, info in lowered.kernels.items():
             known = kernels.get(kernel, info)

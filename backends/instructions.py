@@ -19,6 +19,7 @@ from graphopt.backends.code_instructions import code_definitions
 from graphopt.backends.integer_instructions import integer_definitions
 from graphopt.backends.look_up_instructions import look_up_definitions
 from graphopt.backends.low_bit_instructions import low_bit_definitions
+from graphopt.backends.scalar_instructions import scalar_definitions
 from graphopt.backends.table_instructions import table_definitions
 from graphopt.backends.target import Target
 
@@ -61,6 +62,8 @@ def _rounded(cast: Any) -> Any:
 
 def definitions(target: Target) -> str:
     """The functions for `target` in LLVM's language."""
+    if target.lanes == 1:
+        return scalar_definitions() + code_definitions(target)
     integer = integer_definitions(target) + low_bit_definitions(target)
     integer += code_definitions(target) + table_definitions(target)
     integer = _declared_once(integer + look_up_definitions(target))

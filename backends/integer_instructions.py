@@ -27,7 +27,7 @@ def multiply_quads(total: Any, left: Any, right: Any, lanes: int, lane: int | No
 
     Vectors int32, uint32 and uint32; with a number `lane` that one of `left` stands for all.
     """
-    return tirx.call_pure_extern(f"int32x{lanes}", _name("quads", lane), total, left, right)
+    return tirx.call_pure_extern("int32" if lanes == 1 else f"int32x{lanes}", _name("quads", lane), total, left, right)
 
 
 def multiply_words(total: Any, left: Any, right: Any, lanes: int, lane: int | None = None) -> Any:

@@ -52,6 +52,7 @@ from graphopt.runtime.manifest import KernelInfo
 WEIGHT_COUNT = "graphopt.weights"  # how many of a function's parameters, the last ones, are weights
 _DEEPEST = 16  # element-wise nodes that one kernel computes in a chain
 _DEEPEST_UNBOUND = 8  # the same where values cannot be bound, so that every reading writes them out again
+Operators = Mapping[Any, Callable[..., Any]]  # how a node of each operator is lowered
 _KINDS = Kinds(
     fits_epilogue,
     is_branching,
@@ -83,9 +84,11 @@ class Lowering:
         parent: Lowering | None = None,
         path: str = "",
         in_place: frozenset[Node] = frozenset(),
+        operators: Operators = OPERATORS,
     ) -> None:
         self.target, self.module, self.weights, self.builder = target, module, weights, builder
         self.kernels, self.choices, self._path = kernels, choices, path
+        self.operators = operators
         self.in_place = in_place  # nodes that write into the state that they replace
         self.sizes: Sizes = parent.sizes if parent else Sizes()
         self.constants: dict[str, Storage] = parent.constants if parent else {}  # name -> argument of the function
@@ -123,7 +126,7 @@ class Lowering:
         ):
             return size_of(value)
         _check_dtypes(node, value)
-        lower = OPERATORS.get(node.target)
+        lower = self.operators.get(node.target)
         if lower is None:
             return self._of_weights(node)
         if isinstance(value, torch.Tensor) and 0 in (shape := shape_of(value)):  # nothing to compute, nothing to divide
@@ -262,7 +265,7 @@ class Lowering:
 
     def follow(self, follower: Node, together: list[Node]) -> Any:
         """Lower one node of an epilogue."""
-        value = OPERATORS[follower.target](self, follower)
+        value = self.operators[follower.target](self, follower)
         if isinstance(value, Lazy):
             shared = count_reads(follower) > 1 and follower is not together[-1]
             value = replace(named(follower, value), shared=shared)
@@ -348,7 +351,17 @@ class Lowering:
     def branch(self, graph: Node, arguments: list[Any], kind: Any) -> relax.SeqExpr:
         """The sub-graph that the node `graph` reads as one side of an `If`, closing over weights and operands."""
         module, path = self.value(graph), f"{self._path}{graph.target}."
-        inner = Lowering(self.target, module, self.weights, self.builder, self.kernels, self.choices, self, path)
+        inner = Lowering(
+            self.target,
+            module,
+            self.weights,
+            self.builder,
+            self.kernels,
+            self.choices,
+            self,
+            path,
+            operators=self.operators,
+        )
         results = [inner.contiguous(value) for value in inner.run(arguments)]
         variables = [inner.own(view) for view in results]
         result = variables[0] if len(variables) == 1 else inner.bind(relax.Tuple(variables), kind)
@@ -411,6 +424,7 @@ def lower_program(
     builder: relax.BlockBuilder,
     choices: Choices,
     written: frozenset[str] = frozenset(),
+    operators: Operators = OPERATORS,
 ) -> Lowered:
     """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`.
 
@@ -420,7 +434,7 @@ def lower_program(
     module = program.graph_module
     in_place = frozenset(node for state, node in writes(program) if state in written)
     kernels = Kernels(name, program.symbols)
-    lowering = Lowering(target, module, weights, builder, kernels, choices, in_place=in_place)
+    lowering = Lowering(target, module, weights, builder, kernels, choices, in_place=in_place, operators=operators)
     parameters, arguments = [], []
     for node in module.graph.nodes:
         if node.op == "placeholder":

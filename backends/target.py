@@ -133,7 +133,7 @@ def _extensions(features: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def target_names() -> tuple[str, ...]:
-    """Every name `resolve_target` takes, or refuses because code for GPUs is not built yet."""
+    """Every name `resolve_target` takes, or refuses because it is a GPU's."""
     return ("cpu", *LEVELS, *DEVICES)
 
 

@@ -70,14 +70,13 @@ _ALL = (
     Device("cuda:sm_100", "NVIDIA B200", cuda="sm_100", memory=192),
 )
 DEVICES = {device.name: device for device in _ALL}
-NOT_BUILT = "code for GPUs is not built yet"
 
 
 def refuse_gpu(device: Device) -> None:
-    """Raise UsageError where a program for the device would run on its GPU."""
+    """Raise UsageError where a program for the device would run on its GPU, which is none for a CPU's kernels."""
     if device.on_gpu:
         instead = f"; for its CPU: --target {device.level}" if device.level else ""
-        raise UsageError(f"target {device.name} runs on a GPU ({device.cuda}), and {NOT_BUILT}{instead}")
+        raise UsageError(f"target {device.name} runs on a GPU ({device.cuda}), and this is for CPUs{instead}")
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,11 @@ def describe_pass(kind: type[Pass]) -> PassInfo:
 
 
 def list_targets() -> tuple[str, ...]:
-    """Every target name that `optimize` and `compile` know; they refuse those with a GPU, see `list-targets`."""
+    """Every target name that `optimize` and `compile` know."""
+    from graphopt.backends.cuda.target import target_names as cuda_names
     from graphopt.backends.target import target_names
 
-    own = dict.fromkeys(target_names(), "graphopt.backends.target")
+    own = dict.fromkeys((*target_names(), *cuda_names()), "graphopt.backends.target")
     return tuple(_with_third_parties("target", own, "graphopt.targets"))
 
 
@@ -106,8 +107,10 @@ def find_backend(name: str) -> ModuleType:
     """
     from graphopt.backends import TARGETS
     from graphopt.backends.target import target_names
+    from graphopt.backends.targets import DEVICES
 
-    family = "cpu" if name in target_names() else name.partition(":")[0]
+    on_gpu = name in DEVICES and DEVICES[name].on_gpu
+    family = "cuda" if on_gpu else "cpu" if name in target_names() else name.partition(":")[0]
     if family in TARGETS:
         return import_module(TARGETS[family])
     for entry in entry_points(group="graphopt.targets"):
@@ -120,17 +123,16 @@ def find_backend(name: str) -> ModuleType:
 def check_target(name: str) -> str:
     """The target that this one is compiled as: that of its CPU for a device, else itself.
 
-    Raises UnknownNameError for a name that is not in `list_targets`, UsageError for one that cannot be compiled for.
+    Raises UnknownNameError for a name that is not in `list_targets`.
     """
-    from graphopt.backends.targets import DEVICES, refuse_gpu
+    from graphopt.backends.targets import DEVICES
 
     known = list_targets()
     if name not in known:
         raise UnknownNameError("target", name, known)
     device = DEVICES.get(name)
-    if device is None:
+    if device is None or device.on_gpu:
         return name
-    refuse_gpu(device)
     return str(device.level)
 
 

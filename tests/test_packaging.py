@@ -23,6 +23,7 @@ def package_files() -> set[str]:
     data = [path for suffix in ("yaml", "html", "css", "js") for path in (ROOT / "graphopt").rglob(f"*.{suffix}")]
     data += [path for path in (ROOT / "graphopt" / "package" / "cpp").rglob("*") if path.is_file()]
     names |= {f"graphopt/{path.relative_to(ROOT / 'graphopt')}" for path in data}
+    names |= {f"graphopt/backends/cuda/{name}" for name in ("nvrtc_standard.h", "prelude.cu")}
     return names | {"graphopt/py.typed", "graphopt/report.schema.json", "graphopt/backends/tuner/common.jsonl"}
 
 

@@ -135,13 +135,14 @@ def check_cache() -> str:
 
 
 def check_target(name: str) -> str:
-    from graphopt.backends.target import resolve_target, runnable
+    from graphopt.registry import find_backend
     from graphopt.runtime.features import missing
 
-    target = resolve_target(name)
+    backend = find_backend(name)
+    target = backend.resolve_target(name)
     if lacking := missing(target.features):
         raise GraphoptError(f"can be compiled for, not run here: this CPU lacks {', '.join(lacking)}")
-    if runnable(target) is not target:
+    if backend.runnable(target) is not target:
         raise GraphoptError("can be compiled for, not run here: Linux gives this process no AMX tiles")
     return f"{target.name}, {target.architecture}: can be compiled for and run here"
 

@@ -33,8 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(name: str) -> dict[str, Any]:
     """A row: strings, but for `GB`; `features` are what its CPU needs."""
+    from graphopt.backends.cuda.target import target_names as cuda_names
     from graphopt.backends.target import LEVELS, resolve_target
-    from graphopt.backends.targets import DEVICES, NOT_BUILT, Device, ability
+    from graphopt.backends.targets import DEVICES, Device, ability
 
     device = DEVICES.get(name, Device(name, "the best of this machine" if name == "cpu" else "", name))
     row: dict[str, Any] = {
@@ -44,10 +45,10 @@ def describe(name: str) -> dict[str, Any]:
         "GB": device.memory,
         "watts": "/".join(device.power_modes),
     }
+    if name in cuda_names():
+        return row | _describe_gpu(name)
     if name not in ("cpu", *LEVELS, *DEVICES):
         return row | {"what": "of another package"}
-    if device.on_gpu:
-        return row | {"features": [], "build": NOT_BUILT, "run": "a build", "tune": "a build"}
     features = resolve_target(name).features
     found = ability(features)
     return row | {
@@ -58,6 +59,22 @@ def describe(name: str) -> dict[str, Any]:
         "tune": found.tune or "yes",
         **({"note": f"on its CPU: {device.cpu_only}"} if device.cpu_only else {}),
     }
+
+
+def _describe_gpu(name: str) -> dict[str, Any]:
+    from graphopt.backends.cuda.compiler import find_compiler
+    from graphopt.backends.cuda.target import resolve_target
+    from graphopt.errors import CompileError
+    from graphopt.runtime.features import missing
+
+    target = resolve_target(name)
+    build = "yes"
+    try:
+        find_compiler(target.archs)
+    except CompileError as e:
+        build = str(e)
+    run = "a machine with this GPU" if missing(target.features) else "yes"
+    return {"features": list(target.features), "build": build, "run": run, "tune": "kernels for GPUs are not tuned"}
 
 
 if __name__ == "__main__":

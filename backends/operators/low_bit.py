@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from graphopt.backends.kernel import Kernel
     from graphopt.backends.lowering import Lowering
 
+Write = Callable[..., Code]
 _CONSTANTS = ("weight", "weight_scale", "weight_zero", "codebook", "bias", "tag")
 _UNSIGNED = 128  # added to numbers of codebooks where instructions multiply bytes without a sign
 _SMALL_BOOK, _BOOK = 16, 256  # entries that instructions look up
@@ -48,6 +49,14 @@ def _build(lowering: Lowering, node: Node) -> tuple[View, ...]:
 
 
 def _product(lowering: Lowering, node: Node) -> View:
+    return product_by(lowering, node)
+
+
+def product_by(lowering: Lowering, node: Node, own: Write | None = None) -> View:
+    """Lower a product of low-bit codes, by `own` where a target has a kernel of its own for exact sums.
+
+    That gets layouts by lanes and vectors, operands by layout, the bare result and the end of its epilogue.
+    """
     given, held = arguments(node), constants(lowering, node, _CONSTANTS)
     weight, bits, target = held["weight"], given["bits"], lowering.target
     tables = given["table"] == "int8"
@@ -60,6 +69,8 @@ def _product(lowering: Lowering, node: Node) -> View:
             f"numbers; give at most {_BOOK >> bits}"
         )
     bias = None if held["bias"] is None else lowering.weight(held["bias"])
+    if own is not None:
+        return lowering.anchored(node, _by(own, lowering, node, (codes, scale, sums), held), _with_bias(bias))
     rows = product(scale.shape[:-1])
     means = _means(lowering, node, held, rows)
     masked = low_bit_gemv.masks(target, bits, book is not None)
@@ -82,6 +93,30 @@ def _product(lowering: Lowering, node: Node) -> View:
         return lowering.choose(low_bit_gemv.offer(target, rows, layout_of, end, masked, means, cached, write))
 
     return lowering.anchored(node, build, _with_bias(bias))
+
+
+def _by(
+    own: Write, lowering: Lowering, node: Node, activations: tuple[View, View, View], held: dict[str, Any]
+) -> Callable[[Product, Any], Code]:
+    given = arguments(node)
+    if given["table"] == "int8":
+        raise CompileError(f"{node.name} multiplies tables of int8, which {lowering.target.name} has no kernel for")
+    n, k = (int(size) for size in held["weight"].shape)
+
+    def layout_of(lanes: int, vectors: int) -> Layout:
+        return Layout(n, k, given["bits"], given["group"], lanes, vectors)
+
+    codes, scale, sums = activations
+    padded = _padded(lowering, codes, layout_of(1, 2), False)
+
+    def operands_of(layout: Layout) -> Operands:
+        return _operands(lowering, layout, (padded, scale, sums), held, False)
+
+    return lambda result, end: own(lowering, node, layout_of, operands_of, result, end)
+
+
+def name_of(layout: Layout) -> str:
+    return f"low_bit_{layout.bits}_{layout.n}x{layout.k}"
 
 
 def takes_tables(node: Node) -> bool:

@@ -35,7 +35,7 @@ from graphopt.backends.rules.attention_epilogue import Epilogue
 from graphopt.backends.rules.attention_operands import MASKED, Masks
 from graphopt.backends.rules.attention_pairs import add_products, rounded_words, word_at
 from graphopt.backends.rules.attention_row import write_single_rows
-from graphopt.backends.rules.lanes import fill_tile, fold_rows, settled, span, zero_tile
+from graphopt.backends.rules.lanes import fill_tile, settled, span, store_folded, zero_tile
 from graphopt.backends.sizes import Size, least
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, fused_name
@@ -323,7 +323,7 @@ class _Attention(Operands):
         """The largest score of each row so far, and what the sums before this block are worth now."""
         kernel, state = self.kernel, rows.memory.state
         vectors = [T.bind(tops[r, 0, span(0, self.lanes)]) for r in range(self.tile_rows)]
-        T.buffer_store(numbers.scale, fold_rows(vectors, self.lanes, "max"), [span(0, self.folded)])
+        store_folded(kernel, numbers.scale, vectors, "max")
         with kernel.vectorized(self.folded) as lane:
             top = numbers.scale[lane]
             if state is not None:
@@ -359,7 +359,7 @@ class _Attention(Operands):
         """What the second product is multiplied by: 1 / sum once all keys are in; rows without any key get 0."""
         kernel, state = self.kernel, rows.memory.state
         vectors = [T.bind(sums[r, 0, span(0, self.lanes)]) for r in range(self.tile_rows)]
-        T.buffer_store(numbers.scale, fold_rows(vectors, self.lanes, "sum"), [span(0, self.folded)])
+        store_folded(kernel, numbers.scale, vectors, "sum")
         with kernel.vectorized(self.folded) as lane:
             total = numbers.scale[lane]
             if state is not None:

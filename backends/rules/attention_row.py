@@ -16,7 +16,7 @@ from graphopt.backends import approximations
 from graphopt.backends.kernel import Kernel, int64
 from graphopt.backends.rules.attention_epilogue import Epilogue
 from graphopt.backends.rules.attention_operands import MASKED, Masks, Strides, strides_of
-from graphopt.backends.rules.lanes import fold_lanes, fold_rows, settled, span
+from graphopt.backends.rules.lanes import fold_lanes, settled, span, store_folded, vector_type
 from graphopt.backends.values import View
 
 f32 = approximations.f32
@@ -71,7 +71,7 @@ class _SingleRows:
 
     def numbers(self, operand: Strides, start: Any) -> Any:
         """A vector of float32, from `start` on."""
-        return operand.flat[span(start, self.lanes)].astype(f"float32x{self.lanes}")
+        return operand.flat[span(start, self.lanes)].astype(vector_type("float32", self.lanes))
 
     def write_block(self, member: Any, first: Any, count: Any) -> None:
         kernel, lanes = self.kernel, self.lanes
@@ -119,7 +119,7 @@ class _SingleRows:
             for d in range(1, self.depth_vectors):
                 total = total + query[d] * self.numbers(self.k, start + d * lanes)
             sums.append(T.bind(total))
-        T.buffer_store(self.scores, fold_rows(sums, lanes, "sum"), [span(place, lanes)])
+        store_folded(kernel, self.scores, sums, "sum", place)
         with kernel.vectorized(lanes) as lane:
             score = self.scores[place + lane] * f32(self.scale)
             if self.masks.given is not None:

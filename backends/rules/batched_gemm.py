@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from graphopt.backends.choice import UNUSUAL, Choice, epilogue_parameters, size_parameter
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
-from graphopt.backends.rules.lanes import span, transposed
+from graphopt.backends.rules.lanes import span, transposed, vector_type
 from graphopt.backends.rules.register_tile import RegisterTile, Tile, choose_tile, tile_cost, tiles
 from graphopt.backends.sizes import Shape, Size, product
 from graphopt.backends.target import Target
@@ -228,4 +228,4 @@ class Batched:
         vectors = [T.bind(right[span(start + column * step, lanes)]) for column in columns]
         for number, vector in enumerate(transposed(vectors)):
             place = (block * lanes + number) * self.columns + c * lanes
-            T.buffer_store(copy, vector.astype(f"float32x{lanes}"), [span(place, lanes)])
+            T.buffer_store(copy, vector.astype(vector_type("float32", lanes)), [span(place, lanes)])

@@ -22,7 +22,7 @@ from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.batched_gemm import Batched, Configuration, beside, configure, merged, worth_timing
 from graphopt.backends.rules.integer_gemm import Words, WordTile, words_of
-from graphopt.backends.rules.lanes import fold_rows, span, transposed
+from graphopt.backends.rules.lanes import same, span, store_folded, transposed, vector_type
 from graphopt.backends.sizes import Shape, product
 from graphopt.backends.target import Target
 from graphopt.backends.tuner.record import Workload
@@ -194,14 +194,13 @@ class _IntegerBatched(Batched):
             for group in range(self.columns // size):
                 columns = [tirx.min(first + group * size + number, self.n - 1) for number in range(size)]
                 places = [tirx.truncdiv(start + column * step, int64(self.codes)) + begin for column in columns]
-                vectors = [T.bind(memory[span(place, size) if size > 1 else place]) for place in places]
+                vectors = [T.bind(memory[span(place, size)]) for place in places]
                 for number, vector in enumerate(transposed(vectors)):
-                    lanes_of = "" if size == 1 else f"x{size}"
-                    word = tirx.reinterpret(f"uint32{lanes_of}", vector)
+                    word = tirx.reinterpret(vector_type("uint32", size), vector)
                     signs: Any = tirx.const(self.signs * _ONES, "uint32")
-                    word = word ^ (signs if size == 1 else tirx.Broadcast(signs, size))
+                    word = word ^ (same(signs, size))
                     place = (begin + number) * self.columns + group * size
-                    T.buffer_store(copy, word, [span(place, size) if size > 1 else place])
+                    T.buffer_store(copy, word, [span(place, size)])
 
         with kernel.serial(whole // lanes) as block:
             square(block * lanes, lanes)
@@ -223,20 +222,20 @@ class _IntegerBatched(Batched):
     def _sum_columns(self, copy: Any) -> None:
         """What the left zero point adds to every sum of a column."""
         kernel, lanes = self.kernel, self.lanes
-        whole = tirx.Ramp(int64(0), int64(1), lanes)
+        whole = span(0, lanes)
         self.columns_term = kernel.registers(self.choice.tile.vectors, lanes, dtype="int32")
         sums = self.columns_term
         for c in range(self.choice.tile.vectors):
-            T.buffer_store(sums, tirx.Broadcast(tirx.const(0, "int32"), lanes), [int64(c), whole])
-        ones = tirx.Broadcast(tirx.const(_ONES, "uint32"), lanes)
+            T.buffer_store(sums, same(tirx.const(0, "int32"), lanes), [int64(c), whole])
+        ones = same(tirx.const(_ONES, "uint32"), lanes)
         with kernel.serial(self.deep) as number:
             for c in range(self.choice.tile.vectors):
                 word = copy[span(number * self.columns + c * lanes, lanes)]
                 T.buffer_store(sums, self.words.multiply(sums[int64(c), whole], ones, word, lanes), [int64(c), whole])
         for c in range(self.choice.tile.vectors):
             constant = self.count * self.a_zero * self.b_zero
-            scaled = sums[int64(c), whole] * tirx.Broadcast(tirx.const(-self.a_zero, "int32"), lanes)
-            T.buffer_store(sums, scaled + tirx.Broadcast(tirx.const(constant, "int32"), lanes), [int64(c), whole])
+            scaled = sums[int64(c), whole] * same(tirx.const(-self.a_zero, "int32"), lanes)
+            T.buffer_store(sums, scaled + same(tirx.const(constant, "int32"), lanes), [int64(c), whole])
 
     # The left operand -------------------------------------------------------------------------------------------------
     def multiply(self, copy: Any, left: Any, origin: Any, first_row: Any) -> WordTile:
@@ -273,11 +272,10 @@ class _IntegerBatched(Batched):
         for number in range(count):
             read = left[place + number]
             lanes = tvm.DataType(str(read.ty.dtype)).lanes
-            many = "" if lanes == 1 else f"x{lanes}"
-            code = read.astype(f"uint{bits}{many}").astype(f"uint32{many}")
+            code = read.astype(vector_type(f"uint{bits}", lanes)).astype(vector_type("uint32", lanes))
             if number:
                 shift: Any = tirx.const(bits * number, "uint32")
-                code = code << (shift if lanes == 1 else tirx.Broadcast(shift, lanes))
+                code = code << (same(shift, lanes))
             total = code if total is None else total | code
         return total
 
@@ -295,36 +293,35 @@ class _IntegerBatched(Batched):
     def _row_terms(self, left: Any, starts: list[Any]) -> Any:
         """What the right zero point adds to every sum of a row, as a buffer; sums of codes are exact in float32."""
         kernel, lanes = self.kernel, self.lanes
-        whole = tirx.Ramp(int64(0), int64(1), lanes)
-        ones = tirx.Broadcast(tirx.const(_ONES, "uint32"), lanes)
+        whole = span(0, lanes)
+        ones = same(tirx.const(_ONES, "uint32"), lanes)
         sums = kernel.registers(len(starts), lanes, dtype="int32")
         for r, start in enumerate(starts):
-            T.buffer_store(sums, tirx.Broadcast(tirx.const(0, "int32"), lanes), [int64(r), whole])
+            T.buffer_store(sums, same(tirx.const(0, "int32"), lanes), [int64(r), whole])
             for done, codes in self._pieces():
                 at = sums[int64(r), whole]
                 read = left[span(start + done, codes)]
                 if codes == 4 * lanes:
-                    at = self.words.multiply(at, tirx.reinterpret(f"uint32x{lanes}", read), ones, lanes)
+                    at = self.words.multiply(at, tirx.reinterpret(vector_type("uint32", lanes), read), ones, lanes)
                 else:
-                    at = at + read.astype(f"int32x{lanes}")
+                    at = at + read.astype(vector_type("int32", lanes))
                 T.buffer_store(sums, at, [int64(r), whole])
         rest = self.count % lanes
-        size = 1 << (len(starts) - 1).bit_length()
-        result = kernel.registers(size, dtype="int32")
-        vectors = [T.bind(sums[int64(r), whole].astype(f"float32x{lanes}")) for r in range(len(starts))]
-        folded = fold_rows(vectors, lanes, "sum").astype("int32" if size == 1 else f"int32x{size}")
-        T.buffer_store(result, folded, [span(0, size) if size > 1 else int64(0)])
+        terms = kernel.registers(len(starts), dtype="int32")
+        result = kernel.registers(1 << (len(starts) - 1).bit_length())
+        vectors = [T.bind(sums[int64(r), whole].astype(vector_type("float32", lanes))) for r in range(len(starts))]
+        store_folded(kernel, result, vectors, "sum")
         for r, start in enumerate(starts):
-            total = result[int64(r)]
+            total = result[int64(r)].astype("int32")
             for number in range(rest):
                 total = total + left[start + (self.count - rest + number)].astype("int32")
-            T.buffer_store(result, total * tirx.const(-self.b_zero, "int32"), [int64(r)])
-        return result
+            T.buffer_store(terms, total * tirx.const(-self.b_zero, "int32"), [int64(r)])
+        return terms
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """Where whole vectors of a row's codes begin, and how many codes they have: words of bytes, then bytes."""
         done = 0
-        for codes in (4 * self.lanes, self.lanes):
+        for codes in dict.fromkeys((4 * self.lanes if self.lanes > 1 else 1, self.lanes)):
             while done + codes <= self.count:
                 yield done, codes
                 done += codes

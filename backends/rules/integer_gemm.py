@@ -16,12 +16,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.choice import Choice, epilogue_parameters, size_parameter
 from graphopt.backends.integer_instructions import multiply_quads, multiply_words
-from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
+from graphopt.backends.kernel import Code, Kernel, Output, write_kernel
 from graphopt.backends.operations import operations
 from graphopt.backends.rules.gemm import (
     Configuration,
@@ -32,6 +31,7 @@ from graphopt.backends.rules.gemm import (
     pack_weight,
     worth_timing,
 )
+from graphopt.backends.rules.lanes import same, span
 from graphopt.backends.rules.register_tile import RegisterTile, Tile
 from graphopt.backends.sizes import Size, product
 from graphopt.backends.target import Target
@@ -81,8 +81,8 @@ class WordTile(RegisterTile):
         if self.lanes != self.tile.steps:
             super()._steps(first, left, right)
             return
-        whole = tirx.Ramp(int64(0), int64(1), self.lanes)
-        rows = [T.bind(left(r, tirx.Ramp(first, int64(1), self.lanes))) for r in range(self.tile.rows)]
+        whole = span(0, self.lanes)
+        rows = [T.bind(left(r, span(first, self.lanes))) for r in range(self.tile.rows)]
         for step, r, c in itertools.product(range(self.lanes), range(self.tile.rows), range(self.tile.vectors)):
             total = self.words.multiply(
                 self.values[r, c, whole], rows[r], right(first + step, c, whole), self.lanes, step
@@ -90,9 +90,9 @@ class WordTile(RegisterTile):
             T.buffer_store(self.values, total, [r, c, whole])
 
     def _step(self, k: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
-        whole = tirx.Ramp(int64(0), int64(1), self.lanes)
+        whole = span(0, self.lanes)
         for r in range(self.tile.rows):
-            word = tirx.Broadcast(left(r, k), self.lanes)
+            word = same(left(r, k), self.lanes)
             for c in range(self.tile.vectors):
                 total = self.words.multiply(self.values[r, c, whole], word, right(k, c, whole), self.lanes)
                 T.buffer_store(self.values, total, [r, c, whole])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -41,8 +42,17 @@ def fold_lanes(kernel: Kernel, buffer: Any, vectors: int, combine: str) -> None:
 
 
 def span(position: Any, lanes: int) -> Any:
-    """The index of `lanes` elements from `position` on, for loads and stores of a whole vector."""
-    return tirx.Ramp(int64(position), int64(1), lanes)
+    """The index of `lanes` elements from `position` on, for loads and stores of a whole vector; of one, a scalar's."""
+    return int64(position) if lanes == 1 else tirx.Ramp(int64(position), int64(1), lanes)
+
+
+def vector_type(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def same(value: Any, lanes: int) -> Any:
+    """The value in all lanes of a vector."""
+    return value if lanes == 1 else tirx.Broadcast(value, lanes)
 
 
 def transposed(vectors: Sequence[Any]) -> list[Any]:
@@ -88,6 +98,17 @@ def fold_rows(vectors: Sequence[Any], lanes: int, combine: str) -> Any:
         result = T.bind(apply(shuffled([result], lower), shuffled([result], upper)))
         lanes, width = lanes // 2, width // 2
     return result
+
+
+def store_folded(kernel: Kernel, buffer: Any, vectors: Sequence[Any], combine: str, start: Any = 0) -> None:
+    """Store vector number r, folded, at buffer[start + r]; behind the last one up to the next power of two anything."""
+    lanes = kernel.target.lanes
+    if lanes == 1:
+        for number, value in enumerate(vectors):
+            T.buffer_store(buffer, value, [int64(start) + number])
+    else:
+        folded = fold_rows(vectors, lanes, combine)
+        T.buffer_store(buffer, folded, [span(start, tvm.DataType(str(folded.ty.dtype)).lanes)])
 
 
 def _halves(count: int, width: int) -> tuple[list[int], list[int]]:

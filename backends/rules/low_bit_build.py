@@ -7,7 +7,7 @@ threads; one row is not worth a launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm import tirx
@@ -63,12 +63,25 @@ class _Build:
         alone = isinstance(rows, int) and rows * self.width < _WORTH_SHARING
         last = self.width - (self.groups - 1) * self.group
         same = last == self.group
+        write = self.write_codes if self.exact else self.write_tables
+        if self.lanes == 1:
+            self.write_apart(write, self.groups if same else self.groups - 1, last)
+            return
         with (self.kernel.serial if alone else self.kernel.parallel)(self.kernel.size(rows)) as row:
-            write = self.write_codes if self.exact else self.write_tables
             with self.kernel.serial(self.groups if same else self.groups - 1) as number:
                 write(row, number, self.group)
             if not same:
                 write(row, int64(self.groups - 1), last)
+
+    def write_apart(self, write: Callable[[Any, Any, int], None], whole: int, last: int) -> None:
+        """Each group of each row as a task, for a GPU."""
+        kernel, rows = self.kernel, self.kernel.size(self.rows)
+        if whole:
+            with kernel.parallel(rows * whole) as task:
+                write(tirx.truncdiv(task, int64(whole)), tirx.truncmod(task, int64(whole)), self.group)
+        if whole < self.groups:
+            with kernel.parallel(rows) as row:
+                write(row, int64(whole), last)
 
     def write_codes(self, row: Any, number: Any, size: int) -> None:
         kernel = self.kernel

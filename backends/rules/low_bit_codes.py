@@ -10,6 +10,7 @@ from tvm.tirx.script.builder import ir as T
 
 from graphopt.backends.kernel import Kernel, int64
 from graphopt.backends.low_bit_instructions import look_up_16
+from graphopt.backends.rules.lanes import same
 from graphopt.backends.rules.low_bit_layout import Layout
 from graphopt.backends.values import View
 
@@ -98,7 +99,7 @@ class Unpacking:
 
     def same(self, word: int) -> Any:
         """A word in all lanes."""
-        return tirx.Broadcast(tirx.const(word, "uint32"), self.lanes)
+        return same(tirx.const(word, "uint32"), self.lanes)
 
 
 @dataclass(frozen=True)
@@ -152,5 +153,5 @@ def shifted_down(word: Any, count: int, lanes: int) -> Any:
     """Shifted down, or up by a negative count."""
     if count == 0:
         return word
-    by = tirx.Broadcast(tirx.const(abs(count), "uint32"), lanes)
+    by = same(tirx.const(abs(count), "uint32"), lanes)
     return word >> by if count > 0 else word << by

@@ -33,15 +33,15 @@ def pointwise(value: Lazy | View, name: str, target: Target) -> Code:
     lanes = target.lanes if flat else _lanes(value, target)
 
     def body(kernel: Kernel, outputs: list[Output]) -> None:
-        if flat:
+        if target.lanes == 1:
+            write_each(kernel, value, outputs[0])
+        elif flat:
             write_flat(kernel, value, outputs[0])
         else:
             write_rows(kernel, value, outputs[0], lanes)
 
-    configuration: Configuration = {
-        "lanes": lanes,
-        **({"order": "flat", "block": _BLOCK} if flat else {"order": "rows"}),
-    }
+    order: Configuration = {"order": "flat", "block": _BLOCK} if flat else {"order": "rows"}
+    configuration = {"lanes": lanes, **({"order": "each"} if target.lanes == 1 else order)}
     return write_kernel(
         RULE,
         name,
@@ -56,13 +56,19 @@ def pointwise(value: Lazy | View, name: str, target: Target) -> Code:
 
 def shared_out(kernel: Kernel, extent: Any, operations_done: Size) -> AbstractContextManager[Any]:
     """A loop whose steps are shared out between threads, unless it is known to be too short."""
-    few = isinstance(operations_done, int) and operations_done <= _SERIAL_UP_TO
+    few = isinstance(operations_done, int) and operations_done <= _SERIAL_UP_TO and kernel.target.lanes > 1
     return kernel.serial(extent) if few else kernel.parallel(extent)
 
 
 def work(value: Lazy | View, target: Target) -> Size:
     """Operations of storing `value`; reading and writing an element is worth four."""
     return 4 * product(value.shape) + operations([value], target)
+
+
+def write_each(kernel: Kernel, value: Any, output: Output) -> None:
+    """Every element as a task of its own: a GPU's threads beside each other write beside each other."""
+    with kernel.parallel(kernel.size(product(value.shape))) as position:
+        output.store(position, kernel.load(value, kernel.index(value.shape, linear=position)))
 
 
 def write_flat(kernel: Kernel, value: Any, output: Output) -> None:

@@ -19,6 +19,7 @@ from graphopt.backends.code_instructions import PACKED
 from graphopt.backends.instructions import multiply_pairs
 from graphopt.backends.kernel import Kernel, Output, int64
 from graphopt.backends.rules.code_stores import packs, store_codes
+from graphopt.backends.rules.lanes import same, span
 from graphopt.backends.sizes import Size
 from graphopt.backends.target import Target
 from graphopt.backends.values import Product, View, inverse, permuted, placed_views
@@ -285,9 +286,9 @@ class PairTile(RegisterTile):
     """Sums of products of bfloat16: `left` and `right` give pairs of the depth, uint32, `right` a vector of them."""
 
     def _step(self, k: Any, left: Callable[[int, Any], Any], right: Callable[[Any, int, Any], Any]) -> None:
-        whole = tirx.Ramp(int64(0), int64(1), self.lanes)
+        whole = span(0, self.lanes)
         for r in range(self.tile.rows):
-            pair = tirx.Broadcast(left(r, k), self.lanes)
+            pair = same(left(r, k), self.lanes)
             for c in range(self.tile.vectors):
                 total = multiply_pairs(self.values[r, c, whole], pair, right(k, c, whole))
                 T.buffer_store(self.values, total, [r, c, whole])

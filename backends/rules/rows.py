@@ -20,7 +20,7 @@ from graphopt.backends import approximations
 from graphopt.backends.kernel import Code, Kernel, Output, int64, write_kernel
 from graphopt.backends.operations import count_operations, operations
 from graphopt.backends.rules.generic import combined, start_value
-from graphopt.backends.rules.lanes import fill_tile, fold_lanes, fold_rows, span
+from graphopt.backends.rules.lanes import fill_tile, fold_lanes, span, store_folded
 from graphopt.backends.rules.pointwise import shared_out, split_rows
 from graphopt.backends.rules.reduction import accumulated_in
 from graphopt.backends.sizes import Shape, Size, product
@@ -128,7 +128,9 @@ class Rows:
         self.each_column(step)
         whole = span(0, lanes)
         vectors = [T.bind(apply(partial[r, 0, whole], partial[r, 1, whole])) for r in range(count)]
-        return self.numbers_of(fold_rows(vectors, lanes, combine))
+        result = kernel.registers(1 << (count - 1).bit_length())
+        store_folded(kernel, result, vectors, combine)
+        return result
 
     def fold_exactly(self, combine: str) -> Any:
         """Combine every row; max and min keep NaN."""

@@ -48,7 +48,7 @@ def stored(value: Lazy | View, name: str, target: Target) -> Code:
     """The kernel that stores `value` contiguously, in blocks where it reads along another axis than it writes."""
     shorter = merged(value) if isinstance(value, View) else value
     plan = _plan(shorter, target)
-    zipped = None if plan else _zipped(shorter)
+    zipped = None if plan or target.lanes == 1 else _zipped(shorter)
     if plan is None and zipped is None:
         return pointwise(value, name, target)
     configuration: Configuration

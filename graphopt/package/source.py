@@ -31,6 +31,8 @@ def open_source(path: str | os.PathLike[str], libraries: Libraries) -> Source:
     archive = open_archive(path)
     manifest = parse(bytes(archive.member(MANIFEST)))
     check_files(archive, manifest, manifest.files)
+    if any(variant.on_gpu for variant in manifest.variants):
+        raise UsageError("the artifact is for a GPU, which the folder to ship has no runtime for; compile it for a CPU")
     machines = sorted({elf_machine(archive.member(variant.library)) for variant in manifest.variants})
     if libraries.machine not in machines:
         raise UsageError(

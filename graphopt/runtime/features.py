@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from graphopt.runtime import gpu
+
 _LISTS = ("flags", "Features")  # x86 and Arm
 
 
@@ -44,4 +46,4 @@ def read_text(path: Path) -> str:
 def missing(required: Iterable[str]) -> tuple[str, ...]:
     """Those of `required` that this machine lacks, in their order."""
     host = host_features()
-    return tuple(name for name in required if name not in host)
+    return tuple(name for name in required if not (gpu.runs(name) if name.startswith(gpu.PREFIX) else name in host))

@@ -23,6 +23,7 @@ from graphopt.errors import ArtifactError, MissingExtraError, UsageError
 
 RUNTIME_VARIABLE = "GRAPHOPT_TVM_RUNTIME"
 RUNTIME_LIBRARY = "libtvm_runtime.so"
+GPU_LIBRARY = "libtvm_runtime_cuda.so"
 PINNED = {"apache-tvm-ffi": "0.1.14.post1", "apache-tvm": "0.27.0.post1"}
 
 _lock = threading.RLock()
@@ -123,6 +124,19 @@ def _load() -> ModuleType:
             )
     module: ModuleType = tvm_ffi
     return module
+
+
+def load_gpu_runtime() -> None:
+    """TVM's runtime for NVIDIA's GPUs, which lies beside its runtime. Raises ArtifactError where it cannot be had."""
+    if ffi().get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
+        path = os.path.join(os.path.dirname(find_runtime()), GPU_LIBRARY)
+        try:
+            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+        except OSError as e:
+            raise ArtifactError(
+                f"{path}, which the artifact's code for a GPU needs, cannot be loaded ({e}); install apache-tvm and "
+                "CUDA's runtime library"
+            ) from e
 
 
 def find_runtime() -> str:

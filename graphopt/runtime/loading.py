@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from graphopt.errors import ArtifactError, UsageError
+from graphopt.runtime import gpu
 from graphopt.runtime.archive import Archive, open_archive
 from graphopt.runtime.features import missing
-from graphopt.runtime.library import find_function, open_library
+from graphopt.runtime.library import find_function, load_gpu_runtime, open_library
 from graphopt.runtime.manifest import CHECK, MANIFEST, REPORT, WEIGHTS, Entry, Manifest, Variant, parse
 from graphopt.runtime.sizes import fits
 from graphopt.runtime.tensors import to_device, widen
@@ -96,18 +97,24 @@ def check_files(archive: Archive, manifest: Manifest, hashed: Iterable[str]) -> 
 
 def runnable_variants(variants: Iterable[Variant]) -> list[Variant]:
     """Those whose features this machine has all of, the best first; raises ArtifactError naming what is missing."""
-    problems, found = [], []
+    variants, problems, found = tuple(variants), [], []
     for variant in variants:
         lacking = missing(variant.features)
         if not lacking:
             found.append(variant)
-        problems.append(f"{variant.target} needs {', '.join(lacking)}")
+        problems.append(f"{variant.target} needs {', '.join(map(_in_words, lacking))}")
     if found:
         return found
+    other = "a GPU" if any(variant.on_gpu for variant in variants) else "another CPU"
     raise ArtifactError(
-        f"the artifact was compiled for another CPU: {'; '.join(problems)}, which this machine lacks; "
+        f"the artifact was compiled for {other}: {'; '.join(problems)}, which this machine lacks; "
         "compile with target=... for this machine, or run it on one that has them"
     )
+
+
+def _in_words(feature: str) -> str:
+    archs = feature.removeprefix(gpu.PREFIX)
+    return feature if archs == feature else f"a GPU that runs code for {archs.replace('+', ' or ')}"
 
 
 def _open_best(archive: Archive, manifest: Manifest, runnable: list[Variant]) -> tuple[Variant, Any]:
@@ -124,6 +131,8 @@ def _open_best(archive: Archive, manifest: Manifest, runnable: list[Variant]) ->
 
 
 def _open(archive: Archive, manifest: Manifest, variant: Variant) -> Any:
+    if variant.on_gpu:
+        load_gpu_runtime()
     code = bytes(archive.member(variant.library))  # a copy: the file could change between this check and the opening
     _check_hash(archive, manifest, variant.library, code)
     return open_library(variant.library, code, manifest.files[variant.library]["sha256"])

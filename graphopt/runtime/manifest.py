@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from graphopt.errors import ArtifactError
+from graphopt.runtime import gpu
 
 FORMAT = "1.0"
 MANIFEST, WEIGHTS, CHECK, REPORT = "manifest.json", "weights.safetensors", "check.safetensors", "report.json"
@@ -103,13 +104,20 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled library. `features` are CPU flags as the runtime spells them ("avx512f"); all are required."""
+    """One compiled library. `features` are CPU flags as the runtime spells them ("avx512f"); all are required.
+
+    One that begins with "cuda:" names the architectures of GPUs that the library has code for ("cuda:sm_80+sm_90").
+    """
 
     target: str
     features: tuple[str, ...]
     library: str
     weights: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, KernelInfo] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(feature.startswith(gpu.PREFIX) for feature in self.features)
 
 
 @dataclass(frozen=True)

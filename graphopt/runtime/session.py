@@ -26,7 +26,7 @@ from graphopt.runtime.threads import Runner, resolve
 from graphopt.runtime.weights import state_name
 
 SET_DENORMALS = "graphopt_set_denormals"
-_CPU, _POOLED_ALLOCATOR = 1, 2
+_CPU, _GPU, _POOLED_ALLOCATOR = 1, 2, 2
 _SIZES_KEPT = 32  # the allocator keeps the buffers of every size it ever saw; past this many they are given back
 
 
@@ -355,9 +355,10 @@ def release_memory() -> None:
 
 
 def new_machine(model: Model) -> Any:
-    """A virtual machine over the model's library, on the CPU."""
+    """A virtual machine over the model's library; on a GPU, the CPU comes last and holds sizes."""
     machine = model.library["vm_load_executable"]()
-    machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+    devices = (_GPU, _CPU) if model.variant.on_gpu else (_CPU,)
+    machine["vm_initialization"](*(part for device in devices for part in (device, 0, _POOLED_ALLOCATOR)))
     return machine
 
 
@@ -387,6 +388,9 @@ def as_list(result: Any) -> list[Any]:
 def bind_weights(entry: str, model: Model, machine: Any) -> Any:
     """The entry's function with the weights, its last arguments, bound once instead of passed with every call."""
     weights = [model.tensors[name] for name in model.variant.weights[entry]]
+    if model.variant.on_gpu:
+        to_gpu = ffi().get_global_func("vm.builtin.to_device")
+        weights = [to_gpu(tensor, _GPU, 0) for tensor in weights]
     bound = f"graphopt.{entry}"
     try:
         machine["save_function"](entry, bound, 1, *weights)
