@@ -22,7 +22,6 @@ from graphopt.backends.choice import Choices, Tuned
 from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
 from graphopt.backends.lowering import WEIGHT_COUNT, Operators, lower_program, reserve
-from graphopt.backends.operators import OPERATORS
 from graphopt.backends.operators.low_bit import takes_tables
 from graphopt.backends.packed_weights import Weights
 from graphopt.backends.target import Target, resolve_target, runnable
@@ -56,7 +55,7 @@ def lower(
     programs: Mapping[str, Program],
     target: Target,
     tuned: Tuned | None = None,
-    operators: Operators = OPERATORS,
+    operators: Operators | None = None,
 ) -> Module:
     """Every entry as a function of one module; `tuned` tells what measured best for a workload.
 

@@ -84,11 +84,11 @@ class Lowering:
         parent: Lowering | None = None,
         path: str = "",
         in_place: frozenset[Node] = frozenset(),
-        operators: Operators = OPERATORS,
+        operators: Operators | None = None,
     ) -> None:
         self.target, self.module, self.weights, self.builder = target, module, weights, builder
         self.kernels, self.choices, self._path = kernels, choices, path
-        self.operators = operators
+        self.operators = OPERATORS if operators is None else operators
         self.in_place = in_place  # nodes that write into the state that they replace
         self.sizes: Sizes = parent.sizes if parent else Sizes()
         self.constants: dict[str, Storage] = parent.constants if parent else {}  # name -> argument of the function
@@ -424,7 +424,7 @@ def lower_program(
     builder: relax.BlockBuilder,
     choices: Choices,
     written: frozenset[str] = frozenset(),
-    operators: Operators = OPERATORS,
+    operators: Operators | None = None,
 ) -> Lowered:
     """The program as Relax function `name` of `builder`'s module; its constants are added to `weights`.
 

@@ -108,6 +108,7 @@ def check(bench: Bench, program: Program, sites: list[Site], count: int) -> None
             assert result.difference <= choice.tolerance, (choice.workload, configuration, result.difference)
 
 
+@pytest.mark.slow
 def test_some_candidates_compute_the_same(bench: Bench, sites: tuple[Program, list[Site]]) -> None:
     check(bench, *sites, count=1)
 

@@ -20,6 +20,7 @@ from graphopt.optimize import optimize
 from tests import models
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     program = optimize(models.program("bert"), "O2").program
     feed = {spec.name: value.numpy() for spec, value in zip(program.inputs, program.examples, strict=True)}
@@ -50,6 +51,7 @@ print(hashlib.sha256(cpu.build(cpu.lower({"main": program}, target).module, targ
 """
 
 
+@pytest.mark.slow
 def test_processes_build_the_same_bytes_for_sizes_known_at_run_time() -> None:
     root = Path(__file__).parents[2]
     runs = [subprocess.run([sys.executable, "-c", PRINT_HASH], cwd=root, capture_output=True, text=True) for _ in "123"]

@@ -31,7 +31,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
     assert len(refused) <= max(REFUSED * len(outcomes), 8), refused
 
 
-@pytest.mark.parametrize(("name", "first", "end"), [("own", 1000, 1006), ("nnsmith", 1000, 1004)])
+@pytest.mark.parametrize(("name", "first", "end"), [("own", 1000, 1003), ("nnsmith", 1000, 1002)])
 def test_some_seeds(name: str, first: int, end: int) -> None:
     outcomes = run_seeds(name, first, end)
     assert [item.seed for item in outcomes] == list(range(first, end))

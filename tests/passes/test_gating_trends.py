@@ -37,6 +37,7 @@ def test_fitted_gates_keep_the_accuracy(seed: int) -> None:
     assert abs(found.after - found.before) <= 0.02
 
 
+@pytest.mark.slow
 def test_the_small_networks_are_learned_captured_gated_and_folded() -> None:
     for case in (char_lm.case(0, steps=2), digits_vit.case(0, steps=2)):
         assert len(case.trained.held_out) == 2 == case.trained.steps

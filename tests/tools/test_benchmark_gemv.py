@@ -34,6 +34,7 @@ def test_both_sides_multiply_the_same_numbers(grid: str, tmp_path: Path, monkeyp
     assert np.abs(found - wanted).max() < gemv.AGREE * np.abs(wanted).max() and 0.3 < wanted.std() < 3
 
 
+@pytest.mark.slow
 def test_the_suite_end_to_end(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     small = GemvCase("small", GRIDS["w2"], 256, 256, streaming=True)

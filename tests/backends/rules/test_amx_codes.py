@@ -41,6 +41,7 @@ def test_few_rows_stay_with_vectors() -> None:
     assert set(products_of(artifact)) == {("integer-gemm", "4 codes of uint8")}
 
 
+@pytest.mark.slow
 def test_convolutions_of_one_tap_are_products_of_tiles_and_those_in_groups_of_vectors() -> None:
     artifact, _ = compiled(Images(), (codes(2, 512, 9, 11),), LEVEL)
     assert set(products_of(artifact)) == {TILES} and {"integer-convolution", "depthwise"} <= rules(artifact)

@@ -25,6 +25,7 @@ qlinear, qconv = torch.ops.graphopt.qlinear, torch.ops.graphopt.qconv
 BYTE, NUMBER = {"dtype": torch.uint8}, {"dtype": torch.float32}
 QUADS = "cpu:x86-64-v4-bf16"
 KINDS = ["cpu:x86-64-v3", "cpu:x86-64-v3-vnni", "cpu:x86-64-v4", QUADS, "cpu:aarch64", "cpu:cortex-a78ae"]
+SOME = [kind if kind == QUADS else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 def codes(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 0) -> Tensor:
@@ -80,7 +81,7 @@ class Linears(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("target", [k if k == QUADS else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize("target", SOME)
 @pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.int8, marks=pytest.mark.slow)])
 def test_every_tail_of_rows_columns_and_depth(target: str, dtype: torch.dtype) -> None:
     for rows, dynamic in ((7, None), (67, {"x": {0: "rows"}, "added": {0: "rows"}})):
@@ -180,12 +181,13 @@ class Images(nn.Module):
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
 
 
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", SOME)
 def test_convolutions(target: str) -> None:
     artifact, _ = compiled(Images(), (codes(2, 512, 9, 11),), target)
     assert {"integer-gemm", "integer-convolution", "depthwise"} <= rules(artifact)
 
 
+@pytest.mark.slow
 def test_convolutions_of_any_batch() -> None:
     artifact, program = compiled(Images(), (codes(2, 512, 9, 11),), "cpu", {"x": {0: "batch"}})
     x = codes(5, 512, 9, 11, seed=3)
@@ -287,7 +289,7 @@ def operands_of(types: tuple[torch.dtype, torch.dtype]) -> list[tuple[Tensor, Te
     return found
 
 
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", SOME)
 @pytest.mark.parametrize("zeros", [(0, 128), (117, 131), (255, 0)])
 def test_products_of_two_activations(target: str, zeros: tuple[int, int]) -> None:
     types = [(torch.uint8, torch.uint8), (torch.int8, torch.uint8), (torch.uint8, torch.int8)][zeros[0] % 3]

@@ -99,6 +99,8 @@ EXPECTED = {
 }
 # Other kernels of these levels are those of another, or, on cpu:aarch64, LLVM keeps too few of their sums in registers.
 ONLY_CODES = ("cpu:x86-64-v3-vnni", "cpu:aarch64", "cpu:armv8.6-a")
+_FAST = ("cpu:x86-64-v3", "cpu:sapphirerapids")
+SOME = [level if level in _FAST else pytest.param(level, marks=pytest.mark.slow) for level in LEVELS]
 
 
 class Case(nn.Module):
@@ -260,7 +262,7 @@ def captured() -> dict[str, Program]:
     return programs()
 
 
-@pytest.fixture(scope="module", params=LEVELS)
+@pytest.fixture(scope="module", params=SOME)
 def compiled(request: pytest.FixtureRequest, captured: dict[str, Program]) -> Compiled:
     target = resolve_target(request.param, threads=2)
     if request.param in ONLY_CODES:

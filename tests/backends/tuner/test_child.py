@@ -104,6 +104,7 @@ Child("{FUNCTIONS}:leave_a_child", 1 << 30).ask({{path!r}}, [], 3)
 """
 
 
+@pytest.mark.slow
 def test_a_child_whose_parent_was_killed_ends_by_itself(tmp_path: Path) -> None:
     told = tmp_path / "pids"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

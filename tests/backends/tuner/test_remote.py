@@ -75,6 +75,7 @@ def test_races_and_what_a_device_says_of_itself(bench: Bench, device: RemoteDevi
     assert about["server"] == str(device.address) and about["device"] == own["device"] and about["tvm"] == own["tvm"]
 
 
+@pytest.mark.slow
 def test_a_crash_takes_the_server_with_it(bench: Bench, device: RemoteDevice) -> None:
     """TVM's server listens no more when one of its sessions crashed."""
     found = entrants(bench, "crash")
@@ -102,6 +103,7 @@ def test_a_killed_server_is_lost(bench: Bench, device: RemoteDevice, server: Lis
         bench.race(found, 1, 0.001, 0.001)
 
 
+@pytest.mark.slow
 def test_devices_that_cannot_be_used(tracker: Listening, server: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "SECONDS", PATIENCE)
     with pytest.raises(UsageError, match=r"on 1 threads and they are cut for 2; start it with TVM_NUM_THREADS=2"):
