@@ -15,7 +15,7 @@ from onnx.backend.base import namedtupledict
 import graphopt
 from graphopt.arrays import array_of, tensor_of
 from graphopt.database import Database
-from graphopt.errors import BoundInputError, CaptureError, FeedError
+from graphopt.errors import BoundInputError, CaptureError, FeedError, RunError
 from graphopt.program import Program
 
 _NARROW = {"int2": "i1", "int4": "i1", "uint2": "u1", "uint4": "u1", "float4_e2m1fn": ml_dtypes.float8_e4m3fn}
@@ -102,6 +102,12 @@ def _tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _declared(array: np.ndarray, value: onnx.ValueInfoProto) -> np.ndarray:
-    """Numbers of less than 8 bits in the type that the file says."""
+    """Numbers of less than 8 bits in the type that the file says. Raises RunError where it has not all of them."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-    return array.astype(dtype) if dtype.name in _NARROW else array
+    if dtype.name not in _NARROW:
+        return array
+    numbers = array.astype(dtype)
+    other = (numbers.astype(array.dtype) != array) & (array == array)  # NaN has no equal
+    if other.any():
+        raise RunError(f"output {value.name!r} is of type {dtype.name}, and the program gives {array[other][0]} for it")
+    return numbers

@@ -8,6 +8,7 @@ import torch
 from onnx import AttributeProto
 
 from graphopt.capture.onnx.external_data import ExternalData
+from graphopt.capture.onnx.narrow import NARROW, Narrow
 from graphopt.capture.onnx.tensors import read_tensor
 from graphopt.capture.onnx.values import rounded
 from graphopt.errors import CaptureError
@@ -79,6 +80,11 @@ class Attributes:
     def tensor(self, name: str) -> torch.Tensor | None:
         value = self._value(name, AttributeProto.TENSOR)
         return None if value is None else read_tensor(value, self._external)
+
+    def narrow(self, name: str) -> Narrow | None:
+        """The type of a tensor in the file where torch has none of its bits."""
+        value = self._value(name, AttributeProto.TENSOR)
+        return None if value is None else NARROW.get(value.data_type)
 
     def graph(self, name: str) -> Any:
         return self._value(name, AttributeProto.GRAPH)

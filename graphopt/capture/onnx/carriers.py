@@ -56,7 +56,8 @@ def is_small(value: Value) -> bool:
     return value is not None and (value.dtype in FLOAT8.values() or narrow_of(value) is not None)
 
 
-def _name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """The type that a value has in the file."""
     kind = narrow_of(value)
     return str(value.dtype).removeprefix("torch.") if kind is None else kind.name
 
@@ -65,7 +66,9 @@ def carried(op: Operation, inputs: Sequence[Value]) -> list[Value]:
     """The inputs in types that the operator can be computed in. Raises CaptureError where no such type is exact."""
     for value in inputs:
         if is_small(value) and op.name not in _BY_TYPE | _MOVES:
-            raise CaptureError(f"{op.name} of {_name(value)} is not imported; cast or dequantize the numbers before it")
+            raise CaptureError(
+                f"{op.name} of {type_name(value)} is not imported; cast or dequantize the numbers before it"
+            )
     if op.name in _BY_TYPE or not any(map(is_unsigned, inputs)):
         return list(inputs)
     widest = any(value is not None and value.dtype == torch.uint64 for value in inputs)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from graphopt.capture.normal_form import remove_dead
+from graphopt.capture.onnx.carriers import type_name
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.values import Tensor, Value, known
@@ -115,7 +117,8 @@ def _conditional(importer: Importer, op: Operation, condition: Tensor, graphs: S
         inner = importer.inside(emitter)
         inner.initializers(graph)
         inner.nodes(graph)
-        results = [_row_major(emitter, emitter.local(inner.result(value.name))) for value in graph.output]
+        values = [inner.result(value.name) for value in graph.output]
+        results = [replace(_row_major(emitter, emitter.local(value)), narrow=value.narrow) for value in values]
         sides.append((emitter, results))
     if reason := _unlike(sides[0][1], sides[1][1]):
         op.number(condition, f"{reason}; its condition", reason)  # bound to an example, it leaves one branch
@@ -128,7 +131,8 @@ def _conditional(importer: Importer, op: Operation, condition: Tensor, graphs: S
     for module in modules:
         remove_dead(module.graph)
         module.recompile()
-    return outer.cond(predicate, modules, operands)
+    made = outer.cond(predicate, modules, operands)
+    return [replace(value, narrow=like.narrow) for value, like in zip(made, sides[0][1], strict=True)]
 
 
 def _row_major(emitter: BranchEmitter, value: Tensor) -> Tensor:
@@ -146,7 +150,7 @@ def _unlike(then: Sequence[Tensor], otherwise: Sequence[Tensor]) -> str | None:
     if len(then) != len(otherwise):
         return f"the branches of an If have {len(then)} and {len(otherwise)} outputs; the file is damaged"
     for place, (left, right) in enumerate(zip(then, otherwise, strict=True)):
-        kinds = [(str(value.dtype).removeprefix("torch."), shape_key(value.fake)) for value in (left, right)]
+        kinds = [(type_name(value), shape_key(value.fake)) for value in (left, right)]
         if kinds[0] != kinds[1]:
             said = " and ".join(f"{dtype} {list(map(str, shape))}".replace("'", "") for dtype, shape in kinds)
             return (

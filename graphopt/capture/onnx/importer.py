@@ -11,7 +11,7 @@ from typing import Any
 import graphopt.capture.onnx.operators  # noqa: F401  fills the tables
 from graphopt.capture.onnx.attributes import Attributes
 from graphopt.capture.onnx.binding import constant
-from graphopt.capture.onnx.carriers import carried, declared, is_unsigned
+from graphopt.capture.onnx.carriers import carried, declared, is_small, is_unsigned
 from graphopt.capture.onnx.control_flow import MOST_TRIPS_TOGETHER, branch, loop
 from graphopt.capture.onnx.emitter import Emitter
 from graphopt.capture.onnx.external_data import ExternalData
@@ -231,7 +231,7 @@ class Importer:
         """What nodes compute from constants alone; the nodes themselves stay unread and go."""
         results = result if isinstance(result, tuple) else (result,)
         tensors = [value for value in results if isinstance(value, Tensor)]
-        if any(value.fake.numel() > KNOWN_ELEMENTS for value in tensors):
+        if any(value.fake.numel() > KNOWN_ELEMENTS or is_small(value) for value in tensors):
             return result
         numbers = {value: constant(self.emitter, value.node, _FOLDED_ELEMENTS) for value in tensors}
         if any(number is None for number in numbers.values()):

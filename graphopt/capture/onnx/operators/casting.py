@@ -49,7 +49,7 @@ def stored(op: Operation, value: Present, code: int, what: str, saturate: bool =
     if kind is not None:
         return replace(_four_bits(op, value) if kind.is_float else _whole(op, value, kind), narrow=kind)
     if dtype not in FLOAT8.values() or dtype == value.dtype:
-        return op.cast(value, dtype)
+        return replace(op.cast(value, dtype), narrow=None)
     number = _widened(op, value)
     if dtype == torch.float8_e8m0fnu:
         return _power_of_two(op, op.cast(number, torch.float32), saturate, rounding)

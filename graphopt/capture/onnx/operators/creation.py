@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
+from graphopt.capture.onnx.narrow import Narrow
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import operator
+from graphopt.capture.onnx.tensors import FLOAT8, dtype_of
 from graphopt.capture.onnx.values import KNOWN_ELEMENTS, Known, Present, Tensor, known, known_tensor
 
 aten = torch.ops.aten
@@ -33,28 +36,35 @@ def constant(op: Operation) -> Present:
             single = attributes.number(name, 0.0) if dtype.is_floating_point else attributes.integer(name)
             return known(single, dtype)
     integers, numbers, value = attributes.integers("value_ints"), attributes.numbers("value_floats"), None
+    kind = None
     if integers is not None:
         value = torch.tensor(integers, dtype=torch.int64)
     elif numbers is not None:
         value = torch.tensor(numbers, dtype=torch.float32)
     else:
-        value = attributes.tensor("value")
+        value, kind = attributes.tensor("value"), attributes.narrow("value")
     if value is None:
         raise op.refuse("the constant has no value that graphopt imports; strings and sparse tensors are not")
-    if value.numel() <= KNOWN_ELEMENTS:
+    return _held(op, value, kind)
+
+
+def _held(op: Operation, value: torch.Tensor, kind: Narrow | None) -> Present:
+    """Few numbers are known, but for types that numbers are only stored in."""
+    if value.numel() <= KNOWN_ELEMENTS and kind is None and value.dtype not in FLOAT8.values():
         return known_tensor(value)
-    return op.emitter.attribute(op.emitter.weights.add("constant", value, trainable=False))
+    tensor = op.emitter.attribute(op.emitter.weights.add("constant", value, trainable=False))
+    return replace(tensor, narrow=kind)
 
 
 @operator("ConstantOfShape")
 def constant_of_shape(op: Operation, sizes: Present) -> Present:
-    value = op.attributes.tensor("value")
+    value, kind = op.attributes.tensor("value"), op.attributes.narrow("value")
     value = torch.zeros(1) if value is None else value
     lengths = op.sizes(sizes, "the shape of the constant")
     concrete = [item for item in lengths if isinstance(item, int)]
     if len(concrete) == len(lengths) and math.prod(concrete) <= KNOWN_ELEMENTS:
-        return known_tensor(torch.full(concrete, value.item(), dtype=value.dtype))
-    return op.call(aten.full.default, lengths, value.item(), dtype=value.dtype)
+        return _held(op, torch.full(concrete, value.item(), dtype=value.dtype), kind)
+    return replace(op.call(aten.full.default, lengths, value.item(), dtype=value.dtype), narrow=kind)
 
 
 @operator("Range")
@@ -70,8 +80,6 @@ def range_(op: Operation, start: Present, limit: Present, step: Present) -> Pres
 
 @operator("EyeLike")
 def eye_like(op: Operation, value: Present) -> Tensor:
-    from graphopt.capture.onnx.tensors import dtype_of
-
     diagonal = op.attributes.integer("k")
     dtype = dtype_of(op.attributes.integer("dtype", 0), "EyeLike") if op.attributes.has("dtype") else value.dtype
     rows = op.reshape(op.call(aten.arange.default, value.shape[0]), [-1, 1])
