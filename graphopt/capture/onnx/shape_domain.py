@@ -19,7 +19,7 @@ from graphopt.capture.onnx.narrow import NARROW
 from graphopt.capture.onnx.operation import Operation
 from graphopt.capture.onnx.registry import shape_operator
 from graphopt.capture.onnx.tensors import FLOAT8, dtype_of
-from graphopt.capture.onnx.values import MOST_KNOWN, SYMBOLIC, Known, known
+from graphopt.capture.onnx.values import MOST_KNOWN, SYMBOLIC, Known, exact, known
 
 
 class _Undecided(Exception):
@@ -63,6 +63,12 @@ def _root(value: Any) -> Any:
     return torch.sym_sqrt(value)
 
 
+def _whole(function: Callable[[float], int], item: Any) -> float:
+    if isinstance(item, SYMBOLIC) or not math.isfinite(item):
+        raise _Undecided
+    return float(function(item))
+
+
 def _modulo(left: Any, right: Any) -> Any:
     if isinstance(left, float) or (isinstance(right, int) and right == 0):
         raise _Undecided
@@ -71,12 +77,15 @@ def _modulo(left: Any, right: Any) -> Any:
 
 def _elementwise(function: Callable[..., Any], dtype: torch.dtype | None = None) -> Callable[..., Known | None]:
     def run(op: Operation, *inputs: Known) -> Known | None:
-        op.attributes.ignore("fmod")
+        if op.attributes.integer("fmod"):  # the sign of the dividend: % has that of the divisor
+            return None
+        if op.name == "Pow" and inputs[0].dtype != inputs[1].dtype:
+            return None
         if math.prod(np.broadcast_shapes(*(value.shape for value in inputs))) > MOST_KNOWN:
             return None
-        arrays = np.broadcast_arrays(*(value.array for value in inputs))
+        arrays, types = np.broadcast_arrays(*(value.array for value in inputs)), [value.dtype for value in inputs]
         try:
-            items = [function(*row) for row in zip(*(array.flat for array in arrays), strict=True)]
+            items = [function(*map(exact, row, types)) for row in zip(*(array.flat for array in arrays), strict=True)]
         except (_Undecided, OverflowError):
             return None
         return known(items, dtype or inputs[-1].dtype, arrays[0].shape)
@@ -96,8 +105,8 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Any], torch.dtype | None]] = {
     "Abs": (lambda item: item if _decide(item >= 0) else -item, None),
     "Sqrt": (_root, None),
     "Pow": (_power, None),
-    "Floor": (lambda item: item if isinstance(item, SYMBOLIC) else float(math.floor(item)), None),
-    "Ceil": (lambda item: item if isinstance(item, SYMBOLIC) else float(math.ceil(item)), None),
+    "Floor": (lambda item: _whole(math.floor, item), None),
+    "Ceil": (lambda item: _whole(math.ceil, item), None),
     "Equal": (lambda left, right: _decide(left == right), torch.bool),
     "Less": (lambda left, right: _decide(left < right), torch.bool),
     "LessOrEqual": (lambda left, right: _decide(left <= right), torch.bool),
@@ -145,7 +154,7 @@ def cast(op: Operation, value: Known) -> Known | None:
     else:
         convert = _integer
     try:
-        return known([convert(item) for item in value.items()], dtype, value.shape)
+        return known([convert(exact(item, value.dtype)) for item in value.items()], dtype, value.shape)
     except _Undecided:
         return None
 
@@ -245,7 +254,12 @@ def expand(op: Operation, value: Known, shape: Known) -> Known | None:
 @shape_operator("ReduceProd")
 def product(op: Operation, value: Known, axes: Known | None = None) -> Known | None:
     keep = op.attributes.integer("keepdims", 1)
-    op.attributes.ignore("noop_with_empty_axes")
-    if value.ndim != 1 or op.axes(axes, 1) not in (None, [0]):
+    nothing = bool(op.attributes.integer("noop_with_empty_axes"))
+    if value.ndim != 1:
+        return None
+    chosen = op.axes(axes, 1)
+    if not chosen and nothing:
+        return value
+    if chosen not in (None, [0]):
         return None
     return known([math.prod(value.items())], value.dtype, (1,) if keep else ())

@@ -95,7 +95,9 @@ def known_tensor(tensor: torch.Tensor) -> Known:
 
 
 def rounded(value: Any, dtype: torch.dtype) -> Any:
-    """A float as the shortest decimal that its type holds: 1e-12, not 9.999999960041972e-13."""
+    """A float that its type holds; of float32 by the shortest decimal: 1e-12, not 9.999999960041972e-13."""
+    if dtype in (torch.float16, torch.bfloat16) and isinstance(value, float):
+        return torch.tensor(value, dtype=dtype).item()
     if dtype == torch.float32 and isinstance(value, float):
         with np.errstate(over="ignore"):
             exact = np.float32(value)
@@ -103,6 +105,11 @@ def rounded(value: Any, dtype: torch.dtype) -> Any:
         # The shortest decimal of the largest number lies above it.
         return float(exact) if abs(shortest) > float(np.finfo(np.float32).max) and np.isfinite(exact) else shortest
     return value
+
+
+def exact(value: Any, dtype: torch.dtype) -> Any:
+    """The number that the decimal of a Known stands for."""
+    return float(np.float32(value)) if dtype == torch.float32 and isinstance(value, float) else value
 
 
 def stays_known(value: Known) -> bool:
