@@ -170,6 +170,8 @@ def pad(op: Operation, value: Present, pads: Value = None, fill: Value = None, a
     number = 0.0 if fill is None else op.number(fill, "the value of Pad", refusal)
     if number is None:
         raise op.refuse(refusal)
+    if isinstance(number, int) and int(float(number)) != number:
+        return op.call(aten.constant_pad_nd.default, value, flat, number)
     return op.call(aten.pad.default, value, flat, "constant", float(number))
 
 

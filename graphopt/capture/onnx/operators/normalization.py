@@ -18,16 +18,19 @@ def layer_norm(op: Operation, value: Present, weight: Present, bias: Present | N
     value, weight = op.tensor(value), op.tensor(weight)
     shape = _normalized(op, value)
     epsilon = op.attributes.number("epsilon", 1e-5)
-    fits = list(weight.shape) == shape and (bias is None or list(bias.shape) == shape)
+    stored = value.dtype
+    if op.outputs > 1 and stored in (torch.float16, torch.bfloat16):  # statistics are those of float32
+        value = op.cast(value, torch.float32)
+    fits = list(weight.shape) == shape and (bias is None or list(bias.shape) == shape) and value.dtype == stored
     scale, shift = (weight, bias) if fits else (None, None)
     statistics: tuple[Tensor, ...] = ()
     if op.outputs == 1:
         result = op.call(aten.layer_norm.default, value, shape, scale, shift, epsilon, False)
     else:
         result, *rest = op.parts(aten.native_layer_norm.default, value, shape, scale, shift, epsilon)
-        statistics = tuple(rest)
+        statistics = tuple(op.cast(item, torch.float32) for item in rest)
     if not fits:
-        result = op.call(aten.mul.Tensor, result, weight)
+        result = op.call(aten.mul.Tensor, op.cast(result, stored), weight)
         result = result if bias is None else op.call(aten.add.Tensor, result, bias)
     return (result, *statistics)
 

@@ -30,6 +30,7 @@ from graphopt.program import get_attribute
 aten = torch.ops.aten
 _QUANTIZE = torch.ops.graphopt.quantize.default
 _DEQUANTIZE = torch.ops.graphopt.dequantize.default
+_HALVES = (torch.float16, torch.bfloat16)
 _EXACT = {torch.float32: 2**24, torch.float64: 2**53}  # up to which every integer is a value of the type
 
 
@@ -37,13 +38,15 @@ _EXACT = {torch.float32: 2**24, torch.float64: 2**53}  # up to which every integ
 def quantize_linear(op: Operation, value: Present, scale: Present, zero: Present | None = None) -> Tensor:
     saturate = bool(op.attributes.integer("saturate", 1))
     axis, block = op.attributes.integer("axis", 1), op.attributes.integer("block_size")
-    precision = op.attributes.integer("precision") or TensorProto.FLOAT
+    precision = op.attributes.integer("precision")
     asked = op.attributes.integer("output_dtype") or TensorProto.UINT8
     code = asked if zero is None else code_of(zero)
-    if dtype_of(precision, "the precision of QuantizeLinear") != torch.float32:
-        if precision != TensorProto.FLOAT16:
-            raise op.refuse("QuantizeLinear with a precision other than float and float16 is not imported")
-        value, scale = op.cast(value, torch.float16), op.cast(scale, torch.float16)
+    if precision not in (0, TensorProto.FLOAT, TensorProto.FLOAT16):
+        raise op.refuse("QuantizeLinear with a precision other than float and float16 is not imported")
+    if precision == TensorProto.FLOAT16:
+        scale = op.cast(scale, torch.float16)
+    if precision == TensorProto.FLOAT16 or (not precision and op.opset >= 23 and scale.dtype in _HALVES):
+        value = op.cast(value, scale.dtype)
     dtype = dtype_of(code, "the result of QuantizeLinear")
     if dtype in FLOAT8.values():
         steps = _spread(op, op.tensor(value), scale, axis, block)
@@ -183,10 +186,10 @@ def quantized_matmul(
     op: Operation, a: Present, a_scale: Present, a_zero: Present, b: Present, b_scale: Present, b_zero: Present,
     scale: Present, zero: Present,
 ) -> Tensor:  # fmt: skip
-    """Scales of the left side may be given for each row, of the right side for each column."""
+    """Scales of the left side and the result may be given for each row, of the right side for each column."""
     left = dequantized(op, a, a_scale, a_zero, axis=-2)
     right = dequantized(op, b, b_scale, b_zero, axis=-1)
-    return quantized(op, matmul(op, left, right), scale, zero)
+    return quantized(op, matmul(op, left, right), scale, zero, axis=-2)
 
 
 @operator("QLinearConv")

@@ -99,26 +99,27 @@ def _extents(op: Operation, value: Tensor, scales: Value, sizes: Value, region: 
         factors = [float(np.float32(item)) for item in op.sizes(scales, f"the scales of {op.name}")]
         targets = [_scaled(op, size, factor) for size, factor in zip(wholes, factors, strict=True)]
     else:
-        targets = op.sizes(sizes, "the sizes of Resize")
+        factors, targets = [], op.sizes(sizes, "the sizes of Resize")
         if policy != "stretch":
-            targets = _kept(op, wholes, targets, policy)
-        factors = []
+            factors, targets = _kept(op, wholes, targets, policy)
     cut = [0.0] * len(axes) + [1.0] * len(axes) if region is None else op.sizes(region, "the region of Resize")
     extents = []
     for place, (axis, size, target) in enumerate(zip(axes, wholes, targets, strict=True)):
         is_fixed = isinstance(size, int) and isinstance(target, int) and size > 0
         scale = None if not is_fixed else factors[place] if factors else target / size
         extents.append(_Extent(axis, size, target, scale, (cut[place], cut[place + len(axes)])))
-    return [extent for extent in extents if extent.changes]
+    if not any(extent.changes for extent in extents):
+        return []
+    return [extent for extent in extents if extent.changes or extent.scale not in (None, 1.0)]  # as ONNX Runtime does
 
 
-def _kept(op: Operation, sizes: Sequence[Any], targets: Sequence[Any], policy: str) -> list[int]:
-    """Sizes near those asked for, all scaled by one factor; halves round up."""
+def _kept(op: Operation, sizes: Sequence[Any], targets: Sequence[Any], policy: str) -> tuple[list[float], list[int]]:
+    """One factor for all axes, and sizes near those asked for by it; halves round up."""
     choose = {"not_larger": min, "not_smaller": max}.get(policy)
     if choose is None or not all(isinstance(item, int) for item in (*sizes, *targets)):
         raise op.refuse(f"Resize with the policy {policy!r} is only imported for sizes that are numbers")
     factor = choose(target / size for size, target in zip(sizes, targets, strict=True))
-    return [math.floor(factor * size + 0.5) for size in sizes]
+    return [factor] * len(sizes), [math.floor(factor * size + 0.5) for size in sizes]
 
 
 def _scaled(op: Operation, size: Any, factor: float) -> Any:

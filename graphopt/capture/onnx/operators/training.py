@@ -45,7 +45,7 @@ def _is_later(op: Operation, step: Present) -> Tensor:
 
 @operator(f"{_DOMAIN}.Adagrad")
 def adagrad(op: Operation, rate: Present, step: Present, *given: Present) -> tuple[Tensor, ...]:
-    decay, epsilon = op.attributes.number("decay_factor", 0.0), op.attributes.number("epsilon", 0.0)
+    decay, epsilon = op.attributes.number("decay_factor", 0.0), op.attributes.number("epsilon", 1e-6)
     steps = _sum(op, _scaled(op, op.cast(step, torch.float32), decay), 1.0)
     now = op.call(aten.div.Tensor, op.tensor(rate), steps)
 
@@ -81,7 +81,7 @@ def momentum(op: Operation, rate: Present, step: Present, *given: Present) -> tu
 @operator(f"{_DOMAIN}.Adam")
 def adam(op: Operation, rate: Present, step: Present, *given: Present) -> tuple[Tensor, ...]:
     alpha, beta = op.attributes.number("alpha", 0.9), op.attributes.number("beta", 0.999)
-    epsilon, after = op.attributes.number("epsilon", 0.0), op.attributes.number("norm_coefficient_post", 0.0)
+    epsilon, after = op.attributes.number("epsilon", 1e-6), op.attributes.number("norm_coefficient_post", 0.0)
     time = op.cast(step, torch.float32)
 
     def left(number: float) -> Tensor:
