@@ -28,7 +28,7 @@ from tests.capture.onnx.tiny import model_of
 from tests.tools.conftest import Cli
 
 PASSING = Path(__file__).parent / "onnx_passing.txt"
-APPLICABLE = 1803  # of the 1884 node tests of onnx 1.23.2
+APPLICABLE = 1810  # of the 1884 node tests of onnx 1.23.2
 SAMPLE = ("add", "clip", "expand", "gemm", "hardsigmoid", "lstm", "pow", "reshape", "slice", "topk")  # files of onnx
 X = np.array([[-1.5, 2.0, 3.25]], dtype=np.float32)
 

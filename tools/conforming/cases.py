@@ -18,8 +18,8 @@ import numpy as np
 
 _LEFT_OUT = {
     "ai.onnx.ml": "traditional machine learning (domain ai.onnx.ml)",
-    "ai.onnx.preview.training": "training (domain ai.onnx.preview.training)",
     "ai.onnx.training": "training (domain ai.onnx.training)",
+    "Gradient": "gradients of other nodes",
     "ImageDecoder": "compressed image files",
     "Bernoulli": "random numbers, of which the standard fixes no sequence",
     "RandomUniformLike": "random numbers, of which the standard fixes no sequence",

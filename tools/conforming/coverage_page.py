@@ -25,9 +25,9 @@ Every line here comes from `make conformance`, which runs the backend tests of t
 - **refused**: an error says what is not supported before any code is generated.
 - **wrong**: other outputs than the test's, and no error.
 - **failed**, **crashed**: any other error; the process ended or went over its limits.
-- **not applicable**: sequences, optional values and strings as inputs or outputs, the domains of traditional machine
-  learning and of training, compressed image files, and random numbers, of which the standard fixes no sequence. In
-  round trips also what ONNX Runtime does not run or gets wrong itself.
+- **not applicable**: sequences, optional values and strings as inputs or outputs, the domain of traditional machine
+  learning, gradients of other nodes, compressed image files, and random numbers, of which the standard fixes no
+  sequence. In round trips also what ONNX Runtime does not run or gets wrong itself.
 
 The modes: *eager* is the captured program in PyTorch; *compiled* is what `graphopt.compile` makes of it for this CPU;
 *roundtrip* is the `.onnx` that the program is written as, run by ONNX Runtime.
