@@ -97,10 +97,11 @@ def ability(features: tuple[str, ...]) -> Ability:
         run = f"another machine; its programs in C++ run in {found}" if found else f"a machine with {features[0]}"
     elif lacking:
         run = f"a CPU with {', '.join(lacking)}"
-    return Ability(_missing_builder(features[0]), run, "over RPC: graphopt tune --rpc HOST:PORT" if lacking else "")
+    return Ability(missing_builder(features[0]), run, "over RPC: graphopt tune --rpc HOST:PORT" if lacking else "")
 
 
-def _missing_builder(machine: str) -> str:
+def missing_builder(machine: str) -> str:
+    """What it lacks here to compile and link for such a machine ("aarch64"); "" where it lacks nothing."""
     if importlib.util.find_spec("tvm") is None:
         return 'the compiler: pip install "graphopt[compile]"'
     here = machine == platform.machine()

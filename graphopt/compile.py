@@ -30,7 +30,7 @@ from graphopt.report import FORMAT, PassReport
 from graphopt.runtime.manifest import Bounds, Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.weights import state_name
 from graphopt.stages import stage_entries
-from graphopt.variants import merge, split_targets
+from graphopt.variants import check_distinct, merge, split_targets
 
 if TYPE_CHECKING:
     from graphopt.runtime.session import InferenceSession
@@ -88,17 +88,27 @@ def compile(
     where the result is not what the program computes, CompileError where a node has no lowering or code generation
     fails, UsageError for arguments that cannot be used, WriteError where the store cannot be written.
     """
-    if len(names := split_targets(target)) > 1:
-        share = None if tune is None else tune / len(names)
-        options: dict[str, Any] = {"tune": share, "database": database, "threads": threads}
-        return merge([compile(programs, name, **options, check_operators=check_operators) for name in names])
-    compilation = prepare(programs, target, threads)
+    compilations = {name: prepare(programs, name, threads) for name in split_targets(target)}
+    check_distinct({name: each.target.features for name, each in compilations.items()})
+    if tune is not None:
+        from graphopt.tuning import check_tunable
+
+        for each in compilations.values():
+            check_tunable(each.target)
     with missing_compiler():
         store = open_store(database)
-    if tune is not None:
+    several = len(compilations) > 1
+    share = tune / len(compilations) if several and tune is not None else tune
+    artifacts = [_compiled(each, store, share, check_operators) for each in compilations.values()]
+    return merge(artifacts) if several else artifacts[0]
+
+
+def _compiled(compilation: Compilation, store: Any, seconds: float | None, check_operators: bool) -> Artifact:
+    """For one target, tuned and checked."""
+    if seconds is not None:
         from graphopt.tuning import tune_compilation
 
-        tune_compilation(compilation, store, tune)
+        tune_compilation(compilation, store, seconds)
     module = compilation.lower(store)
     artifact = compilation.assemble(module)
     chosen, here = compilation.target, compilation.here

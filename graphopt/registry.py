@@ -123,12 +123,15 @@ def find_backend(name: str) -> ModuleType:
 def check_target(name: str) -> str:
     """The target that this one is compiled as: that of its CPU for a device, else itself.
 
-    Raises UnknownNameError for a name that is not in `list_targets`.
+    Raises UnknownNameError for a name that is neither in `list_targets` nor several architectures of GPUs.
     """
+    from graphopt.backends.cuda.target import FAMILY, resolve_target
     from graphopt.backends.targets import DEVICES
 
     known = list_targets()
     if name not in known:
+        if name.partition(":")[0] == FAMILY:
+            return resolve_target(name).name
         raise UnknownNameError("target", name, known)
     device = DEVICES.get(name)
     if device is None or device.on_gpu:

@@ -14,6 +14,7 @@ from graphopt.database import Database, open_store
 from graphopt.errors import UsageError
 from graphopt.program import Program
 from graphopt.progress import tell
+from graphopt.runtime import gpu
 
 if TYPE_CHECKING:
     from graphopt.backends.tuner.bench import Point
@@ -44,6 +45,12 @@ def tune(
     return tune_compilation(prepare(programs, target, threads), open_store(database), seconds, seed, rpc)
 
 
+def check_tunable(target: Any) -> None:
+    """Raises UsageError for one whose kernels run on a GPU: how fast they are is not measured anywhere."""
+    if any(feature.startswith(gpu.PREFIX) for feature in target.features):
+        raise UsageError(f"kernels for {target.name} run on a GPU and cannot be tuned yet; compile without tuning")
+
+
 def tune_compilation(
     compilation: Compilation, store: Store, seconds: float, seed: int = 0, rpc: tuple[str, str] | None = None
 ) -> Outcome:
@@ -52,6 +59,7 @@ def tune_compilation(
         raise UsageError(f"tuning for {seconds!r} seconds is not possible; give a number above 0")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UsageError(f"seed={seed!r} is none; give an integer from 0 to 2**63 - 1")
+    check_tunable(compilation.target)
     from graphopt.backends.tuner import building
     from graphopt.backends.tuner.bench import Bench
     from graphopt.backends.tuner.session import Session, Station

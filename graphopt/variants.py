@@ -24,18 +24,24 @@ def split_targets(target: str) -> tuple[str, ...]:
     return names
 
 
-def merge(artifacts: Sequence[Artifact]) -> Artifact:
-    """One artifact with the variants of all, those that need most features first; equal weights are stored once.
+def check_distinct(features: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UsageError where two of the targets, with what they need of a machine, need the same."""
+    known: dict[tuple[str, ...], str] = {}
+    for target, needed in features.items():
+        if (other := known.setdefault(needed, target)) != target:
+            raise UsageError(f"variants {other} and {target} are for the same machines; leave one out")
 
-    The report is that of the first, and has the others' under "variants". Raises UsageError where two need the same.
+
+def merge(artifacts: Sequence[Artifact]) -> Artifact:
+    """One artifact with the variants of all, those for a GPU and those that need most features first.
+
+    Equal weights are stored once. The report is that of the first, and has the others' under "variants".
     """
-    ordered = sorted(artifacts, key=lambda each: -len(each.manifest.variants[0].features))
+    ordered = sorted(artifacts, key=_worst_last)
     weights: dict[str, np.ndarray] = {}
     variants: list[Variant] = []
     for artifact in ordered:
         (variant,) = artifact.manifest.variants
-        if any(variant.features == other.features for other in variants):
-            raise UsageError(f"variants {variant.target} and another one are for the same machines; leave one out")
         names = _stored(artifact, variant.target, weights)
         renamed = {entry: tuple(names[name] for name in used) for entry, used in variant.weights.items()}
         variants.append(replace(variant, weights=renamed))
@@ -49,6 +55,11 @@ def merge(artifacts: Sequence[Artifact]) -> Artifact:
         weights=weights,
         report=report,
     )
+
+
+def _worst_last(artifact: Artifact) -> tuple[bool, int]:
+    (variant,) = artifact.manifest.variants
+    return not variant.on_gpu, -len(variant.features)
 
 
 def _stored(artifact: Artifact, target: str, weights: dict[str, np.ndarray]) -> Mapping[str, str]:

@@ -57,8 +57,11 @@ def test_passes_describe_themselves() -> None:
 def test_targets_are_checked_by_name() -> None:
     assert "cpu" in registry.list_targets()
     registry.check_target("cpu")
-    with pytest.raises(UnknownNameError, match="unknown target"):
-        registry.check_target("gpu")
+    assert registry.check_target("cuda:sm_80+sm_90") == "cuda:sm_80+sm_90"
+    assert registry.check_target("raspberry-pi-5") == "cpu:cortex-a78ae"
+    for name in ("gpu", "cuda", "cuda:sm_80+sm_91"):
+        with pytest.raises(UnknownNameError, match="unknown target"):
+            registry.check_target(name)
 
 
 def test_listing_names_imports_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:

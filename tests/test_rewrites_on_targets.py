@@ -20,6 +20,7 @@ from tests.rewrites import REWRITES
 
 TABLE = Path(__file__).parents[1] / "docs" / "targets.md"
 X86 = ("cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:sapphirerapids")
+GPU = "cuda:sm_87"
 SAME = 1e-5  # float32 sums in another order, of values around 1
 
 
@@ -41,7 +42,7 @@ def rewritten(name: str) -> Program:
 def kind(program: Program, target: str, path: Path) -> str:
     """What became of it; the artifact lies at `path` unless it was refused."""
     try:
-        artifact = graphopt.compile(program, target, threads=2)  # and checks it here
+        artifact = graphopt.compile(program, target, threads=None if target == GPU else 2)  # and checks it here
     except CompileError:
         return "refused"
     artifact.save(path)
@@ -50,12 +51,12 @@ def kind(program: Program, target: str, path: Path) -> str:
 
 def test_the_table_has_every_rewrite_and_target() -> None:
     found = {(name, target) for name, target, _ in cells()}
-    assert found >= {(name, target) for name in REWRITES for target in (*X86, *CPUS)}
+    assert found >= {(name, target) for name in REWRITES for target in (*X86, *CPUS, GPU)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "target", "word"), [cell for cell in cells() if cell[1] in X86])
-def test_on_x86(name: str, target: str, word: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "target", "word"), [cell for cell in cells() if cell[1] in (*X86, GPU)])
+def test_on_x86_and_for_a_gpu(name: str, target: str, word: str, tmp_path: Path) -> None:
     assert kind(rewritten(name), target, tmp_path / "model.gopt") == word
 
 

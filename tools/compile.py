@@ -73,23 +73,25 @@ def variants(arguments: argparse.Namespace) -> str | None:
     from graphopt import list_targets
 
     known = list_targets()
-    names = [name if name in known or ":" in name else f"cpu:{name}" for name in arguments.variants.split(",")]
-    return ",".join(names)
+    names = [name.strip() for name in arguments.variants.split(",")]
+    return ",".join(name if name in known or ":" in name else f"cpu:{name}" for name in names)
 
 
 def summarize(artifact: Any, path: str) -> dict[str, Any]:
     report = artifact.report
     reasons = {name: artifact.manifest.variants[0].kernels[name] for name in report["slow"]}
+    each = report.get("variants", {report["target"]: report})
     return {
         "path": path,
         "bytes": size_on_disk(path),
         "target": report["target"],
         "checked_on": report["checked_on"],
-        **({"variants": sorted(report["variants"])} if "variants" in report else {}),
+        **({"variants": sorted(each)} if "variants" in report else {}),
+        "unrun": {target: found["checked_on"] for target, found in each.items() if found["checked_on"] != target},
         **({"operators": dict(report["operators"])} if "operators" in report else {}),
         "kernels": dict(report["kernels"]),
         "tuned": list(report["tuned"]),
-        "notes": list(report["notes"]),
+        "notes": list(dict.fromkeys(note for found in each.values() for note in found["notes"])),
         "slow": [
             {
                 "kernel": name,
@@ -126,9 +128,10 @@ def print_artifact(artifact: dict[str, Any]) -> None:
     if "variants" in artifact:
         print(f"variants  {', '.join(artifact['variants'])}; kernels are those of {artifact['target']}")
     print(f"size  {format_bytes(artifact['bytes'])}")
-    if artifact["checked_on"] != artifact["target"]:
-        name = Path(artifact["path"]).name
-        print(f"note  checked on {artifact['checked_on']}; on the target run: graphopt run {name} --check")
+    for target, where in artifact["unrun"].items():
+        of = f"{target} " if "variants" in artifact else ""
+        command = f"graphopt run {Path(artifact['path']).name} --check"
+        print(f"note  {of}checked on {where}; on the target run: {command}")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from graphopt import list_targets
-    from graphopt.errors import UnknownNameError
+    from graphopt.registry import check_target
 
     names = list_targets()
-    if arguments.target is not None and arguments.target not in names:
-        raise UnknownNameError("target", arguments.target, names)
-    rows = [describe(name) for name in names if arguments.target in (None, name)]
+    if arguments.target is not None:
+        check_target(arguments.target)
+        names = (arguments.target,)
+    rows = [describe(name) for name in names]
     write_json(arguments, rows)
     if wants_text(arguments):
         print(format_table(rows, COLUMNS))
@@ -45,7 +46,7 @@ def describe(name: str) -> dict[str, Any]:
         "GB": device.memory,
         "watts": "/".join(device.power_modes),
     }
-    if name in cuda_names():
+    if name in cuda_names() or "+" in name:  # of several architectures
         return row | _describe_gpu(name)
     if name not in ("cpu", *LEVELS, *DEVICES):
         return row | {"what": "of another package"}
@@ -64,17 +65,24 @@ def describe(name: str) -> dict[str, Any]:
 def _describe_gpu(name: str) -> dict[str, Any]:
     from graphopt.backends.cuda.compiler import find_compiler
     from graphopt.backends.cuda.target import resolve_target
+    from graphopt.backends.targets import missing_builder
     from graphopt.errors import CompileError
     from graphopt.runtime.features import missing
 
     target = resolve_target(name)
-    build = "yes"
-    try:
-        find_compiler(target.archs)
-    except CompileError as e:
-        build = str(e)
-    run = "a machine with this GPU" if missing(target.features) else "yes"
-    return {"features": list(target.features), "build": build, "run": run, "tune": "kernels for GPUs are not tuned"}
+    build = missing_builder(target.machine)
+    if not build:
+        try:
+            find_compiler(target.archs)
+        except CompileError as e:
+            build = str(e)
+    return {
+        "cuda": "+".join(target.archs),
+        "features": list(target.features),
+        "build": build or "yes",
+        "run": "a machine with this GPU" if missing(target.features) else "yes",
+        "tune": "kernels for GPUs are not tuned",
+    }
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = {kind: folder for kind in writers if (folder := getattr(arguments, kind))}
     if not wanted:
         raise UsageError("say what to write: --python DIR or --cpp DIR")
+    if len({os.path.realpath(folder) for folder in wanted.values()}) < len(wanted):
+        raise UsageError(f"--python and --cpp are both {arguments.cpp}; give each a folder of its own")
     check_artifact(arguments.artifact)
     if arguments.wheels is not None and not os.path.isdir(arguments.wheels):
         raise UsageError(f"--wheels {arguments.wheels} is no folder; give the one that pip download wrote")

@@ -12,14 +12,14 @@ import secrets
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from graphopt.errors import WriteError
-from graphopt.runtime.manifest import MANIFEST
+from graphopt.errors import ArtifactError, WriteError
+from graphopt.runtime.manifest import MANIFEST, parse
 
 PAGE = 4096
 WIDE = 0xFFFFFFFF  # in place of a size or offset: the value is in the zip64 fields
@@ -40,11 +40,12 @@ class Sink(Protocol):
 def create(path: str | os.PathLike[str]) -> Iterator[Sink]:
     """A sink whose members appear at `path` when the block ends well; "/" at the end of `path` makes a folder.
 
-    Raises WriteError when the disk refuses; any exception removes the temporary and keeps what was there.
+    Raises WriteError when the disk refuses, or a folder that is no artifact is there; any exception removes the
+    temporary and keeps what was there.
     """
     text = os.fspath(path)
     try:
-        with _folder(text.rstrip("/") or "/", MANIFEST, "artifact") if text.endswith("/") else _file(text) as sink:
+        with _folder(text.rstrip("/") or "/", _is_artifact, "artifact") if text.endswith("/") else _file(text) as sink:
             yield sink
     except OSError as e:
         raise WriteError(f"cannot write {text}: {e.strerror or e}") from e
@@ -54,11 +55,12 @@ def create(path: str | os.PathLike[str]) -> Iterator[Sink]:
 def create_folder(path: str | os.PathLike[str], marker: str, kind: str) -> Iterator[Sink]:
     """A sink whose members are files of the folder `path`, in place of one of its `kind`, which holds `marker`.
 
-    Raises WriteError where something else is there, or the disk refuses.
+    `marker` is a file name that nothing else uses. Raises WriteError where something else is there, or the disk
+    refuses.
     """
     text = os.fspath(path).rstrip("/") or "/"
     try:
-        with _folder(text, marker, kind) as sink:
+        with _folder(text, lambda folder: os.path.exists(os.path.join(folder, marker)), kind) as sink:
             yield sink
     except OSError as e:
         raise WriteError(f"cannot write {text}/: {e.strerror or e}") from e
@@ -89,9 +91,9 @@ def _file(path: str) -> Iterator[Sink]:
 
 
 @contextmanager
-def _folder(path: str, marker: str, kind: str) -> Iterator[Sink]:
+def _folder(path: str, of_its_kind: Callable[[str], bool], kind: str) -> Iterator[Sink]:
     target = os.path.realpath(path)
-    if os.path.exists(target) and not _replaceable(target, marker):
+    if os.path.exists(target) and not (os.path.isdir(target) and (not os.listdir(target) or of_its_kind(target))):
         raise WriteError(f"cannot write {path}/: it exists and is no {kind}; give another name or remove it")
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".graphopt-{secrets.token_hex(8)}.tmp")
@@ -114,8 +116,13 @@ def _folder(path: str, marker: str, kind: str) -> Iterator[Sink]:
     _flush(folder)
 
 
-def _replaceable(path: str, marker: str) -> bool:
-    return os.path.isdir(path) and (os.path.exists(os.path.join(path, marker)) or not os.listdir(path))
+def _is_artifact(folder: str) -> bool:
+    """Files of that name are common, so that only one with everything in it that is ours will do."""
+    try:
+        parse((Path(folder) / MANIFEST).read_bytes())
+    except (OSError, ArtifactError):
+        return False
+    return True
 
 
 def _flush(folder: str) -> None:

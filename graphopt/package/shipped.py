@@ -12,7 +12,8 @@ import sys
 
 
 def _check() -> None:
-    with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "package.json")) as file:
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with open(os.path.join(folder, "graphopt-package.json")) as file:
         made = json.load(file)
     python, machine = "{}.{}".format(*sys.version_info[:2]), os.uname()[4]
     if python != made["python"]:

@@ -14,7 +14,7 @@ from graphopt.runtime.archive import Archive, open_archive
 from graphopt.runtime.loading import check_files
 from graphopt.runtime.manifest import MANIFEST, Manifest, parse
 
-ABOUT, MODEL, KIND = "package.json", "model.gopt", "folder made by `graphopt package`"
+ABOUT, MODEL, KIND = "graphopt-package.json", "model.gopt", "folder made by `graphopt package`"
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,16 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str], libraries: Libraries) -> Source:
-    """Open and check; raises ArtifactError, or UsageError where the libraries are for another kind of machine."""
+    """Open and check; raises ArtifactError, or UsageError where no code for a CPU is for the libraries' machine.
+
+    Code for a GPU is taken along; what runs the folder leaves it.
+    """
     archive = open_archive(path)
     manifest = parse(bytes(archive.member(MANIFEST)))
     check_files(archive, manifest, manifest.files)
-    if any(variant.on_gpu for variant in manifest.variants):
+    if not (on_cpu := [variant for variant in manifest.variants if not variant.on_gpu]):
         raise UsageError("the artifact is for a GPU, which the folder to ship has no runtime for; compile it for a CPU")
-    machines = sorted({elf_machine(archive.member(variant.library)) for variant in manifest.variants})
+    machines = sorted({elf_machine(archive.member(variant.library)) for variant in on_cpu})
     if libraries.machine not in machines:
         raise UsageError(
             f"the artifact is for {' and '.join(machines)} and the libraries at hand are for {libraries.machine}; "

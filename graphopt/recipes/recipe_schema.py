@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from graphopt.backends.cuda.target import ARCHS, FAMILY
 from graphopt.contract import Pass
 from graphopt.levels import LEVELS
 from graphopt.recipes.recipe import FORMATS, SETTINGS
@@ -29,7 +30,9 @@ def recipe_schema() -> dict[str, Any]:
     words = {"enum": [*LEVELS, *kinds], "description": "A level, or a pass with its default options."}
     spelled = {"type": "string", "pattern": "[{,]", "description": "Passes and options as --passes takes them."}
     settings = {key: {**_type(hint), "description": SETTING_HELP[key]} for key, hint in SETTINGS.items()}
-    settings["target"] = {"enum": list(list_targets()), "description": SETTING_HELP["target"]}
+    arch = f"({'|'.join(ARCHS)})"
+    several = {"type": "string", "pattern": rf"^{FAMILY}:{arch}(\+{arch})+$"}
+    settings["target"] = {"anyOf": [{"enum": list(list_targets())}, several], "description": SETTING_HELP["target"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "graphopt recipe",

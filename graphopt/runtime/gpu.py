@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from functools import cache
 
 PREFIX = "cuda:"  # of the feature that names the architectures a library has code for: "cuda:sm_80+sm_90"
@@ -26,13 +27,11 @@ def gpu_architecture() -> tuple[int, int] | None:
 
 
 def runs(feature: str) -> bool:
-    """Whether this machine's GPU runs code for one of the architectures: that of its own major number, not above it."""
+    """Whether this machine's GPU runs code for one of the architectures: that of its own major number, not above it.
+
+    One that is no "sm_87" or "sm_110" it does not run.
+    """
     here = gpu_architecture()
-    return here is not None and any(
-        major == here[0] and minor <= here[1] for major, minor in map(_parts, feature.removeprefix(PREFIX).split("+"))
-    )
-
-
-def _parts(arch: str) -> tuple[int, int]:
-    """The capability of "sm_87" or "sm_110"."""
-    return divmod(int(arch.removeprefix("sm_")), 10)
+    archs = (re.fullmatch(r"sm_(\d{2,3})", arch) for arch in feature.removeprefix(PREFIX).split("+"))
+    capabilities = (divmod(int(arch[1]), 10) for arch in archs if arch)
+    return here is not None and any(major == here[0] and minor <= here[1] for major, minor in capabilities)

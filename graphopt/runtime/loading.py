@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from graphopt.runtime.features import missing
 from graphopt.runtime.library import find_function, load_gpu_runtime, open_library
 from graphopt.runtime.manifest import CHECK, MANIFEST, REPORT, WEIGHTS, Entry, Manifest, Variant, parse
 from graphopt.runtime.sizes import fits
-from graphopt.runtime.tensors import to_device, widen
+from graphopt.runtime.tensors import copy_to_gpu, to_device, widen
 from graphopt.runtime.weights import ALIGNMENT, Stored, header_sha256, read_tensors, state_name
 
 Verify = Literal["full", "code"]
@@ -42,6 +43,17 @@ class Model:
     tensors: dict[str, Any]
     constants: frozenset[tuple[int, ...]]
     addresses: range
+    _gpu: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _copying: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def weight(self, name: str) -> Any:
+        """The tensor where the variant's code reads it: on a GPU one copy, which all sessions share."""
+        if not self.variant.on_gpu:
+            return self.tensors[name]
+        with self._copying:
+            if name not in self._gpu:
+                self._gpu[name] = copy_to_gpu(self.tensors[name])
+            return self._gpu[name]
 
     def samples(self, entry: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The inputs and outputs that were recorded when the artifact was compiled, by name."""
@@ -118,24 +130,29 @@ def _in_words(feature: str) -> str:
 
 
 def _open_best(archive: Archive, manifest: Manifest, runnable: list[Variant]) -> tuple[Variant, Any]:
-    """The first variant whose library finds all it needs; raises ArtifactError saying what the last one lacks."""
+    """The first variant that finds all it needs; raises ArtifactError saying what the last one lacks."""
     *better, last = runnable
     for variant in better:
-        library = _open(archive, manifest, variant)
+        code = _code(archive, manifest, variant)
         with suppress(ArtifactError):
-            _check_machine(library)
-            return variant, library
-    library = _open(archive, manifest, last)
-    _check_machine(library)
-    return last, library
+            return variant, _open(manifest, variant, code)
+    return last, _open(manifest, last, _code(archive, manifest, last))
 
 
-def _open(archive: Archive, manifest: Manifest, variant: Variant) -> Any:
-    if variant.on_gpu:
-        load_gpu_runtime()
+def _code(archive: Archive, manifest: Manifest, variant: Variant) -> bytes:
+    """The library's bytes; raises ArtifactError where they were altered, whatever other variants there are."""
     code = bytes(archive.member(variant.library))  # a copy: the file could change between this check and the opening
     _check_hash(archive, manifest, variant.library, code)
-    return open_library(variant.library, code, manifest.files[variant.library]["sha256"])
+    return code
+
+
+def _open(manifest: Manifest, variant: Variant, code: bytes) -> Any:
+    """The library; raises ArtifactError where this machine has not all that it needs."""
+    if variant.on_gpu:
+        load_gpu_runtime()
+    library = open_library(variant.library, code, manifest.files[variant.library]["sha256"])
+    _check_machine(library)
+    return library
 
 
 def _check_machine(library: Any) -> None:

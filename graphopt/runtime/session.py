@@ -21,12 +21,12 @@ from graphopt.runtime.loading import Model, Verify, load
 from graphopt.runtime.manifest import Entry, Manifest, TensorInfo, Variant
 from graphopt.runtime.profiling import Round, medians, time_calls
 from graphopt.runtime.stages import Stages
-from graphopt.runtime.tensors import SMALL, copy_tensor, from_device, widen, zeros
+from graphopt.runtime.tensors import CPU, GPU, SMALL, copy_tensor, from_device, widen, zeros
 from graphopt.runtime.threads import Runner, resolve
 from graphopt.runtime.weights import state_name
 
 SET_DENORMALS = "graphopt_set_denormals"
-_CPU, _GPU, _POOLED_ALLOCATOR = 1, 2, 2
+_POOLED_ALLOCATOR = 2
 _SIZES_KEPT = 32  # the allocator keeps the buffers of every size it ever saw; past this many they are given back
 
 
@@ -261,9 +261,13 @@ class InferenceSession:
             inputs, _ = bound.check.bind(feed, state)
             machine = new_machine(self._model)
             function = bind_function(entry, self._model, machine)
-            return self._runner.run(
-                lambda: time_calls(machine, lambda: self._guarded(entry, function, (*inputs, *state)), rounds)
-            )
+            try:
+                return self._runner.run(
+                    lambda: time_calls(machine, lambda: self._guarded(entry, function, (*inputs, *state)), rounds)
+                )
+            except BaseException:
+                bound.check.forget()  # as in `_call`
+                raise
 
     def _entry(self, name: str) -> _Bound:
         if name not in self._bound:
@@ -357,7 +361,7 @@ def release_memory() -> None:
 def new_machine(model: Model) -> Any:
     """A virtual machine over the model's library; on a GPU, the CPU comes last and holds sizes."""
     machine = model.library["vm_load_executable"]()
-    devices = (_GPU, _CPU) if model.variant.on_gpu else (_CPU,)
+    devices = (GPU, CPU) if model.variant.on_gpu else (CPU,)
     machine["vm_initialization"](*(part for device in devices for part in (device, 0, _POOLED_ALLOCATOR)))
     return machine
 
@@ -387,10 +391,7 @@ def as_list(result: Any) -> list[Any]:
 
 def bind_weights(entry: str, model: Model, machine: Any) -> Any:
     """The entry's function with the weights, its last arguments, bound once instead of passed with every call."""
-    weights = [model.tensors[name] for name in model.variant.weights[entry]]
-    if model.variant.on_gpu:
-        to_gpu = ffi().get_global_func("vm.builtin.to_device")
-        weights = [to_gpu(tensor, _GPU, 0) for tensor in weights]
+    weights = [model.weight(name) for name in model.variant.weights[entry]]
     bound = f"graphopt.{entry}"
     try:
         machine["save_function"](entry, bound, 1, *weights)

@@ -12,6 +12,7 @@ from graphopt.runtime.library import ffi
 from graphopt.runtime.weights import ALIGNMENT
 
 SMALL = 16 << 10  # bytes; the library's allocator hands out whole pages, which a copy lets it use again
+CPU, GPU = 1, 2  # kinds of devices, as DLPack numbers them
 _DLPACK_WITH_FLAGS = (1, 0)  # the first version that can say "read-only"
 
 
@@ -43,6 +44,11 @@ def _wrap(array: np.ndarray) -> Any:
 def _viewed(tensor: Any, shape: tuple[int, ...], dtype: str) -> Any:
     view = ffi().get_global_func("runtime.TVMTensorCreateView")
     return view(tensor, ffi().Shape(shape), ffi().dtype(dtype), 0)
+
+
+def copy_to_gpu(tensor: Any) -> Any:
+    """The tensor's copy in the memory of the first GPU."""
+    return ffi().get_global_func("vm.builtin.to_device")(tensor, GPU, 0)
 
 
 def from_device(tensor: Any, dtype: str) -> np.ndarray:

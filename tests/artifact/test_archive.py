@@ -15,8 +15,11 @@ from graphopt.artifact.archive import create
 from graphopt.errors import ArtifactError, WriteError
 from graphopt.runtime import archive as reading
 from graphopt.runtime.archive import open_archive
+from graphopt.runtime.manifest import Entry, Manifest, Variant
 
-MEMBERS = {"lib/cpu.so": b"\x7fELF" * 3000, "empty.bin": b"", "manifest.json": b"{}"}
+FILES = {name: {"sha256": "0" * 64, "bytes": 0} for name in ("lib/cpu.so", "weights.safetensors")}
+MANIFEST = Manifest("m", {"main": Entry((), ())}, (Variant("cpu", (), "lib/cpu.so", {"main": ()}),), files=FILES)
+MEMBERS = {"lib/cpu.so": b"\x7fELF" * 3000, "empty.bin": b"", "manifest.json": MANIFEST.to_json().encode()}
 
 
 def write(path: Path | str) -> None:
@@ -110,7 +113,7 @@ def test_a_failing_rename_brings_the_folder_back(tmp_path: Path, monkeypatch: py
     with pytest.raises(WriteError, match="Input/output error"):
         write(f"{tmp_path}/folder/")
     assert contents(tmp_path) == ["folder"]
-    assert bytes(open_archive(tmp_path / "folder").member("manifest.json")) == b"{}"
+    assert bytes(open_archive(tmp_path / "folder").member("manifest.json")) == MEMBERS["manifest.json"]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link.gopt").symlink_to(tmp_path / "real.gopt")
     write(tmp_path / "link.gopt")
     assert (tmp_path / "link.gopt").is_symlink()
-    assert bytes(open_archive(tmp_path / "real.gopt").member("manifest.json")) == b"{}"
+    assert bytes(open_archive(tmp_path / "real.gopt").member("manifest.json")) == MEMBERS["manifest.json"]
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
@@ -150,6 +153,9 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "notes" / "diary.txt").touch()
     with pytest.raises(WriteError, match="it is a folder; give a file name, or end the path with '/'"):
         write(tmp_path / "notes")
+    with pytest.raises(WriteError, match="it exists and is no artifact"):
+        write(f"{tmp_path}/notes/")
+    (tmp_path / "notes" / "manifest.json").write_text('{"name": "an extension of a browser"}')
     with pytest.raises(WriteError, match="it exists and is no artifact"):
         write(f"{tmp_path}/notes/")
     with pytest.raises(WriteError, match="No such file or directory"):

@@ -208,6 +208,7 @@ def test_the_published_schema_is_current() -> None:
 VALID: list[dict[str, Any]] = [
     {"passes": ["O2", "dead-code", "dead-code,constant-folding{max-bytes=1}"]},
     {"passes": [{"name": "constant-folding", "max-bytes": 1}], "verify": "off", "seed": 1, "target": "cpu"},
+    {"passes": ["O2"], "target": "cuda:sm_80+sm_90"},
     {"include": ["cpu-fast"], "description": "words", "keep-if-faster": True},
 ]
 INVALID: list[dict[str, Any]] = [
@@ -219,6 +220,7 @@ INVALID: list[dict[str, Any]] = [
     {"passes": [], "verify": "nope"},
     {"passes": [], "verfy": "off"},
     {"passes": [], "target": "cpu:x86"},
+    {"passes": [], "target": "cuda:sm_80+sm_91"},
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from graphopt.errors import ArtifactError, FeedError, RunError, UnknownNameError, UsageError
-from graphopt.runtime import InferenceSession, ValueInfo
+from graphopt.runtime import InferenceSession, ValueInfo, loading
 from graphopt.runtime import session as session_module
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.runtime.manifest import TensorInfo
@@ -176,6 +176,38 @@ def test_a_call_that_was_interrupted_keeps_its_inputs(artifact: Path, monkeypatc
         session.run(None, {"x": rows(2)})
     session.run(None, {"x": rows(2) + 7})
     np.testing.assert_allclose(np.from_dlpack(run(*running[0])), rows(2) * W + B)
+
+
+def test_a_profile_that_was_interrupted_keeps_its_inputs(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, running = InferenceSession(artifact), []
+
+    def interrupted(machine: Any, run: Any, rounds: int) -> Any:
+        running.append(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session_module, "time_calls", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.profile({"x": rows(2)})
+    session.run(None, {"x": rows(2) + 7})
+    np.testing.assert_allclose(np.from_dlpack(running[0]()), rows(2) * W + B)
+
+
+def test_weights_are_copied_to_a_gpu_once(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the functions of every session and profile, here of code for a CPU, over one model."""
+    copied: list[int] = []
+
+    def copy(tensor: Any) -> Any:
+        copied.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(loading, "copy_to_gpu", copy)
+    model = loading.load(artifact, "full")
+    on_gpu = replace(model, variant=replace(model.variant, features=("cuda:sm_80",)))
+    for _ in range(3):
+        session_module.bind_weights("main", on_gpu, session_module.new_machine(model))
+    assert copied == [model.tensors[name].data_ptr() for name in ("w", "b")]
+    session_module.bind_weights("main", model, session_module.new_machine(model))
+    assert len(copied) == 2
 
 
 def test_outputs_survive_later_runs(session: InferenceSession) -> None:

@@ -48,7 +48,8 @@ def test_the_suite_end_to_end(cli: Cli, tmp_path: Path, monkeypatch: pytest.Monk
     assert [row["side"] for row in model["rows"]] == ["graphopt", "onnxruntime", "onnxruntime-lut", "reads"]
     assert model["bytes_per_second"] > 0 and model["share_of_reading"] > 0 and not model["failures"]
     assert "wanted 1x of ONNX Runtime with 2 bits and 85% of reading" in outcome.out
-    assert "| small | graphopt | " in (tmp_path / "g.md").read_text()
+    text = (tmp_path / "g.md").read_text()
+    assert "| small | graphopt | " in text and "turns of 0.2 s" in text
 
 
 def model(speedup: float, share: float | None, error: float = 0.0) -> dict[str, Any]:

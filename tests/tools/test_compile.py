@@ -9,6 +9,7 @@ from platform import machine
 
 import pytest
 
+from graphopt.backends.cuda import compiler
 from graphopt.backends.linker import find_cross_linker
 from tests.tools.conftest import DYNAMIC, ROOT, TINY, Cli
 
@@ -39,6 +40,8 @@ def test_what_could_not_run_here_is_still_to_be_checked(cli: Cli) -> None:
     assert outcome.code == 0 and "not on the target; on the target run: graphopt run m.gopt --check" in outcome.out
     outcome = cli("run", "m.gopt", "--check")
     assert outcome.code != 0 and "compiled for another CPU" in outcome.err
+    outcome = cli("compile", TINY, "-o", "m.gopt", "--variants", f"cpu,{OTHER}")
+    assert f"note  {OTHER} checked on" in outcome.out and outcome.out.count("--check") == 1, outcome.out
 
 
 def test_inspect_shows_the_artifact(cli: Cli, artifact: str) -> None:
@@ -115,9 +118,19 @@ def test_ctrl_c_while_building_or_writing_leaves_nothing(tmp_path: Path, module:
 
 def test_variants_for_several_machines(cli: Cli) -> None:
     model = "tests.tools.tiny_models:dense"
-    outcome = cli("compile", model, "-o", "m.gopt", "--variants", "x86-64-v3,x86-64-v4")
+    outcome = cli("compile", model, "-o", "m.gopt", "--variants", "x86-64-v3, x86-64-v4")
     assert outcome.code == 0 and "variants  cpu:x86-64-v3, cpu:x86-64-v4" in outcome.out, outcome.err
     assert cli("run", "m.gopt", "--check").code == 0
     cli("compile", model, "-o", "m.gopt", "--variants", "x86-64-v3,x86-64-v5").refused("cpu:x86-64-v5")
     both = ("--variants", "x86-64-v3,x86-64-v4", "--target", "cpu")
     cli("compile", model, "-o", "m.gopt", *both).refused("either --target or --variants")
+
+
+def test_several_architectures_of_gpus_are_a_target(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That gets as far as to the compilers, of which none is taken."""
+    for name in ("find_nvcc", "find_nvrtc"):
+        monkeypatch.setattr(compiler, name, lambda: None)
+    several = ("--target", "cuda:sm_80+sm_90")
+    assert cli("optimize", TINY, "-o", "m.pt2", *several).code == 0
+    cli("compile", TINY, "-o", "m.gopt", *several).refused("no compiler for CUDA devices found", code=1)
+    cli("compile", TINY, "-o", "m.gopt", "--target", "cuda:sm_80+sm_91").refused("unknown target 'cuda:sm_80+sm_91'")

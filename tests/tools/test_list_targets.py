@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+from platform import machine
+
+import pytest
+
 import graphopt
+from graphopt.backends import targets
 from tests.tools.conftest import Cli
 
 
@@ -17,3 +22,17 @@ def test_every_target_says_what_is_missing(cli: Cli) -> None:
 def test_one_target(cli: Cli) -> None:
     assert cli("list-targets", "--target", "cpu").out.count("\n") == 3
     cli("list-targets", "--target", "cpuu").refused("unknown target 'cpuu'", "'cpu'")
+
+
+def test_several_architectures_of_gpus(cli: Cli) -> None:
+    (row,) = cli("list-targets", "--target", "cuda:sm_90+sm_80", "--json").json
+    assert row["cuda"] == "sm_80+sm_90" and row["features"][-1] == "cuda:sm_80+sm_90"
+    assert cli("list-targets", "--target", "cuda:sm_87", "--json").json[0]["cuda"] == "sm_87"
+
+
+def test_code_for_a_gpu_takes_a_linker_for_its_host(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "find_cross_linker", lambda machine: None)
+    other, here = ("cuda:sm_87", "jetson-orin-nx") if machine() == "aarch64" else ("jetson-orin-nx", "cuda:sm_87")
+    (row,) = cli("list-targets", "--target", other, "--json").json
+    assert "pip install ziglang" in row["build"] and row["cuda"] == "sm_87"
+    assert "ziglang" not in cli("list-targets", "--target", here, "--json").json[0]["build"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,12 +76,29 @@ print([f for f in found if "site-packages" in f and "/numpy/" not in f or "graph
 
 
 def test_an_artifact_that_is_a_folder(cli: Cli, artifact: str, run: Run, tmp_path: Path) -> None:
-    import zipfile
-
-    with zipfile.ZipFile(artifact) as archive:
-        archive.extractall(tmp_path / "dense.gopt")
+    unpack(artifact, tmp_path / "dense.gopt")
     assert cli("package", tmp_path / "dense.gopt", "--python", "shipped").code == 0
     assert "largest difference 0.0" in run(script(tmp_path / "shipped")).stdout
+
+
+def unpack(artifact: str, folder: Path) -> Path:
+    """The path of its manifest."""
+    with zipfile.ZipFile(artifact) as archive:
+        archive.extractall(folder)
+    return folder / "manifest.json"
+
+
+def test_code_for_a_gpu_beside_that_for_a_cpu(cli: Cli, artifact: str, run: Run, tmp_path: Path) -> None:
+    """It is taken along and left where the folder runs; alone it is refused."""
+    manifest = unpack(artifact, tmp_path / "dense.gopt")
+    about = json.loads(manifest.read_text())
+    (on_cpu,) = about["variants"]
+    on_gpu = {**on_cpu, "target": "cuda:sm_80", "features": [*on_cpu["features"], "cuda:sm_80"]}
+    manifest.write_text(json.dumps({**about, "variants": [on_gpu, on_cpu]}))
+    assert cli("package", tmp_path / "dense.gopt", "--python", "shipped").code == 0
+    assert "largest difference 0.0" in run(script(tmp_path / "shipped")).stdout
+    manifest.write_text(json.dumps({**about, "variants": [on_gpu]}))
+    cli("package", tmp_path / "dense.gopt", "--python", "other").refused("is for a GPU", "compile it for a CPU")
 
 
 @pytest.mark.parametrize(
@@ -91,8 +109,8 @@ def test_an_artifact_that_is_a_folder(cli: Cli, artifact: str, run: Run, tmp_pat
     ],
 )
 def test_another_python_or_machine_is_one_sentence(folder: Path, run: Run, field: str, value: str, words: str) -> None:
-    about = json.loads((folder / "package.json").read_text())
-    (folder / "package.json").write_text(json.dumps({**about, field: value}))
+    about = json.loads((folder / "graphopt-package.json").read_text())
+    (folder / "graphopt-package.json").write_text(json.dumps({**about, field: value}))
     refused(run(script(folder)), words)
 
 
@@ -119,6 +137,11 @@ def test_a_folder_of_something_else_stays(cli: Cli, artifact: str, tmp_path: Pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     cli("package", artifact, "--python", "mine").refused("mine/", "give another name or remove it", code=1)
+    (tmp_path / "mine" / "package.json").write_text('{"name": "a project of npm"}')
+    cli("package", artifact, "--python", "mine").refused("mine/", "give another name or remove it", code=1)
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    cli("package", artifact, "--python", "mine", "--cpp", "link").refused("are both link; give each a folder")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
     assert cli("package", artifact, "--python", "shipped").code == 0
     assert cli("package", artifact, "--python", "shipped").code == 0  # one of its own kind is replaced
 

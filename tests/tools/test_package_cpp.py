@@ -8,10 +8,14 @@ import struct
 import subprocess
 import zipfile
 import zlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.package.cpp_project import write_cpp_project
@@ -30,6 +34,25 @@ int main(int, char** words) {
     auto x = graphopt::Tensor::zeros("float32", {1, 4});
     for (int i = 0; i < 4; ++i) x.as<float>()[i] = i + round;
     for (auto& [name, y] : session.run({{"x", x}})) std::printf("%.9g %.9g\\n", y.as<float>()[0], y.as<float>()[3]);
+  }
+}
+"""
+THREADS = """
+#include <cstdio>
+#include <graphopt/graphopt.hpp>
+#include <thread>
+int main(int, char** words) {
+  for (int threads : {1, 2}) {
+    std::thread([=] {
+      graphopt::Session session(words[1], threads);
+      auto [feed, expected] = session.samples();
+      std::printf("%d %zu\\n", threads, session.run(feed).size());
+      try {
+        graphopt::Session(words[1], 3).run(feed);
+      } catch (const graphopt::Error& error) {
+        std::puts(error.what());
+      }
+    }).join();
   }
 }
 """
@@ -58,6 +81,33 @@ def test_outputs_are_those_of_the_session(artifact: str, folder: Path, run: Runn
 def test_the_sample_inside(folder: Path, run: Runner, tmp_path: Path) -> None:
     done = run.raw(folder / "model.gopt", {}, tmp_path)
     assert done.stdout == "output float32 [3, 16], largest difference 0\n", done.stderr
+
+
+class Floats(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [(2 * x).to(dtype) for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)]
+
+
+def test_distances_are_those_of_numbers(folder: Path, run: Runner, tmp_path: Path) -> None:
+    """Of floats of any width; NaN beside another number is no small distance, and beside NaN none."""
+    x = np.array([1.5, -0.25, 2.0**-16], np.float32)
+    artifact = graphopt.compile(graphopt.capture(Floats(), (torch.from_numpy(x),)), threads=1)
+
+    def told(given: np.ndarray, expected: np.ndarray) -> list[str]:
+        """What is said of the outputs, by which the recorded ones differ."""
+        kinds = {name: array.dtype for name, array in artifact.check.items() if ".output." in name}
+        check = {name: expected.astype(dtype) for name, dtype in kinds.items()}
+        replace(artifact, check={**check, "main.input.x": given}).save(tmp_path / "floats.gopt")
+        done = run.raw(tmp_path / "floats.gopt", {}, tmp_path)
+        assert done.stdout.count("\n") == len(check), done
+        return [line.rpartition(" ")[2] for line in done.stdout.splitlines()]
+
+    assert told(x, 2 * x) == ["0"] * 4
+    assert told(x, np.array([3, 0, 0], np.float32)) == ["0.5"] * 4
+    nan, infinite = np.float32("nan"), np.float32("inf")
+    assert told(x, np.array([nan, 9, 0], np.float32)) == ["nan"] * 4
+    assert told(np.array([nan, infinite, 4], np.float32), np.array([nan, infinite, 7], np.float32)) == ["1"] * 4
+    assert told(x, np.array([3, -infinite, 0], np.float32)) == ["inf"] * 4
 
 
 @pytest.mark.parametrize(
@@ -98,17 +148,39 @@ def test_an_altered_artifact(folder: Path, run: Runner, tmp_path: Path) -> None:
 
 
 def test_a_cpu_that_lacks_features(folder: Path, run: Runner, tmp_path: Path) -> None:
-    """One that no machine has, in place of one of equal length, and the manifest's checksum with it."""
-    data = (folder / "model.gopt").read_bytes()
-    with zipfile.ZipFile(folder / "model.gopt") as archive:
-        manifest = archive.read("manifest.json")
+    """One that no machine has, in place of one of equal length."""
     feature = {"x86_64": b'"bmi2"', "aarch64": b'"asimd"'}[platform.machine()]
-    changed = manifest.replace(feature, feature.replace(b"i", b"y"))
-    assert changed != manifest
-    before, after = (struct.pack("<I", zlib.crc32(each)) for each in (manifest, changed))
-    (tmp_path / "other.gopt").write_bytes(data.replace(manifest, changed).replace(before, after))
+    with_manifest(folder / "model.gopt", tmp_path / "other.gopt", {feature: feature.replace(b"i", b"y")})
     words = "the artifact was compiled for another CPU: cpu:"
     refused(run.raw(tmp_path / "other.gopt", {}, tmp_path), words)
+
+
+def test_a_variant_that_lacks_an_entry(folder: Path, run: Runner, tmp_path: Path) -> None:
+    names = {b'"weights": {\n    "main"': b'"weights": {\n    "mine"'}
+    with_manifest(folder / "model.gopt", tmp_path / "other.gopt", names)
+    refused(run.raw(tmp_path / "other.gopt", {}, tmp_path), "lacks entry main; get the artifact again")
+
+
+def with_manifest(model: Path, changed: Path, words: Mapping[bytes, bytes]) -> None:
+    """The artifact with words of its manifest replaced by equally long ones, and the checksum with them."""
+    with zipfile.ZipFile(model) as archive:
+        before = archive.read("manifest.json")
+    after = before
+    for found, other in words.items():
+        assert found in before and len(found) == len(other), before
+        after = after.replace(found, other)
+    old, new = (struct.pack("<I", zlib.crc32(each)) for each in (before, after))
+    changed.write_bytes(model.read_bytes().replace(before, after).replace(old, new))
+
+
+@pytest.mark.slow
+def test_every_calling_thread_has_its_own_threads(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "main.cpp").write_text(THREADS)
+    build(tmp_path / "other", "c++ -pthread")
+    done = subprocess.run([tmp_path / "other" / "run", folder / "model.gopt"], capture_output=True, text=True)
+    refusal = "sessions of one calling thread use equally many threads: this one 3, those before it "
+    assert done.stdout.splitlines() == ["1 1", f"{refusal}1", "2 1", f"{refusal}2"], done
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from graphopt.tools.benchmarking.llama import Llama, Shape, capture_decoder, ent
 from graphopt.tools.benchmarking.memory_reads import READS, write_reads
 from graphopt.tools.benchmarking.networks import Network, Publish, Report, format_suite, format_tables, run_networks
 from graphopt.tools.benchmarking.report import output_error
-from graphopt.tools.benchmarking.turns import Entrant, Measurement, take_turns
+from graphopt.tools.benchmarking.turns import TURN, Entrant, Measurement, take_turns
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
@@ -61,7 +61,7 @@ def run_decode(forms: Mapping[str, str], settings: Settings, publish: Publish) -
             "cache_bytes": shape.cache_bytes(),
             "prompt_tokens": PROMPT_TOKENS,
         }
-        run_networks("decode", networks, settings, lambda report: publish({**report, **about}))
+        run_networks("decode", networks, settings, lambda report: publish({**report, **about}), TURN)
 
 
 def measure_form(

@@ -18,7 +18,7 @@ from graphopt.tools.benchmarking.comparison import Settings, compare, save_compi
 from graphopt.tools.benchmarking.gemv_cases import STREAMED, GemvCase
 from graphopt.tools.benchmarking.memory_reads import READS, write_reads
 from graphopt.tools.benchmarking.networks import Network, Publish, Report, format_suite, format_tables, run_networks
-from graphopt.tools.benchmarking.turns import Entrant
+from graphopt.tools.benchmarking.turns import TURN, Entrant
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
@@ -35,7 +35,7 @@ def run_gemv(cases: Mapping[str, GemvCase], settings: Settings, publish: Publish
     networks: list[Network] = [
         ({"name": name, "title": case.title}, partial(measure_case, case, settings)) for name, case in cases.items()
     ]
-    run_networks("gemv", networks, settings, publish)
+    run_networks("gemv", networks, settings, publish, TURN)
 
 
 def measure_case(case: GemvCase, settings: Settings) -> dict[str, Any]:

@@ -18,14 +18,16 @@ Network = tuple[Mapping[str, Any], Callable[[], Mapping[str, Any]]]
 """What is said of a network, and what measures it."""
 
 
-def run_networks(suite: str, networks: Iterable[Network], settings: Settings, publish: Publish) -> None:
-    """`publish` is given the report after each network."""
+def run_networks(
+    suite: str, networks: Iterable[Network], settings: Settings, publish: Publish, turn: float = TURN
+) -> None:
+    """`publish` is given the report after each network; `turn` is how many seconds a turn takes, at the least."""
     report: dict[str, Any] = {
         "suite": suite,
         "cpu": cpu_name(),
         "cores": list(settings.cores),
         "rounds": settings.rounds,
-        "turn_seconds": TURN,
+        "turn_seconds": turn,
         "models": [],
     }
     for about, measure in networks:

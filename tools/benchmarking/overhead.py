@@ -18,7 +18,7 @@ from graphopt.tools.benchmarking.comparison import Settings, compare, save_compi
 from graphopt.tools.benchmarking.networks import Network, Publish, Report, format_suite, format_tables, run_networks
 from graphopt.tools.benchmarking.peers import installed, peer_entrants
 from graphopt.tools.benchmarking.report import AGREE
-from graphopt.tools.benchmarking.turns import Entrant
+from graphopt.tools.benchmarking.turns import TURN, Entrant
 from graphopt.tools.progress import progress
 from graphopt.tools.table import format_table
 
@@ -62,7 +62,7 @@ def run_overhead(cases: Mapping[str, OverheadCase], settings: Settings, publish:
     networks: list[Network] = [
         ({"name": name, "title": case.title}, partial(measure_case, case, settings)) for name, case in cases.items()
     ]
-    run_networks("overhead", networks, settings, publish)
+    run_networks("overhead", networks, settings, publish, TURN)
 
 
 def measure_case(case: OverheadCase, settings: Settings) -> dict[str, Any]:

@@ -5,12 +5,38 @@
 #include <graphopt/graphopt.hpp>
 #include <graphopt/npy.hpp>
 
+static double half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  if (exponent == 31) return fraction ? NAN : bits >> 15 ? -INFINITY : INFINITY;
+  return std::ldexp(exponent ? fraction + 1024 : fraction, std::max(exponent, 1) - 25) * (bits >> 15 ? -1 : 1);
+}
+
+static double number(const graphopt::Tensor& tensor, int64_t index) {
+  if (tensor.dtype == "float64") return tensor.as<double>()[index];
+  if (tensor.dtype == "float16") return half(tensor.as<uint16_t>()[index]);
+  if (tensor.dtype == "float32") return tensor.as<float>()[index];
+  const uint32_t bits = uint32_t(tensor.as<uint16_t>()[index]) << 16;  // bfloat16
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static bool has_numbers(const graphopt::Tensor& tensor) {
+  const uint8_t code = graphopt::dtype_named(tensor.dtype).code;
+  return code == kDLFloat || code == kDLBfloat;
+}
+
+// NaN where one of the two has it alone. What is no float of 16 bits or more differs by nothing or without measure.
 static double distance(const graphopt::Tensor& found, const graphopt::Tensor& expected) {
   if (found.dtype != expected.dtype || found.shape != expected.shape) return INFINITY;
-  if (found.dtype != "float32") return std::memcmp(found.data.get(), expected.data.get(), found.bytes()) ? INFINITY : 0;
+  if (!has_numbers(found)) return std::memcmp(found.data.get(), expected.data.get(), found.bytes()) ? INFINITY : 0;
   double most = 0;
-  for (int64_t i = 0; i < found.count(); ++i)
-    most = std::max(most, std::abs(double(found.as<float>()[i]) - double(expected.as<float>()[i])));
+  for (int64_t i = 0; i < found.count(); ++i) {
+    const double a = number(found, i), b = number(expected, i);
+    if (a == b || (std::isnan(a) && std::isnan(b))) continue;
+    if (std::isnan(a) || std::isnan(b)) return NAN;
+    most = std::max(most, std::abs(a - b));
+  }
   return most;
 }
 

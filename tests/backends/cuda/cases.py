@@ -67,10 +67,10 @@ class Awkward(nn.Module):
 class LowBit(nn.Module):
     """Sums of products exact in float32, so that the order of additions is all that could differ."""
 
-    def __init__(self, kinds: tuple[tuple[int, int, int, int], ...], zero: bool = False) -> None:
+    def __init__(self, kinds: tuple[tuple[int, int, int, int], ...]) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)
-        self.kinds, self.zero = kinds, zero
+        self.kinds = kinds
         for number, (bits, n, k, group) in enumerate(kinds):
             weight = torch.randint(0, 2**bits, (n, k), generator=draw, dtype=torch.uint8)
             self.register_parameter(f"weight{number}", nn.Parameter(weight, False))

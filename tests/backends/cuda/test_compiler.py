@@ -80,5 +80,6 @@ def test_names_of_targets() -> None:
 def test_code_runs_on_its_own_major_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "gpu_architecture", lambda: (8, 7))
     assert missing(["cuda:sm_80", "cuda:sm_90", "cuda:sm_89", "cuda:sm_87+sm_90"]) == ("cuda:sm_90", "cuda:sm_89")
+    assert missing(["cuda:sm_87a", "cuda:", "cuda:sm_90a+sm_80"]) == ("cuda:sm_87a", "cuda:")
     monkeypatch.setattr(gpu, "gpu_architecture", lambda: None)
     assert missing(["cuda:sm_80"]) == ("cuda:sm_80",)

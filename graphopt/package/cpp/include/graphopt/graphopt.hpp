@@ -15,8 +15,8 @@ using Tensors = std::map<std::string, Tensor>;
 
 enum class Verify { kFull, kCode };  // the hash of every member, or of the code alone, leaving the weights unread
 
-// One call at a time. All sessions of a process use equally many threads, and a session is used by the thread that
-// opened it: TVM keeps one pool of workers for a thread.
+// One call at a time, from the thread that opened it. All sessions of one thread use equally many threads: TVM keeps a
+// pool of workers for each thread that calls it.
 class Session {
  public:
   explicit Session(const std::string& path, int threads = 0, Verify verify = Verify::kFull)
@@ -147,6 +147,9 @@ class Session {
 
   // Each function with the weights, its last arguments, bound once.
   void bind_entries() {
+    for (const auto& [name, described] : entries_)
+      if (!described.staged && !variant_.weights.count(name))
+        throw Error("manifest.json is damaged: " + variant_.target + " lacks entry " + name + "; get the artifact again");
     machine_ = call_member(library_, "vm_load_executable", {});
     call_member(machine_, "vm_initialization", {kCpu, 0, kPooledAllocator});
     denormals_ = member(library_, "graphopt_set_denormals");
@@ -256,10 +259,10 @@ class Session {
 
   // Workers that may move on the CPUs that this thread may use; the pool keeps the size that it is made with.
   void set_threads() const {
-    static int made = 0;
+    static thread_local int made = 0;  // in this thread's pool
     if (made == threads_) return;
-    if (made) throw Error("sessions of one process use equally many threads: this one " + std::to_string(threads_) +
-                          ", those before it " + std::to_string(made));
+    if (made) throw Error("sessions of one calling thread use equally many threads: this one " +
+                          std::to_string(threads_) + ", those before it " + std::to_string(made));
     cpu_set_t before;
     bool known = !sched_getaffinity(0, sizeof before, &before);
     std::vector<std::string> names;
