@@ -22,7 +22,7 @@ from graphopt.backends.choice import Choices, Tuned
 from graphopt.backends.instructions import definitions
 from graphopt.backends.linker import link
 from graphopt.backends.lowering import WEIGHT_COUNT, Operators, lower_program, reserve
-from graphopt.backends.operators.low_bit import takes_tables
+from graphopt.backends.operators.low_bit import is_looked_up
 from graphopt.backends.packed_weights import Weights
 from graphopt.backends.target import Target, resolve_target, runnable
 from graphopt.backends.tir_pipeline import register
@@ -81,9 +81,9 @@ def lower(
 
 
 def _packs_first(item: tuple[str, Program]) -> tuple[bool, int]:
-    """Tables take weights in one order only, other products in any; kernels of fixed sizes are choosier than others."""
+    """Look-ups take weights in one order only, other products in any; fixed sizes are choosier than open ones."""
     _, program = item
-    return not any(takes_tables(node) for node in program.nodes()), len(program.sizes)
+    return not any(is_looked_up(node) for node in program.nodes()), len(program.sizes)
 
 
 @tvm.transform.module_pass(opt_level=0)

@@ -3,7 +3,8 @@
 A block makes the results of one panel of outputs for some rows. Beside each other in a warp are neighbouring outputs,
 whose words lie beside each other, so that a warp reads whole lines; warps take turns at the groups. Each thread sums
 the products of a group in int32 by `dp4a`, which is exact, and leaves scale times sum in shared memory; then the
-numbers of each result are added up in the order of groups. The CPU's kernels do so too: results are equal to theirs.
+numbers of each result are added up in the order of groups. The CPU's kernels do so too: int32 sums are equal to theirs,
+results to rounding, as compilers fuse other multiplications with additions.
 """
 
 from __future__ import annotations

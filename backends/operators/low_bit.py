@@ -73,13 +73,18 @@ def product_by(lowering: Lowering, node: Node, own: Write | None = None) -> View
         return lowering.anchored(node, _by(own, lowering, node, (codes, scale, sums), held), _with_bias(bias))
     rows = product(scale.shape[:-1])
     means = _means(lowering, node, held, rows)
-    masked = low_bit_gemv.masks(target, bits, book is not None)
+    kinds = {"masked": low_bit_gemv.masks(target, bits, book is not None), "tables": tables, "book": book is not None}
     planes = looks_up(target) and (tables or _is_packed(lowering, weight, _PLANES))
 
     def layout_of(looked_up: bool, vectors: int) -> Layout:
         if looked_up and not looks_up(target):
             return Nibbles(n, k, bits, given["group"], target.lanes, vectors)
         return Layout(n, k, bits, given["group"], target.lanes, vectors, planes)
+
+    def packed(layout: Layout) -> tuple[int, ...]:
+        begin, end = _key_parts(layout)
+        keys = lowering.weights.packings(weight)
+        return tuple(int(key[len(begin) : -len(end)]) for key in keys if key.startswith(begin) and key.endswith(end))
 
     padded = _padded(lowering, codes, layout_of(means.looking_up[0], 2), tables)
     cached = _packed_bytes(lowering) <= _CACHED
@@ -90,7 +95,7 @@ def product_by(lowering: Lowering, node: Node, own: Write | None = None) -> View
             operands = _operands(lowering, layout, (padded, scale, sums), held, tables)
             return low_bit_gemv.gemv(operands, result, end, f"low_bit_{bits}_{n}x{k}", target, choice, means)
 
-        return lowering.choose(low_bit_gemv.offer(target, rows, layout_of, end, masked, means, cached, write))
+        return lowering.choose(low_bit_gemv.offer(target, rows, layout_of, end, kinds, means, cached, write, packed))
 
     return lowering.anchored(node, build, _with_bias(bias))
 
@@ -119,9 +124,12 @@ def name_of(layout: Layout) -> str:
     return f"low_bit_{layout.bits}_{layout.n}x{layout.k}"
 
 
-def takes_tables(node: Node) -> bool:
-    """Whether a node is a product by tables of bytes."""
-    return node.target is _FEW and arguments(node)["table"] == "int8"
+def is_looked_up(node: Node) -> bool:
+    """Whether a node is a product that is asked to look sums up."""
+    if node.target is not _FEW:
+        return False
+    given = arguments(node)
+    return given["table"] == "int8" or given["kernel"] == "lut"
 
 
 def _packed_bytes(lowering: Lowering) -> int:
@@ -148,7 +156,10 @@ def _means(lowering: Lowering, node: Node, held: Mapping[str, Any], rows: Size) 
         raise CompileError(f"{name} asks for kernel='amx', and {target.name} has no tiles; use 'auto'")
     tiled = None if kernel == "unpack" or not target.amx else 1 if kernel == "amx" else FEWEST_ROWS
     if tables or kernel == "lut":
-        return Means((True,), MOST_ROWS, tiled, "table=int8 has tables alone" if tables else _ASKED.format(kernel))
+        reason = "table=int8 has tables alone" if tables else _ASKED.format(kernel)
+        if not tables and looks_up(target) and _over(rows, MOST_ROWS):
+            reason = f"kernel=lut is for up to {MOST_ROWS} rows"
+        return Means((True,), MOST_ROWS, tiled, reason)
     if kernel != "auto":
         return Means(tiled=tiled, reason=_ASKED.format(kernel))
     if not exact:
@@ -157,15 +168,22 @@ def _means(lowering: Lowering, node: Node, held: Mapping[str, Any], rows: Size) 
             tiled=tiled, reason="numbers of codebooks have no tables" if held["codebook"] is not None else reason
         )
     if looks_up(target):
-        reason = (
-            "looking one bit up takes fewest instructions" if bits == 1 else "looking up may gain only in the caches"
-        )
+        reason = "looking up may gain only in the caches"
+        if bits == 1:
+            reason = "looking one bit up takes fewest instructions for one row"
+        if _over(rows, 1):
+            reason = "several rows share what is taken apart"
         return Means((True, False) if bits == 1 else (False, True), 1, tiled, reason)
     looked_up, apart = instructions(target, bits, rows)
     reason = f"{looked_up:.1f} instructions a vector of weights looked up, {apart:.1f} taken apart"
-    if _is_packed(lowering, held["weight"], _NIBBLES):
+    few = isinstance(rows, int) and rows <= MOST_ROWS
+    if few and _is_packed(lowering, held["weight"], _NIBBLES):
         looked_up, reason = 0.0, "another product has packed the weight for look-ups"
     return Means((True, False) if looked_up * _WORTH < apart else (False, True), tiled=tiled, reason=reason)
+
+
+def _over(rows: Size, most: int) -> bool:
+    return isinstance(rows, int) and rows > most
 
 
 def _with_bias(bias: View | None) -> Callable[[Any], Any]:
@@ -181,11 +199,17 @@ def _with_bias(bias: View | None) -> Callable[[Any], Any]:
     return begin
 
 
+def _key_parts(layout: Layout) -> tuple[str, str]:
+    """What the keys of packed weights have before and after the outputs of a panel; a longer group is the whole row."""
+    kind = _NIBBLES if isinstance(layout, Nibbles) else _PLANES if layout.planes else "bits"
+    return f"{kind}{layout.bits}x", f"x{min(layout.group, layout.k)}"
+
+
 def _operands(
     lowering: Lowering, layout: Layout, activations: tuple[View, View, View], held: dict[str, Any], tables: bool
 ) -> Operands:
-    kind = _NIBBLES if isinstance(layout, Nibbles) else _PLANES if layout.planes else "bits"
-    key = f"{kind}{layout.bits}x{layout.outputs}x{layout.group}"
+    begin, end = _key_parts(layout)
+    key = f"{begin}{layout.outputs}{end}"
     zero, book, tag = held["weight_zero"], held["codebook"], held["tag"]
     unsigned = lowering.target.quads == "uint8"
     offset = (_UNSIGNED if unsigned else 0) if book is not None else (0 if unsigned or layout.bits < 8 else -_UNSIGNED)

@@ -21,6 +21,7 @@ from graphopt.backends.values import View
 
 RULE = "low-bit-build"
 _LARGEST = 127
+_INFINITE, _NAN = 0x7F800000, 0x7FC00000  # bits of float32
 _ENTRIES = 16  # of a table
 _QUAD = 4  # numbers that a table sums
 _VECTORS = 4  # maxima and sums beside each other, so that none waits for another
@@ -158,8 +159,9 @@ class _Build:
         T.buffer_store(entries, total, [vector, tirx.Ramp(int64(0), int64(1), lanes)])
 
     def store_scale(self, at: Any, largest: Any) -> Any:
-        """Store a group's scale, given its largest magnitude; returns what its numbers are divided by."""
-        scale = T.bind(tirx.reinterpret("float32", largest) / tirx.const(_LARGEST, "float32"))
+        """Store a group's scale, given the bits of its largest magnitude; returns what its numbers are divided by."""
+        finite = tirx.Select(largest < tirx.const(_INFINITE, "int32"), largest, tirx.const(_NAN, "int32"))
+        scale = T.bind(tirx.reinterpret("float32", finite) / tirx.const(_LARGEST, "float32"))
         T.buffer_store(self.scale, scale, [at])
         zero = tirx.const(0.0, "float32")
         return T.bind(tirx.Select(scale > zero, scale, tirx.const(1.0, "float32")))

@@ -12,7 +12,7 @@ last, so that results depend neither on the tile nor on how threads share the pa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +34,7 @@ from graphopt.backends.rules.low_bit_rows import RowTile
 from graphopt.backends.rules.low_bit_tiles import write_tiles
 from graphopt.backends.sizes import Size, least, product
 from graphopt.backends.target import Target
-from graphopt.backends.tuner.record import Workload
+from graphopt.backends.tuner.record import Parameter, Workload
 from graphopt.backends.values import Product, fused_name
 
 RULE = "low-bit"
@@ -56,6 +56,7 @@ class Configuration:
 
 
 Layouts = Callable[[bool, int], Layout]  # for looking up or not, and for panels of so many vectors
+Packed = Callable[[Layout], tuple[int, ...]]  # outputs of the panels in which the weight is kept already
 
 
 @dataclass(frozen=True)
@@ -71,42 +72,49 @@ class Means:
     tiled: int | None = None
     reason: str = ""
 
+    def parameters(self) -> dict[str, Parameter]:
+        """As workloads have it."""
+        order = " ".join("look-up" if looks_up else "unpack" for looks_up in self.looking_up)
+        return {"means": order, "few": self.few, "tiled": self.tiled or 0}
+
 
 def offer(
     target: Target,
     rows: Size,
     layout: Layouts,
     end: Any,
-    masked: bool,
+    kinds: Mapping[str, Parameter],
     means: Means,
     cached: bool,
     write: Callable[[Configuration], Code],
+    packed: Packed,
 ) -> Choice[Configuration]:
     """What may be chosen for so many rows times a weight in one of the layouts.
 
-    `cached`: weights are expected in the caches rather than in memory.
+    `kinds` are what else tells workloads apart. `cached`: weights are expected in the caches rather than in memory.
     """
     if isinstance(rows, int) and rows > means.few:
         means = replace(means, looking_up=means.looking_up[:1])
-    found = candidates(target, layout, means, cached)
+    found = candidates(target, layout, means, cached, packed)
     one = layout(found[0].looks_up, found[0].vectors)
     parameters = {"rows": size_parameter(rows), "n": one.n, "k": one.k, "bits": one.bits, "group": one.group}
-    parameters |= {"masked": masked, "planes": one.planes}
+    parameters |= {**kinds, "planes": one.planes, **means.parameters()}
     return Choice(Workload.of(RULE, {**parameters, **epilogue_parameters(end)}), found[0], lambda: found, write)
 
 
-def candidates(target: Target, layout: Layouts, means: Means, cached: bool) -> list[Configuration]:
+def candidates(target: Target, layout: Layouts, means: Means, cached: bool, packed: Packed) -> list[Configuration]:
     """Panels of some widths, the least expected time first: from memory narrow ones, unless threads then share worse.
 
     What instructions bound, and not memory, has wide panels and lines that come shortly before they are used: weights
-    in the caches, and words of one bit a weight, which take many multiplications each.
+    in the caches, and words of one bit a weight, which take many multiplications each. A weight that another product
+    has packed has the width that it has there.
     """
     chosen = []
     for looks_up in means.looking_up:
         least_wide = layout(looks_up, layout(looks_up, 1).together)
         bound, found = cached or least_wide.bits == 1, []
         wide = means.looking_up[0] and not isinstance(least_wide, Nibbles)
-        widths = (*_OUTPUTS, _LOOKED_UP_OUTPUTS) if wide else _OUTPUTS
+        widths = packed(least_wide) or ((*_OUTPUTS, _LOOKED_UP_OUTPUTS) if wide else _OUTPUTS)
         for place, outputs in enumerate(reversed(widths) if bound else widths):
             one = layout(looks_up, max(least_wide.vectors, outputs // target.lanes))
             share = -(-one.panels // target.threads) * one.outputs
@@ -168,12 +176,22 @@ def uses_tiles(rows: Size, tiled: int | None) -> bool:
 
 def products_of(rows: Size, operands: Operands, choice: Configuration, means: Means) -> str:
     """What a product is made of, for the report: of few rows and of many where their number is open."""
-    looked_up = LOOKED_UP
     always = operands.tables or isinstance(operands.layout, Nibbles)
     if always or (choice.looks_up and isinstance(rows, int) and rows <= means.few):
-        return looked_up
-    found = TILES if uses_tiles(rows, means.tiled) else TAKEN_APART
-    return f"{looked_up}; {found}" if choice.looks_up and not isinstance(rows, int) else found
+        return LOOKED_UP
+    many = TILES if uses_tiles(rows, means.tiled) else TAKEN_APART
+    if isinstance(rows, int):
+        return many
+    few = [LOOKED_UP if looked_up else TAKEN_APART for looked_up in few_rows(rows, choice, means).values()]
+    return "; ".join(dict.fromkeys([*few, many]))
+
+
+def few_rows(rows: Size, choice: Configuration, means: Means) -> dict[int, bool]:
+    """Where the number of rows is open: how many the kernels of few hold at most, and whether these look up."""
+    fewest, looked_up = least(rows), means.few if choice.looks_up else 0
+    found = {looked_up: True} if fewest <= looked_up else {}
+    below = means.tiled or _MANY_ROWS
+    return found | {most: False for most in (1, _FEW_ROWS) if max(fewest, looked_up + 1) <= most < below}
 
 
 def masks(target: Target, bits: int, book: bool) -> bool:
@@ -207,11 +225,10 @@ class Gemv:
 
     def write(self) -> None:
         """Few rows are a tile of so many, also where their number is known at run time."""
-        looked_up = self.means.few if self.choice.looks_up else 0
         if self.operands.tables or self.nibbles:
             self.write_looked_up()
         elif isinstance(self.row_count, int):
-            if self.row_count <= looked_up:
+            if self.choice.looks_up and self.row_count <= self.means.few:
                 self.write_looked_up()
             elif uses_tiles(self.row_count, self.means.tiled):
                 amx.require()
@@ -221,11 +238,7 @@ class Gemv:
         else:
             if self.means.tiled is not None:
                 amx.require()
-            fewest = least(self.row_count)
-            below = self.means.tiled or _MANY_ROWS
-            few = {looked_up: True} if fewest <= looked_up else {}
-            few |= {rows: False for rows in (1, _FEW_ROWS) if max(fewest, looked_up + 1) <= rows < below}
-            self.write_rows(few)
+            self.write_rows(few_rows(self.row_count, self.choice, self.means))
 
     def write_rows(self, few: dict[int, bool]) -> None:
         """A number of rows known at run time: the first of `few`, which may be looked up, that holds all, else many."""

@@ -85,7 +85,7 @@ class Layout:
     @property
     def quads(self) -> int:
         """Of a step."""
-        return min(max(part.fields for part in self.parts), 4 if self.group <= _FEW else 8)
+        return min(max(part.fields for part in self.parts), 4 if min(self.group, self.k) <= _FEW else 8)
 
     @property
     def steps(self) -> int:

@@ -12,6 +12,8 @@ and exact: every kernel gives the same ones. Groups are added in float32, from t
     y[n] = sum over g of (float(sum over k of value(q) codes[k]) - weight_zero[n, g] float(sums[g]))
            * (weight_scale[n, g] * scale[g]),  + bias[n]
 
+Groups have so few numbers that no sum of 8-bit codes passes int32.
+
 With `table="int8"` activations are tables of sums of four of them in place of codes, after T-MAC (arXiv 2407.00088):
 entry c of a table is the sum of x_j with the sign of bit j of c, rounded to int8. With q = sum over i of 2^i b_i
 
@@ -35,6 +37,7 @@ KERNELS = ("auto", "unpack", "lut", "amx")
 TABLE_CODES = 4  # activations that one table sums
 MOST_LOOKED_UP = 3  # bits of codes whose exact sums are looked up: with four an entry would be one activation's
 _LARGEST = 127
+MOST_GROUP = (2**31 - 1) // (255 * _LARGEST)  # numbers of a group
 _OPERANDS = (
     "Tensor codes, Tensor scale, Tensor sums, Tensor weight, Tensor weight_scale, Tensor? weight_zero, "
     "Tensor? codebook, Tensor? bias, int bits, int group, str table='exact', str kernel='auto', Tensor? tag=None"
@@ -54,14 +57,14 @@ def lut_build(x: Tensor, group: int, table: str = "exact") -> tuple[Tensor, Tens
     "int8": codes int8 [..., ceil(K / 4), 16] = round(entry * (1 / scale)) of tables; scale = the largest entry / 127;
     sums float32 of x.
 
-    float16 and bfloat16 are taken as float32. NaN and infinities give their group a scale of NaN or infinity and
-    codes of no meaning. Raises UsageError for what is no float, a group of fewer than one, an unknown table and, for
-    tables, a group of parts of them.
+    float16 and bfloat16 are taken as float32. NaN and infinities give their group a scale of NaN and codes of no
+    meaning. Raises UsageError for what is no float, a group of fewer than one, an unknown table and, for tables, a
+    group of parts of them.
     """
     _check_table(x, group, table)
     padded = _in_groups(x.detach().to(torch.float32), group)
     if table == "exact":
-        scale = padded.abs().amax(-1) / _LARGEST
+        scale = _scale(padded.abs())
         codes = _rounded(padded / _step(scale))
         sums = codes.to(torch.int32).sum(-1, dtype=torch.int32)
         return codes.flatten(-2)[..., : x.shape[-1]].contiguous(), scale, sums
@@ -69,7 +72,7 @@ def lut_build(x: Tensor, group: int, table: str = "exact") -> tuple[Tensor, Tens
     signs = 2.0 * _bits(torch.arange(16), TABLE_CODES) - 1.0
     entries = a[..., None] * signs[:, 0] + b[..., None] * signs[:, 1]
     entries = (entries + c[..., None] * signs[:, 2]) + d[..., None] * signs[:, 3]
-    scale = (((a.abs() + b.abs()) + c.abs()) + d.abs()).amax(-1) / _LARGEST
+    scale = _scale(((a.abs() + b.abs()) + c.abs()) + d.abs())
     inverse = (1.0 / _step(scale)).clamp(max=torch.finfo(torch.float32).max)
     tables = _rounded(entries.flatten(-2) * inverse).unflatten(-1, (-1, 16)).flatten(-3, -2)
     return tables[..., : -(-x.shape[-1] // TABLE_CODES), :].contiguous(), scale, padded.sum(-1)
@@ -232,6 +235,12 @@ def _in_groups(x: Tensor, group: int) -> Tensor:
     return groups
 
 
+def _scale(magnitudes: Tensor) -> Tensor:
+    """Of groups [..., G, numbers]; NaN where one is infinite, so that results of the group are NaN."""
+    largest = magnitudes.amax(-1)
+    return torch.where(largest.isinf(), torch.nan, largest) / _LARGEST
+
+
 def _step(scale: Tensor) -> Tensor:
     step: Tensor = torch.where(scale > 0, scale, 1.0)[..., None]
     return step
@@ -280,6 +289,11 @@ def _check_kernel(codebook: Tensor | None, bits: int, table: str, kernel: str) -
         )
 
 
+def _check_sums(group: int) -> None:
+    if group > MOST_GROUP:
+        raise UsageError(f"sums of a group of {group} may not fit int32; give a group of at most {MOST_GROUP}")
+
+
 def _check_product(
     codes: Tensor, scale: Tensor, sums: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None,
     codebook: Tensor | None, bias: Tensor | None, bits: int, group: int, table: str, kernel: str, tag: Tensor | None,
@@ -294,6 +308,7 @@ def _check_product(
         )
     _check_kernel(codebook, bits, table, kernel)
     n, k = weight.shape
+    _check_sums(min(group, k))
     depth = [k] if table == "exact" else [-(-k // TABLE_CODES), 16]
     rows, groups = list(scale.shape[:-1]), -(-k // group)
     if list(codes.shape) != [*rows, *depth] or any(list(each.shape) != [*rows, groups] for each in (scale, sums)):

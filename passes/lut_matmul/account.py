@@ -37,6 +37,9 @@ def describe(
         each.append(f"table={table} is for up to {FEW_ROWS} rows; with more, and exact codes: {', '.join(many)}")
     elif many and kernel == "lut":
         each.append(f"kernel=lut is for up to {FEW_ROWS} rows; with more, and kernel=auto: {', '.join(many)}")
+    any_count = [name for name in names if found.layers[name].rows is None]
+    if any_count and table == "int8":
+        each.append(f"table={table} takes row after row; give exact where there may be many: {', '.join(any_count)}")
     return [whole, *each]
 
 

@@ -18,6 +18,7 @@ from graphopt.low_bit.gptq import Hessian, compensated
 from graphopt.low_bit.grids import Grid, Kind
 from graphopt.low_bit.rounding import FitSteps, least_error_steps, own_steps, rounded
 from graphopt.low_bit.weight import LowBitWeight
+from graphopt.operators.low_bit import TABLE_CODES
 from graphopt.passes.lut_matmul.layers import Layer
 from graphopt.passes.quantize.scaling import Rows
 from graphopt.program import Program
@@ -120,10 +121,19 @@ class Inputs:
         return 10 * math.log10(power / noise) if noise else math.inf
 
 
+def group_of(weight: LowBitWeight, table: str) -> int:
+    """The group that products take: with tables a multiple of the activations that one sums, where there is one group.
+
+    It may exceed the columns then.
+    """
+    rounds_up = table == "int8" and weight.groups == 1
+    return -(-weight.group // TABLE_CODES) * TABLE_CODES if rounds_up else weight.group
+
+
 def coded_product(x: Tensor, weight: LowBitWeight, table: str) -> Tensor:
     """x [R, K] times the weight [N, K], both rounded as the rewritten layer has them: float32 [R, N]."""
     order = torch.arange(weight.columns) if weight.permutation is None else weight.permutation
-    codes, scale, sums = torch.ops.graphopt.lut_build(x[:, order], weight.group, table)
+    codes, scale, sums = torch.ops.graphopt.lut_build(x[:, order], group_of(weight, table), table)
     if table == "exact":
         rounded_x = torch.empty_like(x)
         rounded_x[:, order] = codes.float() * weight.spread(scale)
@@ -131,7 +141,7 @@ def coded_product(x: Tensor, weight: LowBitWeight, table: str) -> Tensor:
 
     def of(part: slice) -> Tensor:
         zero = None if weight.zero is None else weight.zero[part]
-        operands = weight.codes[part], weight.scale[part], zero, None, None, weight.bits, weight.group
+        operands = weight.codes[part], weight.scale[part], zero, None, None, weight.bits, group_of(weight, table)
         found: Tensor = torch.ops.graphopt.lut_gemv(codes, scale, sums, *operands, table=table)
         return found
 

@@ -13,11 +13,13 @@ from torch.fx import Node
 from graphopt.contract import PassContext, PassResult
 from graphopt.edit import Builder, Edit, GraphEditor
 from graphopt.low_bit.weight import LowBitWeight
-from graphopt.operators.low_bit import MOST_LOOKED_UP, TABLE_CODES
+from graphopt.operators.low_bit import MOST_GROUP, MOST_LOOKED_UP, TABLE_CODES
+from graphopt.passes.lut_matmul.encoding import group_of
 from graphopt.passes.lut_matmul.layers import TARGETS, Found, Layer, find_layer
 from graphopt.passes.mixed_precision import following
 from graphopt.program import Program
 
+aten = torch.ops.aten
 RULE = "lut-matmul"
 FEW_ROWS = 4  # up to which one kernel reads each weight once
 _BUILD = torch.ops.graphopt.lut_build.default
@@ -69,18 +71,20 @@ class _Writer:
             self.editor.decline(RULE, layer.node, reason)
             return
         fresh: dict[Any, tuple[Node, ...]] = {}
+        computed = layer.bias is not None and self.editor.constant_value(layer.bias) is None
 
         def build(builder: Builder) -> list[Node]:
             given: list[Any] = [*self._activations(builder, layer.x, weight, table, fresh)]
             parts = (weight.codes, weight.scale, weight.zero, weight.codebook)
             given += [None if part is None else builder.constant(part) for part in parts]
-            given += [layer.bias, weight.bits, weight.group]
+            given += [None if computed else layer.bias, weight.bits, group_of(weight, table)]
             options: dict[str, Any] = {} if table == "exact" else {"table": table}
             if kernel != "auto":
                 options["kernel"] = kernel
             if weight.tag is not None:
                 options["tag"] = builder.constant(weight.tag)
-            return [builder.call(_MANY if is_many(layer) else _FEW, *given, **options)]
+            product = builder.call(_MANY if is_many(layer) else _FEW, *given, **options)
+            return [builder.call(aten.add.Tensor, product, layer.bias) if computed else product]
 
         if self.editor.replace(RULE, [layer.node], build):
             self.built |= fresh
@@ -89,7 +93,8 @@ class _Writer:
         self, builder: Builder, x: Node, weight: LowBitWeight, table: str, fresh: dict[Any, tuple[Node, ...]]
     ) -> tuple[Node, ...]:
         """Codes, scales and sums of x, right behind it."""
-        key = x, weight.group, table, _key(weight.permutation)
+        group = group_of(weight, table)
+        key = x, group, table, _key(weight.permutation)
         known = self.built.get(key)
         if known is not None:
             return known
@@ -99,19 +104,21 @@ class _Writer:
                 order = builder.constant(weight.permutation)
                 value = builder.call(torch.ops.aten.index_select.default, x, -1, order)
             options = {} if table == "exact" else {"table": table}
-            triple = builder.call(_BUILD, value, weight.group, **options)
+            triple = builder.call(_BUILD, value, group, **options)
             fresh[key] = tuple(builder.call(operator.getitem, triple, number) for number in range(3))
         return fresh[key]
 
 
 def _unfit(weight: LowBitWeight, table: str, kernel: str) -> str | None:
-    """Why sums of activations are not looked up by the codes of a weight that are as they were."""
+    """Why no product is made of a weight, or sums of activations are not looked up by codes that are as they were."""
+    if weight.group > MOST_GROUP:
+        return f"sums of its groups of {weight.group} may not fit int32; give a group-size of at most {MOST_GROUP}"
     if table == "exact" and kernel != "lut":
         return None
     asked = "table=int8" if table == "int8" else "kernel=lut"
     if weight.codebook is not None:
         return f"{asked} sums bits of codes, and its weight has a codebook"
-    if table == "int8" and weight.group % TABLE_CODES:
+    if table == "int8" and group_of(weight, table) % TABLE_CODES:
         return f"table=int8 sums four activations, which do not divide its groups of {weight.group}"
     if table == "exact" and weight.bits > MOST_LOOKED_UP:
         return f"kernel=lut looks exact sums up for up to {MOST_LOOKED_UP} bits, and its weight has {weight.bits}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,15 @@ def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], said: str)
     }  # fmt: skip
     with pytest.raises(UsageError, match=said):
         lut_gemv(**{**given, **change})
+
+
+def test_groups_whose_sums_pass_int32_are_refused() -> None:
+    for k, refused in ((66311, False), (66312, True)):
+        built = lut_build(torch.ones(1, k), 1 << 20)
+        for book in (None, torch.arange(-128, 128, dtype=torch.int16).to(torch.int8)):
+            given = (*built, codes_of(8, 1, k), torch.ones(1, 1), None, book, None, 8, 1 << 20)
+            with pytest.raises(UsageError, match="at most 66311") if refused else nullcontext():
+                lut_gemv(*given)
 
 
 def test_no_gradient_passes() -> None:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.backends import cpu
+from graphopt.backends.target import resolve_target
 from graphopt.contract import PassContext
 from graphopt.errors import UsageError
+from graphopt.operators.low_bit import MOST_GROUP
 from graphopt.passes.lut_matmul import LutMatmul
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.quantize.budget import Choice, least_noise
@@ -147,6 +150,50 @@ def test_what_is_left_alone_says_why() -> None:
         "multiplies a constant from the left",
     ):
         assert words in reasons, reasons
+
+
+class Biased(nn.Module):
+    """A bias that is given, and one that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+
+    def forward(self, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.addmm(b, x, self.weight), nn.functional.linear(x, self.weight, torch.tanh(b))
+
+
+def test_a_computed_bias_is_added_to_the_product() -> None:
+    torch.manual_seed(0)
+    program = captured(Biased(), torch.randn(3, 64), torch.randn(64))
+    result = check_pass(program, LutMatmul(bits=8), 2)
+    assert [node.args[7] for node in calls(result.program, ops.lut_gemv.default)] == [None, None]
+    for found, wanted in zip(result.program(*program.examples), program(*program.examples), strict=True):
+        assert noise(found, wanted) < 1e-3
+    cpu.lower({"main": result.program}, resolve_target("cpu:x86-64-v3"))
+
+
+def test_groups_whose_sums_pass_int32_are_declined() -> None:
+    program = captured(nn.Linear(MOST_GROUP + 1, 1, bias=False), torch.ones(1, MOST_GROUP + 1))
+    (declined,) = LutMatmul(group_size=1 << 20).run(program, PassContext()).declined
+    assert "give a group-size of at most 66311" in declined.reason
+    check_pass(program, LutMatmul(group_size=MOST_GROUP), 1)
+
+
+def test_tables_take_a_group_that_four_do_not_divide() -> None:
+    torch.manual_seed(0)
+    program = captured(nn.Linear(70, 80), torch.randn(3, 70))
+    result = check_pass(program, LutMatmul(bits=8, table="int8"), 1)
+    assert [node.args[9] for node in calls(result.program, ops.lut_gemv.default)] == [72]
+    assert noise(result.program(*program.examples)[0], program(*program.examples)[0]) < 1e-3
+    assert any("SNR of its result" in note for note in result.notes)
+
+
+def test_tables_for_an_open_number_of_rows_are_noted() -> None:
+    for rows, noted in ((None, 1), (3, 0), (9, 0)):
+        notes = LutMatmul(table="int8").run(attention(rows), PassContext()).notes
+        said = "takes row after row; give exact where there may be many: linear, linear_1"
+        assert sum(said in note for note in notes) == noted
 
 
 def test_a_quantized_input_is_left_to_other_passes() -> None:

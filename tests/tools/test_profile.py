@@ -55,13 +55,14 @@ def a_profile(count: int = 4, roofs: Roofs | None = ROOFS) -> Profile:
 def test_products_of_narrow_numbers_have_roofs_of_their_own() -> None:
     """Each 500 operations in a second, of a peak that is known, or else of float32's."""
     told = {"plain": "", "pairs": "pairs of bfloat16", "tiles": "tiles of bfloat16", "codes": "tiles of uint8"}
+    told["few or many"] = "bits taken apart; tiles of int8"
     kernels = {
         name: KernelInfo("gemm", {"products": products} if products else {}, flops=500, bytes=1)
         for name, products in told.items()
     }
     times = dict.fromkeys(told, (1.0, 1.0))
     measured = replace(ROOFS, pairs_per_second=2000.0, tiles_per_second=8000.0)
-    for roofs, wanted in ((ROOFS, (0.5,) * 4), (measured, (0.5, 0.25, 0.0625, 0.03125))):
+    for roofs, wanted in ((ROOFS, (0.5,) * 5), (measured, (0.5, 0.25, 0.0625, 0.03125, 0.03125))):
         rows = make_profile(times, kernels, "main", {}, 5.0, roofs).rows
         shares = {row.kernel: row.share_of_roof for row in rows}
         assert tuple(shares[name] for name in told) == pytest.approx(wanted)

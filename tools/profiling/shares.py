@@ -176,8 +176,8 @@ def _peak_of_products(kernel: KernelInfo, roofs: Roofs) -> float | None:
     products = str(kernel.configuration.get("products", ""))
     if products.startswith("4 codes"):
         return 4 * roofs.flops_per_second
-    if products.startswith("tiles"):
-        return roofs.tiles_per_second and roofs.tiles_per_second * (2 if "uint8" in products else 1)
+    if "tiles" in products:
+        return roofs.tiles_per_second and roofs.tiles_per_second * (2 if "int8" in products else 1)
     return roofs.pairs_per_second if "bfloat16" in products else None
 
 

@@ -65,25 +65,27 @@ class Awkward(nn.Module):
 
 
 class LowBit(nn.Module):
-    """Sums of products exact in float32, so that the order of additions is all that could differ."""
+    """Sums exact in float32, so that the order of additions is all that could differ; or of `ordinary` scales."""
 
-    def __init__(self, kinds: tuple[tuple[int, int, int, int], ...]) -> None:
+    def __init__(self, kinds: tuple[tuple[int, int, int, int], ...], ordinary: bool = False) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)
-        self.kinds = kinds
+        self.kinds, self.ordinary = kinds, ordinary
         for number, (bits, n, k, group) in enumerate(kinds):
             weight = torch.randint(0, 2**bits, (n, k), generator=draw, dtype=torch.uint8)
             self.register_parameter(f"weight{number}", nn.Parameter(weight, False))
             scale = 2.0 ** torch.randint(-2, 2, (n, -(-k // group)), generator=draw)
-            self.register_buffer(f"scale{number}", scale)
+            self.register_buffer(f"scale{number}", torch.rand(scale.shape, generator=draw) if ordinary else scale)
+            zero = torch.rand(scale.shape, generator=draw) * 2**bits if ordinary else None
+            self.register_buffer(f"zero{number}", zero)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         found = []
         for number, (bits, _, k, group) in enumerate(self.kinds):
             codes, scale, sums = torch.ops.graphopt.lut_build(x[:, :k], group)
-            held = [getattr(self, f"{name}{number}") for name in ("weight", "scale")]
-            unit = torch.ones_like(scale)
-            found.append(torch.ops.graphopt.wq_gemm(codes, unit, sums, *held, None, None, None, bits, group))
+            held = [getattr(self, f"{name}{number}") for name in ("weight", "scale", "zero")]
+            scale = scale if self.ordinary else torch.ones_like(scale)
+            found.append(torch.ops.graphopt.wq_gemm(codes, scale, sums, *held, None, None, bits, group))
         return found
 
 
@@ -140,5 +142,6 @@ CASES: dict[str, Callable[[], Made]] = {
     "awkward": _of(Awkward, torch.linspace(-3, 3, 486).sin().reshape(2, 3, 9, 9)),
     "exact low bits": _of(lambda: LowBit(LOW_BITS), codes(1, 256)),
     "exact codes": _of(Codes, codes(5, 70), codes(1, 3 * 8 * 9).reshape(1, 3, 8, 9)),
+    "low bits": _of(lambda: LowBit(LOW_BITS, ordinary=True), codes(3, 256) / 40),
     "exact low bits of rows": _of(lambda: LowBit(LOW_BITS), codes(6, 256)),
 }

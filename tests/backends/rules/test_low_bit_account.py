@@ -16,7 +16,10 @@ from tests.backends.rules.test_low_bit import Case, Products, activations
 def kernels(target: str, cases: list[Case], rows: int = 1, **options: Any) -> list[KernelInfo]:
     """Of each case; nothing is compiled."""
     program = capture(Products(cases, **options), (activations(rows, 256),))
-    lowered = cpu.lower({"main": program}, resolve_target(target, threads=2))
+    return of_low_bits(cpu.lower({"main": program}, resolve_target(target, threads=2)))
+
+
+def of_low_bits(lowered: cpu.Module) -> list[KernelInfo]:
     return [info for info in lowered.kernels.values() if info.rule == "low-bit"]
 
 
@@ -40,7 +43,10 @@ def kernels(target: str, cases: list[Case], rows: int = 1, **options: Any) -> li
         ("cpu:cortex-a78ae", 3, 1, {}, "bits taken apart with SDOT; 4.5 instructions"),
         ("cpu:armv8.6-a", 8, 1, {}, "bits taken apart with USDOT; 8 bits"),
         ("cpu:x86-64-v4-vnni", 4, 1, {}, "bits taken apart with VPDPBUSD; 4 bits"),
-        ("cpu:sapphirerapids", 1, 1, {}, "sums looked up with VPERMB and VPDPBUSD; "),
+        ("cpu:sapphirerapids", 1, 1, {}, "sums looked up with VPERMB and VPDPBUSD; looking one bit up takes fewest"),
+        ("cpu:sapphirerapids", 1, 3, {}, "bits taken apart with VPDPBUSD; several rows share what is taken apart"),
+        ("cpu:sapphirerapids", 2, 33, {}, "tiles of int8 with TDPBSUD; several rows share what is taken apart"),
+        ("cpu:sapphirerapids", 2, 5, {"kernel": "lut"}, "bits taken apart with VPDPBUSD; kernel=lut is for up to 4"),
         ("cpu:sapphirerapids", 4, 33, {}, "tiles of int8 with TDPBSUD; 4 bits"),
     ],
 )
@@ -69,3 +75,23 @@ def test_what_is_slow_is_counted() -> None:
     assert other is not None and other.startswith("4.0 times") and other.endswith("groups of 4 fill 16")
     assert third == "the 256 numbers of codebooks are loaded one by one"
     assert kernels("cpu:aarch64", [book])[0].slow is None
+
+
+@pytest.mark.parametrize(
+    "bits, options, products",
+    [
+        (1, {}, "sums looked up; bits taken apart; tiles of int8"),
+        (4, {}, "bits taken apart; tiles of int8"),
+        (1, {"kernel": "lut"}, "sums looked up; tiles of int8"),
+        (4, {"kernel": "unpack"}, "bits taken apart"),
+        (4, {"kernel": "amx"}, "tiles of int8"),
+    ],
+)
+def test_an_open_number_of_rows_is_made_of_all_that_serve_some(
+    bits: int, options: dict[str, str], products: str
+) -> None:
+    program = capture(
+        Products([Case(bits, 48, 256, 128)], **options), (activations(3, 256),), dynamic_shapes={"x": {0: "rows"}}
+    )
+    (kernel,) = of_low_bits(cpu.lower({"main": program}, resolve_target("cpu:sapphirerapids", threads=2)))
+    assert kernel.configuration["products"] == products

@@ -69,10 +69,16 @@ def test_exact_sums(rows: int, cases: list[Case]) -> None:
     assert made_of(artifact) == {"sums looked up"}
 
 
-@pytest.mark.parametrize("kernel", ["lut", pytest.param("auto", marks=slow)])
-def test_exact_sums_of_any_number_of_rows(kernel: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "products"),
+    [
+        ("lut", "sums looked up; tiles of int8"),
+        pytest.param("auto", "sums looked up; bits taken apart; tiles of int8", marks=slow),
+    ],
+)
+def test_exact_sums_of_any_number_of_rows(kernel: str, products: str) -> None:
     artifact, program = compiled(Few(FEW[:1], kernel=kernel), activations(2, 256), TARGET, {"x": {0: "rows"}})
-    assert made_of(artifact) == {"sums looked up; tiles of int8"}
+    assert made_of(artifact) == {products}
     session = artifact.session()
     for rows in (1, 3, 4, 5, 17):
         x = activations(rows, 256)
@@ -138,7 +144,7 @@ def nmse(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
 
 
 @pytest.mark.parametrize("bits", [pytest.param(1, marks=slow), 2])
-def test_tables_err_as_much_as_codes_and_zeros_are_zero(bits: int) -> None:
+def test_tables_err_as_much_as_codes_zeros_are_zero_and_infinities_no_numbers(bits: int) -> None:
     n, k, group = 64, 512, 128
     weight = codes_of(bits, n, k)
     zero = (2**bits - 1) / 2
@@ -161,6 +167,8 @@ def test_tables_err_as_much_as_codes_and_zeros_are_zero(bits: int) -> None:
     exact, tables = (nmse(found, wanted) for found in session.run(None, {"x": x.numpy()}))
     assert 0 < tables <= 2 * exact and tables < 1e-3
     assert not any(found.any() for found in session.run(None, {"x": np.zeros((2, k), np.float32)}))
+    x[0, 7], x[1, k - 1] = torch.inf, -torch.inf
+    assert all(np.isnan(found).all() for found in session.run(None, {"x": x.numpy()}))
 
 
 def test_one_row_and_many_share_a_packed_weight() -> None:
