@@ -97,11 +97,18 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
 
 
 def _onnx_model(program: Program) -> Any:
-    from graphopt.capture.onnx import write_gating, write_low_bit, write_quantization, write_recurrent, write_sorting
+    from graphopt.capture.onnx import (
+        write_gating,
+        write_low_bit,
+        write_quantization,
+        write_recurrent,
+        write_remainders,
+        write_sorting,
+    )
     from graphopt.capture.onnx.explicit_quantization import explicit
 
     program = explicit(program)
-    modules = (write_quantization, write_recurrent, write_gating, write_low_bit, write_sorting)
+    modules = (write_quantization, write_recurrent, write_gating, write_low_bit, write_remainders, write_sorting)
     translations = {target: write for module in modules for target, write in module.TRANSLATIONS.items()}
     for node in (node for _, module in program.graphs() for node in module.graph.nodes):
         if getattr(node.target, "namespace", "") == "graphopt" and node.target not in translations:

