@@ -98,17 +98,17 @@ def save_onnx(program: Program, path: str | os.PathLike[str]) -> None:
 
 def _onnx_model(program: Program) -> Any:
     from graphopt.capture.onnx import (
+        write_elements,
         write_gating,
         write_low_bit,
         write_quantization,
         write_recurrent,
-        write_remainders,
         write_sorting,
     )
     from graphopt.capture.onnx.explicit_quantization import explicit
 
     program = explicit(program)
-    modules = (write_quantization, write_recurrent, write_gating, write_low_bit, write_remainders, write_sorting)
+    modules = (write_quantization, write_recurrent, write_gating, write_low_bit, write_elements, write_sorting)
     translations = {target: write for module in modules for target, write in module.TRANSLATIONS.items()}
     for node in (node for _, module in program.graphs() for node in module.graph.nodes):
         if getattr(node.target, "namespace", "") == "graphopt" and node.target not in translations:
@@ -183,8 +183,12 @@ def _merge_matrices(graph: Any) -> None:
 def _name_outputs(graph: Any, names: Sequence[str]) -> None:
     """Give outputs their names; an inner value or a weight that has one of them steps aside.
 
-    The exporter's own renaming leaves two values of one name, which ONNX Runtime refuses.
+    The exporter's own renaming leaves two values of one name, which ONNX Runtime refuses; an output that is an input
+    is a node from its name to its name.
     """
+    for number in reversed(range(len(graph.node))):
+        if graph.node[number].op_type == "Identity" and graph.node[number].input == graph.node[number].output:
+            del graph.node[number]
     outer = {value.name for value in (*graph.input, *graph.initializer)}
     inner = {name for node in graph.node for name in node.output}
     current = [value.name for value in graph.output]
