@@ -76,14 +76,14 @@ class LowBit(nn.Module):
             self.register_parameter(f"weight{number}", nn.Parameter(weight, False))
             scale = 2.0 ** torch.randint(-2, 2, (n, -(-k // group)), generator=draw)
             self.register_buffer(f"scale{number}", torch.rand(scale.shape, generator=draw) if ordinary else scale)
-            zero = torch.rand(scale.shape, generator=draw) * 2**bits if ordinary else None
-            self.register_buffer(f"zero{number}", zero)
+            if ordinary:
+                self.register_buffer(f"zero{number}", torch.rand(scale.shape, generator=draw) * 2**bits)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         found = []
         for number, (bits, _, k, group) in enumerate(self.kinds):
             codes, scale, sums = torch.ops.graphopt.lut_build(x[:, :k], group)
-            held = [getattr(self, f"{name}{number}") for name in ("weight", "scale", "zero")]
+            held = [getattr(self, f"{name}{number}", None) for name in ("weight", "scale", "zero")]
             scale = scale if self.ordinary else torch.ones_like(scale)
             found.append(torch.ops.graphopt.wq_gemm(codes, scale, sums, *held, None, None, bits, group))
         return found
