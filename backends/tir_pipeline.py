@@ -7,6 +7,7 @@ annotation that earlier passes drop, so it is set right before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tvm
@@ -110,19 +111,23 @@ def keep_local_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context
     return function.with_body(tvm_ffi.structural_map(function.body, (tirx.AllocBuffer, keep)))
 
 
-def _lower() -> tvm.transform.Pass:
-    """Loops over buffers to functions that LLVM takes: vectors, 32-bit indices where they suffice, packed arguments."""
+def lower_loops(
+    first: Sequence[Any] = (), of_vectors: Sequence[Any] = (), last: Sequence[Any] = ()
+) -> tvm.transform.Pass:
+    """Loops over buffers to functions that code is generated from: vectors, 32-bit indices where they suffice, packed
+    arguments. A family adds passes: before all others, once loops are vectors, and once expressions are what they stay.
+    """
     tir, blocks = tirx.transform, s_tir.transform
     return tvm.transform.Sequential(
         [
+            *first,
             blocks.CanonicalizeLoop(),
             blocks.LowerOpaqueBlock(),  # loops of one iteration become their bodies
             blocks.StmtSimplify(),
             flatten,
             tir.NarrowDataType(32),
             tir.VectorizeLoop(),
-            round_natively,
-            look_up_natively,
+            *of_vectors,
             round_whole,
             tir.StorageRewrite(),
             blocks.HoistIfThenElse(),
@@ -132,6 +137,7 @@ def _lower() -> tvm.transform.Pass:
             tir.RemoveNoOp(),
             blocks.RewriteUnsafeSelect(),
             tir.CommonSubexprElim(),
+            *last,
             tir.FP8ComputeLegalize(),
             tir.VerifyMemory(),
             tir.AnnotateEntryFunc(),
@@ -145,7 +151,8 @@ def _lower() -> tvm.transform.Pass:
 
 def _pipeline() -> tuple[Any, Any, Any]:
     host = [keep_local_on_stack, tirx.transform.LowerTVMBuiltin(), tirx.transform.LowerIntrin()]
-    return _lower(), lambda: tvm.transform.Sequential(host), lambda: tvm.transform.Sequential([])
+    lowered = lower_loops(of_vectors=(round_natively, look_up_natively))
+    return lowered, lambda: tvm.transform.Sequential(host), lambda: tvm.transform.Sequential([])
 
 
 def register() -> str:

@@ -6,11 +6,10 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
+from tvm import tirx
 
-from graphopt.backends.code_instructions import round_whole
 from graphopt.backends.cuda.threads import launch
-from graphopt.backends.tir_pipeline import flatten
+from graphopt.backends.tir_pipeline import lower_loops
 
 NAME = "graphopt-cuda"
 
@@ -30,43 +29,11 @@ def compare_floats(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any
     return function.with_body(tvm_ffi.structural_map(function.body, list(pairs)))
 
 
-def _lower() -> tvm.transform.Pass:
-    tir, blocks = tirx.transform, s_tir.transform
-    return tvm.transform.Sequential(
-        [
-            launch,
-            blocks.CanonicalizeLoop(),
-            blocks.LowerOpaqueBlock(),
-            blocks.StmtSimplify(),
-            flatten,
-            tir.NarrowDataType(32),
-            tir.VectorizeLoop(),
-            round_whole,
-            tir.StorageRewrite(),
-            blocks.HoistIfThenElse(),
-            tir.UnrollLoop(),
-            blocks.RenormalizeSplitPattern(),
-            tir.StmtSimplify(),
-            tir.RemoveNoOp(),
-            blocks.RewriteUnsafeSelect(),
-            tir.CommonSubexprElim(),
-            compare_floats,
-            tir.FP8ComputeLegalize(),
-            tir.VerifyMemory(),
-            tir.AnnotateEntryFunc(),
-            tir.SplitHostDevice(),
-            tir.MakePackedAPI(),
-            tir.FP8StorageLegalize(),
-            tir.BF16StorageLegalize(),
-        ]
-    )
-
-
 def _pipeline() -> tuple[Any, Any, Any]:
     tir = tirx.transform
     host = tvm.transform.Sequential([tir.LowerTVMBuiltin(), tir.LowerIntrin()])
     device = tvm.transform.Sequential([tir.LowerWarpMemory(), tir.StmtSimplify(), tir.LowerIntrin()])
-    return _lower(), lambda: host, lambda: device
+    return lower_loops(first=(launch,), last=(compare_floats,)), lambda: host, lambda: device
 
 
 def register() -> str:
